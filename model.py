@@ -17,7 +17,7 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -56,10 +56,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
     """The same function by the faster road for the device; a test holds the two equal.
 
     `causal` (query t sees keys 0..t; T == S) and `bias` exclude each other. With gradients on a CPU the explicit form
-    wins (measured 3 to 6 times in bf16), everywhere else PyTorch's fused kernel does.
+    wins (measured 3 to 6 times in bf16), everywhere else PyTorch's fused kernel does. The tensors themselves have no say, so that
+    a frozen decoder rounds alike with a trained bridge and without.
     """
     assert not (causal and bias is not None), "one mask, not two"
-    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if q.device.type == "cpu" and torch.is_grad_enabled():
         return attend_explicit(q, k, v, visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype) if causal else bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
 
@@ -100,7 +101,7 @@ class Bridge(nn.Module):
     """
     name = "none"
     reads_layer, reads_cls = -2, False
-    K = 0                                   # soft tokens per image
+    options: dict = {}                      # keyword arguments it was built with, for config.json
 
     def see(self, features: Tensor, where: Where | None = None) -> object:
         """features (ΣM, N, Di) of all images of the batch, `where` they stand → visual."""
@@ -121,9 +122,12 @@ class Bridge(nn.Module):
         return {}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Where:
-    """Where the images of a batch stand. Images are counted row by row, from left to right."""
+    """Where the images of a batch stand. Images are counted row by row, from left to right.
+
+    `last` is laid out anew when the images are expanded, after `see` and before the decoder runs.
+    """
     row: Tensor         # (ΣM,) int64: the row of `tokens` that image m belongs to
     order: Tensor       # (ΣM,) int64: its number inside that row, from 1
     last: Tensor        # (B, T) int64: how many images stand at or before each position of the text; 0 = none yet
@@ -453,6 +457,8 @@ def take_rows(visual, rows: Tensor):
         return visual[rows]
     if isinstance(visual, dict):
         return {k: take_rows(v, rows) for k, v in visual.items()}
+    if isinstance(visual, (list, tuple)):
+        return type(visual)(take_rows(v, rows) for v in visual)
     if isinstance(visual, Where):
         return replace(visual, last=visual.last[rows])
     return visual
@@ -488,8 +494,8 @@ class ViTConfig:
     pool: str = "cls"           # what `pool` does: cls | map (attention pooling) | all (normalise every token)
 
     def __post_init__(self):
-        if self.image_size % self.patch:
-            raise UserError(f"a {self.image_size}-pixel image does not divide into {self.patch}-pixel patches.")
+        if self.image_size < self.patch:            # a remainder is allowed: SigLIP so400m has 384 pixels and patches of 14
+            raise UserError(f"a {self.image_size}-pixel image has no room for a {self.patch}-pixel patch.")
         if self.width % self.heads:
             raise UserError(f"a ViT of width {self.width} does not divide into {self.heads} heads.")
         if self.act not in ACTIVATIONS:
@@ -497,7 +503,7 @@ class ViTConfig:
 
     @property
     def tokens(self) -> int:
-        return (self.image_size // self.patch) ** 2 + self.cls                  # N
+        return (self.image_size // self.patch) ** 2 + self.cls                  # N; the convolution drops the remainder
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -505,6 +511,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),                               # Flamingo's paper
 }
 
 
@@ -513,6 +520,8 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, act: str, eps: float):
         super().__init__()
+        if width % heads:
+            raise UserError(f"a block of width {width} does not divide into {heads} heads.")
         self.heads, self.act = heads, ACTIVATIONS[act]
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
@@ -567,8 +576,11 @@ class ViT(nn.Module):
         grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic", align_corners=False).to(grid.dtype)
         return torch.cat((self.positions[:first], grid[0].flatten(1).T))
 
-    def forward(self, pixels: Tensor, return_hidden: bool = False):
-        """Last state (B, N, Di) before any final norm, or all L+1 of them: [0] enters block 1, [i] leaves block i."""
+    def forward(self, pixels: Tensor, return_hidden: bool = False, depth: int | None = None):
+        """Last state (B, N, Di) before any final norm, or all L+1 of them: [0] enters block 1, [i] leaves block i.
+
+        depth: run only so many blocks.
+        """
         patches = self.patch(pixels)                                            # (B, Di, S/p, S/p)
         x = patches.flatten(2).transpose(1, 2)                                  # (B, N, Di)  row by row, from the top left
         if self.cls is not None:
@@ -577,7 +589,7 @@ class ViT(nn.Module):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         hidden = [x]
-        for block in self.blocks:
+        for block in self.blocks[:depth]:
             hidden.append(block(hidden[-1]))
         return hidden if return_hidden else hidden[-1]
 
@@ -593,11 +605,7 @@ class ViT(nn.Module):
         layer = layer if layer >= 0 else n + 1 + layer
         if not 0 <= layer <= n:
             raise UserError(f"this ViT has hidden states 0 to {n}, there is no state {layer}.")
-        kept, self.blocks = self.blocks, self.blocks[:layer]
-        try:
-            x = self(pixels)
-        finally:
-            self.blocks = kept
+        x = self(pixels, depth=layer)
         return x if cls or not self.config.cls else x[:, 1:]
 
 
@@ -680,56 +688,55 @@ class VLM(nn.Module):
         """(ΣM, 3, S, S) → (ΣM, N, Di): the hidden state that this bridge reads."""
         return self.vit.features(pixels, self.bridge.reads_layer, self.bridge.reads_cls)
 
-    def prepare(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None, labels: Tensor | None = None):
+    def prepare(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None, labels: Tensor | None = None,
+                left: bool | None = None, **text):
         """Put the images into the text: what the decoder needs, and the labels that moved with the expansion.
 
         tokens (B, T) with one IMAGE per image → dict(embeds (B, T', D), mask, bridge, visual), labels (B, T').
-        An IMAGE becomes the bridge's K soft tokens, or the ordinary token `image_token`, or nothing.
+        An IMAGE becomes the bridge's K soft tokens, or the ordinary token `image_token`, or nothing. Padding stays on the
+        side it came from, on the right where rows of one length unfold to several; left=True puts it in front. `text` goes to the bridge's `see` (an instruction for the Q-Former itself).
         """
-        B, T = tokens.shape
         is_image = tokens == IMAGE
         if int(is_image.sum()) != len(features):
             raise UserError(f"the text has {int(is_image.sum())} image placeholders but {len(features)} images were given.")
-        row, column = is_image.nonzero(as_tuple=True)                           # (ΣM,) row-major: row by row, left to right
+        real = torch.ones_like(is_image) if mask is None else mask
+        row, column = is_image.nonzero(as_tuple=True)                           # (ΣM,) row by row, from left to right
         seen = is_image.cumsum(1)                                               # (B, T) images at or before each position
         where = Where(row, seen[row, column], seen)
-        K = self.bridge.K
-        if K == 0 and self.image_token is not None:                             # the image is an ordinary word
-            tokens = tokens.masked_fill(is_image, self.image_token)
+        visual = self.bridge.see(features, where, **text)
+        soft = self.bridge.prefix(visual)                                       # (ΣM, K, D) or None
+        inputs = dict(bridge=self.bridge, visual=visual if soft is None else None)      # of a prefix nothing else is read
+        if soft is None and self.image_token is not None:                       # the image is an ordinary word
             labels = None if labels is None else labels.masked_fill(is_image, IGNORE)
-            visual = self.bridge.see(features, where)
-            return dict(embeds=self.decoder.embed(tokens), mask=mask, bridge=self.bridge, visual=visual), labels
+            return dict(embeds=self.decoder.embed(tokens.masked_fill(is_image, self.image_token)), mask=mask, **inputs), labels
 
-        real = torch.ones_like(is_image) if mask is None else mask
-        width = torch.where(is_image, K, real.long())                           # positions that each token becomes
+        K = 0 if soft is None else soft.shape[1]
+        width = torch.where(is_image, K, real.long())                           # (B, T) positions that each token becomes
         length = width.sum(1)                                                   # (B,)
         longest = int(length.max())
-        left = mask is not None and bool((~mask[:, 0]).any())                   # padding stays on the side it came from
-        start = width.cumsum(1) - width + ((longest - length)[:, None] if left else 0)      # (B, T) first position of each
-
-        def scatter(new: Tensor, values: Tensor, keep: Tensor) -> Tensor:
-            r, c = keep.nonzero(as_tuple=True)
-            return new.index_put((r, start[r, c]), values[r, c])
-        text = real & ~is_image
-        embeds = self.decoder.embed(tokens.masked_fill(is_image, 0))
-        new = scatter(embeds.new_zeros(B, longest, embeds.shape[-1]), embeds, text)
-        last = scatter(seen.new_zeros(B, longest), seen, text)
-        visual = self.bridge.see(features, replace(where, last=last))
+        left = bool((~real[:, 0]).any()) if left is None else left
+        gap = (longest - length)[:, None] if left else 0                        # padding in front of each row
+        start = width.cumsum(1) - width + gap                                   # (B, T) first position of each token
+        r, c = (real & ~is_image).nonzero(as_tuple=True)                        # the words
+        word = lambda new, old: new.index_put((r, start[r, c]), old[r, c])
+        embeds = self.decoder.embed(tokens.masked_fill(is_image, 0))            # (B, T, D)
+        new = word(embeds.new_zeros(*length.shape, longest, embeds.shape[-1]), embeds)
         if K:
-            soft = self.bridge.prefix(visual)                                   # (ΣM, K, D)
             at = start[row, column][:, None] + torch.arange(K, device=tokens.device)        # (ΣM, K)
             new = new.to(soft.dtype).index_put((row[:, None].expand_as(at), at), soft)
+        where.last = word(seen.new_zeros(*length.shape, longest), seen)         # a soft token's own entry is never read
         if labels is not None:
-            labels = scatter(labels.new_full((B, longest), IGNORE), labels, text)
+            labels = word(labels.new_full((*length.shape, longest), IGNORE), labels)
         position = torch.arange(longest, device=tokens.device)
-        there = position >= (longest - length)[:, None] if left else position < length[:, None]      # (B, T')
-        return dict(embeds=new, mask=None if bool(there.all()) else there, bridge=self.bridge, visual=visual), labels
+        there = position >= gap if left else position < length[:, None]         # (B, T')
+        return dict(embeds=new, mask=None if bool(there.all()) else there, **inputs), labels
 
-    def forward(self, tokens: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None, *,
-                features: Tensor | None = None, return_hidden: bool = False):
-        """Logits (B, T', V) over the expanded sequence. `features` (ΣM, N, Di) may be given instead of pixels (cached)."""
+    def forward(self, tokens: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None, *, features: Tensor | None = None,
+                bridge_tokens: Tensor | None = None, return_hidden: bool = False):
+        """Logits (B, T', V) over the expanded sequence. `features` (ΣM, N, Di) may be given instead of pixels (cached);
+        `bridge_tokens` (ΣM, T) is text for the Q-Former itself."""
         features = self.features(pixels) if features is None else features
-        inputs, _ = self.prepare(tokens, features, mask)
+        inputs, _ = self.prepare(tokens, features, mask, **({} if bridge_tokens is None else {"text": bridge_tokens}))
         return self.decoder(return_hidden=return_hidden, **inputs)
 
     def loss(self, tokens: Tensor, labels: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None,
@@ -748,7 +755,7 @@ class VLM(nn.Module):
                  mask: Tensor | None = None, features: Tensor | None = None, **kw) -> Tensor:
         """New tokens (B, T_new); arguments as in Decoder.generate. Padding, if any, stands on the left."""
         features = self.features(pixels) if features is None else features
-        inputs, _ = self.prepare(tokens, features, mask)
+        inputs, _ = self.prepare(tokens, features, mask, left=True)
         return self.decoder.generate(max_new_tokens=max_new_tokens, temperature=temperature, **inputs, **kw)
 
 
@@ -999,6 +1006,8 @@ def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = 
     """A Hugging Face CLIPModel folder → both towers; clip(pixels, tokens) → scaled cosine similarities."""
     c = read_json(Path(path) / "config.json")
     config, _ = vit_config(c, f"{path}/config.json")
+    if "text_config" not in c:
+        raise UserError(f"{path}/config.json: has no text_config, so this is no CLIPModel; load_vit reads a vision tower alone.")
     t = c["text_config"]
     end = t.get("eos_token_id", 2)
     text = TextConfig(t["vocab_size"], t["hidden_size"], t["num_hidden_layers"], t["num_attention_heads"], t["intermediate_size"],
@@ -1021,6 +1030,8 @@ def save_decoder(decoder: Decoder, path: str | os.PathLike, **extra) -> None:
 
 def save_vit(vit: ViT, path: str | os.PathLike) -> None:
     """Write a Hugging Face CLIPVisionModel folder (CLIP-style towers only)."""
+    if not vit.config.pre_norm or vit.config.pool != "cls" or vit.config.act not in HF_ACT:
+        raise UserError(f"{path}: only CLIP-style towers can be written; a SigLIP or BLIP-2 tower stays in the folder it was loaded from.")
     names = expand(VIT_NAMES, vit.config.layers, "vision_model.")
     write_tensors(Path(path) / "model.safetensors", {names[k]: v for k, v in vit.state_dict().items()})
     write_json(Path(path) / "config.json", hf_vit_config(vit.config))
@@ -1047,13 +1058,19 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
     c = read_json(path / "config.json")
     if "bridge" not in c:
         raise UserError(f'{path}/config.json: "bridge" is missing, so this is no run folder of train.py.')
-    vit, decoder = (path / c[k] if (path / c[k]).is_dir() else Path(__file__).parent / c[k] if not Path(c[k]).is_dir() else Path(c[k])
-                    for k in ("vit", "decoder"))
-    vit, decoder = load_vit(vit, device, dtype), load_decoder(decoder, device, dtype)
+    vit, decoder = load_vit(tower_folder(path, c["vit"]), device, dtype), load_decoder(tower_folder(path, c["decoder"]), device, dtype)
     with torch.device("meta"):
         bridge = make_bridge(c["bridge"], decoder.config, vit.config.width, **c["bridge_options"])
     load_bridge_file(bridge, path / "bridge.safetensors", device)
     return VLM(vit, bridge, decoder, c.get("image_token")).eval()
+
+
+def tower_folder(run: Path, name: str) -> Path:
+    """Where a run's tower is: inside the run, beside this file (the bundled ones), or at an absolute path."""
+    for folder in (run / name, Path(__file__).parent / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    raise UserError(f'{run}/config.json: the tower "{name}" is neither in the run nor beside model.py; put it back or edit the path.')
 
 
 def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None) -> None:

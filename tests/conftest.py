@@ -1,0 +1,104 @@
+"""What the test files share: published code's own numbers (tests/golden) and small models that hide nothing behind zeros.
+
+A golden case is a folder with a small model of random weights, the tensors that went in and what a published
+implementation made of them (case.json names it and its version); nothing in there was computed by our code.
+"""
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN.parent.parent))
+
+from bridges import make_bridge                                                 # noqa: E402  (after the path)
+from model import VLM, Decoder, DecoderConfig, ViT, ViTConfig                   # noqa: E402
+
+
+def golden(name: str):
+    """(folder, case.json, inputs, expected) of a case."""
+    folder = GOLDEN / name
+    return (folder, json.loads((folder / "case.json").read_text(encoding="utf-8")),
+            load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors"))
+
+
+def check(case: dict, key: str, mine: torch.Tensor, expected: torch.Tensor) -> None:
+    """Integers exactly; gradients against their largest entry; the rest elementwise. The bounds are the case's own (1e-4 in float32:
+    the references are within 1e-5 of float64, so this leaves room for another order of summation and for nothing else)."""
+    tolerance = case["tolerance"]
+    assert mine.shape == expected.shape, f"{key}: shape {tuple(mine.shape)}, expected {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        assert torch.equal(mine, expected), key
+    elif key.startswith("grad.") and key != "grad.loss":
+        worst = (mine - expected).abs().max()
+        assert worst <= tolerance["grad_rtol_of_max"] * expected.abs().max() + 1e-7, f"{key}: off by {worst:.2e}"
+    else:
+        torch.testing.assert_close(mine, expected, atol=tolerance["atol"], rtol=tolerance["rtol"], msg=lambda m: f"{key}: {m}")
+
+
+def check_states(case: dict, hidden: list, expected: dict) -> None:
+    """All hidden states; a failure names the first that differs (0 = embeddings, i = after layer i) and by how much."""
+    names = [k for k in expected if k.startswith("hidden_states.")]
+    assert len(hidden) == len(names)
+    for i, mine in enumerate(hidden):
+        theirs = expected[f"hidden_states.{i}"]
+        if not torch.allclose(mine, theirs, atol=case["tolerance"]["atol"], rtol=case["tolerance"]["rtol"]):
+            pytest.fail(f"{case['case']}: hidden state {i} of 0..{len(names) - 1} is the first that differs, "
+                        f"by {(mine - theirs).abs().max():.3e} at most")
+
+
+def fixed_loss(y: torch.Tensor) -> torch.Tensor:
+    """The scalar whose gradients the golden cases hold: 10 · mean_i( y_i · cos(0.37 i + 0.1) ), i counts y in C order."""
+    wave = torch.cos(0.37 * torch.arange(y.numel(), dtype=torch.float64) + 0.1).to(y.dtype)
+    return 10 * (y.flatten() * wave).mean()
+
+
+def stir(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random values for every parameter, so that nothing hides behind a zero: gates open, norm weights not 1, biases not 0."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=g)
+            if "gate" in name and "mlp" not in name:
+                p.copy_(0.7 * noise + 0.3)
+            elif p.ndim == 1:
+                p.copy_(0.2 * noise + ("norm" in name and name.endswith("weight")))
+            else:
+                p.copy_(noise / math.sqrt(p[0].numel()))
+    return module.eval()
+
+
+TINY = DecoderConfig(vocab_size=61, width=32, layers=4, heads=4, kv_heads=2, head_width=8, hidden=48, tied=False)
+TINY_VIT = ViTConfig(image_size=24, patch=8, width=20, layers=3, heads=2, hidden=40)       # 9 patches and a class token
+
+# every bridge with options that fit the tiny decoder and ViT
+SMALL = {
+    "linear": {}, "mlp": {},
+    "mapl": dict(constants=3, width=16, layers=2, heads=2),
+    "qformer": dict(queries=3, width=16, layers=3, heads=2, hidden=24),
+    "zero_init": dict(prompts=3, adapted=3, width=16, depth=2, heads=2),
+    "flamingo": dict(every=2, first=1, latents=3, depth=2, heads=2, head_width=8),
+}
+
+
+def tiny_decoder(seed: int = 0, **changes) -> Decoder:
+    return stir(Decoder(DecoderConfig(**{**TINY.__dict__, **changes})), seed)
+
+
+def tiny_vlm(name: str, seed: int = 0, image_token: int | None = None, stirred: bool = True, **options) -> VLM:
+    """ViT, bridge and decoder of width 32; `stirred=False` leaves the bridge as it is born (gates at zero)."""
+    torch.manual_seed(seed)
+    bridge = make_bridge(name, TINY, TINY_VIT.width, **{**SMALL[name], **options})
+    bridge = stir(bridge, seed + 1) if stirred else bridge.eval()
+    return VLM(stir(ViT(TINY_VIT), seed + 2), bridge, tiny_decoder(seed + 3), image_token).eval()
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    return tiny_decoder()

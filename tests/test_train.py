@@ -1,0 +1,169 @@
+"""The loop does what it says: frozen bytes stay, accumulation changes nothing, a killed run goes on to the same bits,
+a mistake is one sentence, and every bridge learns to see more than its blind twin."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+from bridges import BRIDGES
+from model import UserError, load_decoder, load_vit, load_vlm
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--dtype", "float32", "--log-every", "1", "--eval-items", "4", "--samples", "0"]
+
+
+def losses(out) -> dict[int, float]:
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return {x["step"]: x["loss"] for x in lines if "loss" in x}
+
+
+def command(*argv, code: str | None = None, check: bool = True) -> subprocess.CompletedProcess:
+    start = [sys.executable, "-c", code] if code else [sys.executable, "train.py"]
+    done = subprocess.run([*start, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_frozen_towers_keep_their_bytes_and_the_bridge_moves(bridge, tmp_path):
+    module = train.main(["--bridge", bridge, "--steps", "3", "--batch", "8", "--out", str(tmp_path), *QUICK])
+    for tower, fresh in ((module.decoder, load_decoder(ROOT / "weights/decoder")), (module.vit, load_vit(ROOT / "weights/vit"))):
+        for (name, a), b in zip(tower.state_dict().items(), fresh.state_dict().values()):
+            assert torch.equal(a, b), name
+    saved = load_vlm(tmp_path)
+    for (name, a), b in zip(module.bridge.state_dict().items(), saved.bridge.state_dict().values()):
+        assert torch.equal(a, b), name                      # what was trained is what is on disk
+    assert {p.name for p in tmp_path.iterdir()} == {"bridge.safetensors", "config.json", "log.jsonl", "results.json", "state.safetensors"}
+
+
+def test_finetune_trains_the_decoder_and_writes_it_into_the_run(tmp_path):
+    module = train.main(["--stage", "finetune", "--bridge", "linear", "--steps", "3", "--batch", "8", "--out", str(tmp_path), *QUICK])
+    fresh = load_decoder(ROOT / "weights/decoder")
+    assert not torch.equal(module.decoder.layers[0].mlp.up.weight, fresh.layers[0].mlp.up.weight)
+    assert torch.equal(load_vlm(tmp_path).decoder.layers[0].mlp.up.weight, module.decoder.layers[0].mlp.up.weight)
+
+
+def test_accumulation_equals_one_large_batch_with_answers_of_unequal_length(tmp_path):
+    runs = [tmp_path / str(n) for n in (1, 3)]
+    for n, out in zip((1, 3), runs):
+        train.main(["--bridge", "mlp", "--steps", "4", "--batch", "8", "--accumulate", str(n), "--out", str(out), *QUICK])
+    a, b = map(losses, runs)
+    # rtol 1e-5: the same float32 sums in another order, through four AdamW updates
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+
+
+def test_gates_open_and_are_logged(tmp_path):
+    for bridge in ("zero_init", "flamingo"):
+        train.main(["--bridge", bridge, "--steps", "3", "--batch", "8", "--out", str(tmp_path), *QUICK])
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert lines[-1]["gate"] > 0 and np.abs(lines[-1]["gates"]).max() > 0
+
+
+RUN = ["--bridge", "qformer", "--steps", "12", "--batch", "4", "--save-every", "4", "--option", "dropout=0.1", *QUICK]   # dropout: random state counts
+KILL_IN_A_STEP = """
+import os, signal, sys, train
+first = train.schedule
+def schedule(progress, *rest):
+    if progress >= 0.6: os.kill(os.getpid(), signal.SIGKILL)
+    return first(progress, *rest)
+train.schedule = schedule
+train.main(sys.argv[1:])
+"""
+KILL_IN_A_SAVE = """
+import os, signal, sys, model, train
+rename, count = os.replace, 0
+def replace(a, b):
+    global count
+    count += str(b).endswith("state.safetensors")
+    if count == 2: os.kill(os.getpid(), signal.SIGKILL)
+    rename(a, b)
+model.os.replace = replace
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("code", [KILL_IN_A_STEP, KILL_IN_A_SAVE], ids=["step", "save"])
+def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(code, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command(*RUN, "--out", whole)
+    assert command(*RUN, "--out", broken, code=code, check=False).returncode == -signal.SIGKILL
+    command("--resume", broken)
+    assert losses(broken) == losses(whole) and len(losses(whole)) == 12         # equal floats, not close ones
+    assert (whole / "bridge.safetensors").read_bytes() == (broken / "bridge.safetensors").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    done = command("--bridge", "linear", "--steps", "30", "--batch", "4", "--lr", "1e38", "--warmup", "0", "--out", tmp_path, *QUICK, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "not finite at step" in done.stderr and "items " in done.stderr and "state.safetensors" in done.stderr
+    state = train.Checkpoint(tmp_path / "state.safetensors")
+    assert all(torch.isfinite(state.get(n)).all() for n in state.where if n.startswith("parameter."))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--bridge", "qfomer"], ['unknown bridge "qfomer"', 'did you mean "qformer"', "flamingo"]),
+    (["--option", "widht=3"], ['no option "widht"', '"width"']),
+    (["--option", "width"], ["name=value"]),
+    (["--stage", "brige"], ['unknown stage "brige"']),
+    (["--batc", "3"], ['unknown argument "--batc"', "--batch"]),
+    (["--steps", "many"], ["--steps", "many"]),
+    (["--steps", "0"], ["--steps 0", "at least 1"]),
+    (["--lm", "no/such/folder"], ["no/such/folder: no such folder"]),
+    (["--resume", "no/such/run"], ["no/such/run", "no such file"]),
+    (["--data", "shaps"], ["shaps", "shapes"]),
+    (["--data", "shapes:tset"], ["tset", "test"]),
+    (["--dtype", "float8"], ["float8", "bfloat16"]),
+], ids=lambda x: " ".join(x) if isinstance(x, list) and x[0].startswith("--") else "")
+def test_a_mistake_is_one_sentence(argv, words, tmp_path):
+    with pytest.raises(UserError) as e:
+        train.main([*argv, *([] if "--resume" in argv else ["--out", str(tmp_path)])])
+    assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_the_command_line_prints_that_sentence_and_exits_with_2():
+    done = command("--bridge", "qfomer", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_list_prints_every_recipe_with_the_papers_numbers_beside_ours():
+    text = command("--list").stdout
+    assert all(f"{name}\n    paper" in text for name in train.RECIPES) and text.count("    toy ") == len(train.RECIPES)
+
+
+def test_a_decoder_with_a_broken_file_is_refused_by_name(tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((ROOT / "weights/decoder" / name).read_bytes())
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="truncated"):
+        train.main(["--lm", str(tmp_path), "--out", str(tmp_path / "run")])
+
+
+def test_the_schedule_warms_up_and_falls_to_its_floor():
+    assert train.schedule(0.0, 0.1) == 0.02 and train.schedule(0.05, 0.1) == 0.5
+    assert math.isclose(train.schedule(0.1, 0.1), 1.0) and math.isclose(train.schedule(1.0, 0.1), 0.02)
+
+
+# A miniature run per bridge, on the two bundled towers: seconds each, and already far from blind.
+MINIATURE = dict(linear=120, mlp=120, mapl=160, qformer=160, zero_init=200, flamingo=160)
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_a_miniature_run_beats_its_blind_twin(bridge, tmp_path):
+    module = train.main(["--bridge", bridge, "--steps", str(MINIATURE[bridge]), "--batch", "32", "--log-every", "20", "--eval-items", "100",
+                         "--samples", "0", "--out", str(tmp_path)])
+    first, *_, last = losses(tmp_path).values()
+    assert last < 0.7 * first
+    rows = {r["name"].split(", ")[-1]: r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert rows["held-out"]["mean"] > rows["blind"]["mean"] + 0.05, rows        # 5 points on 400 questions: 2 standard errors
+    assert rows["held-out"]["cider"] > rows["blind"]["cider"], rows
