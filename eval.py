@@ -21,8 +21,239 @@ from torch import Tensor
 import data
 from model import VLM, Decoder, UserError, ViT, load_decoder, load_vlm, read_json, tower_folder, write_json
 
-# METRICS
-from eval_metrics_part import *  # METRICS
+# ------------------------------------------------------------------------------------------------------------------
+# 1. Metrics, equal to the official code
+# ------------------------------------------------------------------------------------------------------------------
+# A caption is scored as one string, its tokens joined by single blanks. A caption metric takes n candidates
+# and n lists of references and returns the score of the corpus and the list of the images' own scores.
+# "Official" is pycocoevalcap 1.2 and GT-Vision-Lab/VQA at a013f00; tests/test_metrics.py holds their numbers.
+
+LETTER = r"(?:[^\W\d_²³¹¼-¾⅐-⅟]|[\u0300-\u036f])"                   # combining accents belong to the word
+ALNUM = rf"(?:\d|{LETTER})"
+WORD = rf"{LETTER}{ALNUM}*(?:[.!?]{LETTER}{ALNUM}*)*"                # also photo.jpg and a!b
+PART = rf"(?:[dol]['’]{LETTER})?{ALNUM}+"
+THING = rf"{PART}(?:[-_‐‑]{PART})*"                                  # two-story, 5x5, o'clock
+CLITIC, NOT = r"['’](?:[msd]|re|ve|ll)", r"n['’`]t"
+SLASHED = r"[a-z0-9]+(?:-[a-z]+){0,2}"
+ABBREVIATIONS = "|".join(r"""(?:ph|ed)\.d adj adm adv al alex apr assn assoc asst atty aug ave bhd bldg blvd
+    brig bros capt cf cie co cos col corp cpl ct dec dept det dr drs elec esq etc feb fri ft gen gov govs hon
+    inc insp intl jan jos jr jul jun lieut lt ltd maj mar messrs mfg mlle mme mon mr mrs ms mt natl nov oct
+    ph plc pres prof profs pty pvt rd rep reps rev rt sen sens sep sept seq sgt sq sr st ste supt sys thu
+    thurs tue tues treas univ vs wed wm""".split())
+STATES = "|".join("""Ala Ariz Ark Az Calif Colo Conn Dak Del Fla Ga Ill Ind Kan Kans Ky La Mass Md Mich Minn
+    Miss Mo Mont Neb Nev Okla Ore Pa Penn Tenn Tex Va Vt Wash Wis Wisc Wyo""".split())
+
+PTB_RULES = [re.compile(f"(?i:({token})(?:{ahead}))") for token, ahead in (  # token, what must follow
+    ("can", "not"), ("gon|wan", "na"), ("got", "ta"), ("lem|gim", "me"), ("'t", "is|was"),  # can not, 't is
+    (WORD, ""), (THING, ""), (WORD, CLITIC), (THING, CLITIC), ("[a-z]*[a-mo-z]", NOT),      # dog 's, do n't
+    (f"{CLITIC}|{NOT}", "(?![a-z])"),
+    (rf"(?:{ABBREVIATIONS}|(?-i:{STATES})|[a-z](?:\.[a-z])*)\.", ""),                       # mr. etc. p.m.
+    (r"(?:art|ca|est|figs?|nos?|op|pp|prop|tel)\.", r"\s?\d"),                              # no. 5 (no way)
+    (r"[-+]?(?:\d*(?:[.:,]\d+)+|\d+)", ""), (r"\d{1,4}[- \u00a0]\d{1,4}/\d{1,4}", ""),      # 1,000 3:30 3 1/2
+    (rf"{SLASHED}(?:\\?/{SLASHED}){{1,2}}", ""),                                            # and/or, 9/11/01
+    (r"[a-z0-9][a-z0-9.,]*(?:-(?:[a-z0-9]+|[a-z](?:\.[a-z])*\.))+", ""),                    # u.s.-based
+    (r"(?-i:[A-Z]+(?:[+&][A-Z]+)+|[A-Z]*\$)|c\+\+|[cf]\#", ""),                             # at&t, us$, c++
+    (r"['’](?:n['’]|n(?![a-z])|em|cause|till?|[2-9]0s)", ""), (r"['’]\d\d", r"\s|\Z"),      # 'n', '80s, '98
+    ("(?:[ldj]|ol|dunkin|somethin)['’]", ""), ("y['’]", LETTER),                            # ol', y' all
+    (r"[cs]['’]mo\w+|nor['’]easter|li['’]l|nat['’]l|ev['’]ry|e['’]er|cont['’]d\.", ""),     # c'mon, s'mores
+    (rf"(?-i:[A-HJ-XZn]['’]{LETTER}{{2,}}|{LETTER}+[aeiouyAEIOUY]['’][aeiouA-Z]{LETTER}*)", ""),  # ma'am
+    (r"</?[a-z][\w:.-]*(?:\s[^>]*)?/?>|&\#\d+;|-[lr][rsc]b-", ""),                          # <b>
+    (r"(?:https?://|www\.)[^\s<>\"|(){}]+[^\s<>\"|.!?(){},-]", ""),
+    (r"[a-z0-9][^\s\"<>|(){}]*@(?:[^\s\"<>|(){}.]+\.)*[^\s\"<>|(){}.]+|@[a-z_]\w*|\#[^\W\d_]+", ""),
+    (r"(?-i:[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])", "(?![a-z])"), ("[-^x=~<>']_[-^x=~<>']", ""),   # :-) ^_^
+    (r"[?!]+|\*+|\#+|@+|_+|<<|>>|-+|\.{3,5}|''|``|\S", ""),                                 # whatever is left
+)]
+PTB_DROPPED = re.compile("[-–—‒―.…,:;?!\"'`“”‘’‛«»‹›「」]|-{2,4}|\\.{3,5}|''|``")
+PTB_REWRITTEN = {"[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "€": "$", "¢": "cents",
+                 "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
+INVISIBLE = re.compile("[\0-\x1f\u200b-\u200f\u2060\ue000-\uf8ff\ufe00-\ufe0f\ufeff\U00010000-\U0010ffff]")
+ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " ", "\u00ad": ""}
+
+
+def ptb_tokenize(text: str) -> list[str]:
+    """Penn Treebank tokens, lower case, no punctuation: what COCO's code gets from CoreNLP 3.4.1 (Java).
+
+        "A man (in red) doesn't use No. 5!"  →  a man -lrb- in red -rrb- does n't use no. 5
+
+    A lexer like the original: at each position the rule that reaches furthest wins (what it looks ahead at
+    counts; of equals the first). Brackets survive as words, because the official list of dropped punctuation
+    is upper case and the tokens no longer are; so do "!!" and "?!", because the list has single marks. Emoji
+    vanish; 3 1/2 is one token with a no-break space inside. Left out: telephone numbers with blanks,
+    "plan b. The" (b loses its period, even if The begins the next caption), a curly apostrophe in mid-word.
+    """
+    for entity, character in ENTITIES.items():
+        text = text.replace(entity, character)
+    text, tokens, at = INVISIBLE.sub(" ", text), [], 0
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        match = max((m for rule in PTB_RULES if (m := rule.match(text, at))), key=lambda m: m.end())
+        at, token = match.end(1), match[1].lower()
+        if re.fullmatch(f"{CLITIC}|{NOT}", token):
+            token = token.replace("’", "'")                             # elsewhere (o’clock) it stays curly
+        if not PTB_DROPPED.fullmatch(token):
+            token = PTB_REWRITTEN.get(token, token)
+            tokens.append(token.replace("(", "-lrb-").replace(")", "-rrb-").replace(" ", "\u00a0"))
+    return tokens
+
+
+def ngrams(words: list[str], n: int) -> collections.Counter:
+    return collections.Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def bleu(candidates: list[str], references: list[list[str]]) -> tuple[list[float], list]:
+    """BLEU-1 … BLEU-4 (Papineni et al., ACL 2002, §2.3), as COCO's code computes them (option "closest").
+
+    (B1)  p_n = Σ_g min(count in candidate, most in any one reference) / number of n-grams g of the candidate
+    (B2)  BP  = min(1, exp(1 − r/c)),  r: reference length closest to the candidate's c, of two the shorter
+    (B3)  BLEU-k = BP · (p_1 ⋯ p_k)^(1/k)
+
+    For the corpus all counts and lengths are summed over images before (B1): not the mean of the images. The
+    code adds 1e-15 above and 1e-9 below each fraction, so that no match at all scores about 1e-16.
+    """
+    def score(lengths: list[int], matched: list[int], total: list[int]) -> list[float]:
+        ratio = (lengths[0] + 1e-15) / (lengths[1] + 1e-9)                      # c / r
+        penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0                 # (B2)
+        precisions = [(m + 1e-15) / (t + 1e-9) for m, t in zip(matched, total)]         # (B1)
+        return [math.prod(precisions[:k]) ** (1 / k) * penalty for k in (1, 2, 3, 4)]   # (B3)
+
+    counts = []
+    for candidate, refs in zip(candidates, references):
+        words, refs = candidate.split(), [r.split() for r in refs]
+        closest = min((len(r) for r in refs), key=lambda r: (abs(r - len(words)), r))
+        matched, total = [], []
+        for n in (1, 2, 3, 4):
+            most = collections.Counter()
+            for r in refs:
+                most |= ngrams(r, n)                                        # the larger count of each
+            matched.append((ngrams(words, n) & most).total())               # the smaller count of each
+            total.append(max(0, len(words) - n + 1))
+        counts.append(([len(words), closest], matched, total))
+    summed = [[sum(column) for column in zip(*part)] for part in zip(*counts)]
+    return score(*summed), [score(*c) for c in counts]
+
+
+def rouge_l(candidates: list[str], references: list[list[str]], beta: float = 1.2) -> tuple[float, list]:
+    """ROUGE-L (Lin, W04-1013, §3.1, Eq. 2-4): F measure of the longest common subsequence, mean over images.
+
+    (R1)  P = LCS / length of the candidate,  R = LCS / length of the reference
+    (R2)  F = (1 + β²) · P · R / (R + β² · P)
+
+    Paper and published code differ: the paper takes the reference with the best F, the code the best P and
+    the best R of whichever; we follow the code. It splits at blanks only: the empty string is one word.
+    """
+    def common(a: list[str], b: list[str]) -> int:
+        row = [0] * (len(b) + 1)                                    # row[j] = LCS of a so far and b[:j]
+        for x in a:
+            above = row[:]
+            for j, y in enumerate(b):
+                row[j + 1] = above[j] + 1 if x == y else max(above[j + 1], row[j])
+        return row[-1]
+
+    scores = []
+    for candidate, refs in zip(candidates, references):
+        words, refs = candidate.split(" "), [r.split(" ") for r in refs]
+        lcs = [common(words, r) for r in refs]
+        p, r = max(lcs) / len(words), max(x / len(r) for x, r in zip(lcs, refs))                # (R1)
+        scores.append((1 + beta**2) * p * r / (r + beta**2 * p) if p and r else 0.0)            # (R2)
+    return mean(scores), scores
+
+
+def cider(candidates: list[str], references: list[list[str]], sigma: float = 6.0) -> tuple[float, list]:
+    """CIDEr-D (Vedantam et al., 1411.5726v2; in COCO's code just Cider): agreement on what sets images apart.
+
+    symbol   here          meaning
+    h_g(s)   ngrams(s, n)  how often n-gram g stands in sentence s; the paper divides by all n-grams of s
+    df_g     df[g]         number of images with g in any of their references;  |I| = images evaluated
+    g^n(s)   weights(s)    the weights of the n-grams of s, n = 1 … 4
+    l(s)     length        words of s in the paper, BIGRAMS in the code: differs only where s is empty
+
+    (C1)  g^n(s)_g = h_g(s) · (ln |I| − ln max(1, df_g))
+    (C2)  sim_n(c, s) = min(g^n(c), g^n(s)) · g^n(s) / (‖g^n(c)‖ ‖g^n(s)‖)
+    (C3)  CIDEr-D = 10 · mean over references s and n of exp(−(l(c) − l(s))² / 2σ²) · sim_n(c, s)
+
+    The corpus scores the mean over images. A score depends on the whole corpus: with one image ln |I| = 0 and
+    all is 0. The paper stems words, the code does not.
+    """
+    df = collections.Counter()
+    for refs in references:
+        df.update({g for r in refs for n in (1, 2, 3, 4) for g in ngrams(r.split(), n)})
+
+    def weights(sentence: str) -> list[dict[tuple, float]]:
+        images, words = len(references), sentence.split()
+        return [{g: h * (math.log(images) - math.log(max(1, df[g]))) for g, h in ngrams(words, n).items()}
+                for n in (1, 2, 3, 4)]                                          # (C1)
+
+    def similarity(c: dict, s: dict) -> float:
+        norms = math.hypot(*c.values()) * math.hypot(*s.values())
+        dot = sum(min(w, s[g]) * s[g] for g, w in c.items() if g in s)
+        return dot / norms if norms else 0.0                                    # (C2)
+
+    scores = []
+    for candidate, refs in zip(candidates, references):
+        vector, total = weights(candidate), 0.0
+        for r in refs:
+            length = [max(0, len(s.split()) - 1) for s in (candidate, r)]           # bigrams
+            penalty = math.exp(-(length[0] - length[1])**2 / (2 * sigma**2))
+            total += penalty * mean([similarity(c, s) for c, s in zip(vector, weights(r))])
+        scores.append(10 * total / len(refs))                                   # (C3)
+    return mean(scores), scores
+
+
+NUMBER_WORDS = {word: str(n) for n, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+CONTRACTED = {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "n't've": "could had might should would",
+    "'d": "he how it someone something there they where who you",
+    "'d've": "he it she somebody someone something there they we who y'all you",
+    "'ll": "how it somebody someone something they what who why y'all you",
+    "'re": "there they what why you",
+    "'s": "he how somebody someone that there what when where who why",
+    "'ve": "could might must not should they we what where who would you",
+    "": "ma'am o'clock 'twas y'all 'ow's'at"}
+CONTRACTIONS = {word[:i] + word[i + 1:]: word                   # isnt → isn't: one apostrophe is missing
+                for ending, stems in CONTRACTED.items() for word in (stem + ending for stem in stems.split())
+                for i, letter in enumerate(word) if letter == "'"} | {"somebody'd": "somebodyd"}    # sic
+
+
+def vqa_normalize(text: str) -> str:
+    """An answer in the spelling that is compared: punctuation, case, number words, articles, apostrophes.
+
+    Quirks kept: a mark disappears if it touches a blank anywhere in the text, or if a comma stands between
+    two digits anywhere; else it becomes a blank (a-b → a b, but a-b 1,000 → ab 1000). Only 32 periods go: the
+    official code passes the flag re.UNICODE, whose value is 32, where re.sub takes a count.
+    """
+    clean = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        glued = f"{mark} " in text or f" {mark}" in text or re.search(r"[0-9],[0-9]", text)
+        clean = clean.replace(mark, "" if glued else " ")
+    clean = re.sub(r"\.(?!\d)", "", clean, count=32)             # 3. → 3, but 1.5 and .5 stay
+    words = [NUMBER_WORDS.get(w, w) for w in clean.lower().split()]
+    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+def vqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """VQA accuracy, 0 … 1 (Antol et al., 1505.00468; over annotators as in the official evaluation code).
+
+    (V1)  acc = mean over annotators j of min(1, number of OTHER annotators who gave the predicted answer / 3)
+
+    With ten annotators 0, 1, 2, 3, 4 equal answers score 0, 0.3, 0.6, 0.9, 1. Answers are normalised only
+    where the annotators differ (since 2021): if all wrote the same string, the prediction must be that very
+    string, case and all. We tell annotators apart by position, the official code by whole records: where
+    these have no id (VizWiz), it leaves equal ones out together and scores lower.
+    """
+    prediction, *answers = (re.sub(r"[\n\t]", " ", a).strip() for a in (prediction, *answers))
+    if len(set(answers)) > 1:
+        prediction, *answers = (vqa_normalize(a) for a in (prediction, *answers))
+    same = [a == prediction for a in answers]
+    return mean([min(1.0, (sum(same) - s) / 3) for s in same])              # (V1)  s: annotator j's own
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # 2. Answers

@@ -49,7 +49,8 @@ class Recipe:
     batch: int = 64                                     # pictures (or texts) per update
     beta2: float = 0.98                                 # AdamW's second β; the first is 0.9
     weight_decay: float = 0.01                          # on matrices only, as MAPL and BLIP-2 do
-    optimizer: str = "adamw"                            # adamw | muon (matrices by Muon, the rest by AdamW)
+    optimizer: str = "adamw"                            # adamw | muon (matrices of the blocks by Muon at muon_lr, the rest by AdamW)
+    muon_lr: float = 0.02
 
 
 TOY = dict(reads_layer=-2, reads_cls=True)              # the bundled ViT is probed at layer −2; all toy bridges read it
@@ -65,7 +66,7 @@ RECIPES = {
     "flamingo": Recipe("Flamingo: resampler and gated blocks trained; AdamW 1e-4, wd 0.1 (resampler 0), 5,000 warm-up steps then constant, 500k steps",
                        {**TOY, "every": 1, "latents": 16, "depth": 2, "heads": 4, "head_width": 32, "reads_cls": False}),
     "lm": Recipe("LLaMA: next-token loss on text; AdamW 3e-4 (0.9, 0.95), wd 0.1, cosine, 2,000 warm-up steps, 4M tokens a batch",
-                 lr=0.02, steps=6000, optimizer="muon", beta2=0.95),
+                 lr=3e-3, steps=6000, optimizer="muon", beta2=0.95),
     "clip": Recipe("CLIP: both towers, symmetric contrast; Adam 5e-4, wd 0.2, cosine, 2,000 warm-up steps, batch 32,768, 32 epochs of 400M pairs",
                    lr=1.5e-3, steps=2500, batch=96, weight_decay=0.05),
     "finetune": Recipe("LLaVA stage 2: bridge and decoder trained; AdamW 2e-5, wd 0, cosine, warm-up 3 %, batch 128, 3 epochs of Instruct-158K", lr=3e-4),
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> nn.Module:
     print_modules(task.module)
 
     # 4. optimiser and schedule --------------------------------------------------------------------------------------
-    optimizers = make_optimizers(recipe.optimizer, trained, s)
+    optimizers = make_optimizers(recipe, trained, s)
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
 
     # 5. resume ------------------------------------------------------------------------------------------------------
@@ -231,12 +232,8 @@ class BridgeTask:
             load_bridge_file(bridge, Path(s.init) / "bridge.safetensors", device)
         for part, learns in ((vit, False), (bridge, True), (decoder, s.stage == "finetune")):
             part.requires_grad_(learns)
-        self.frozen_dtype()
         self.vocab = decoder.config.vocab_size
         self.expect = f"(a uniform guess over the vocabulary: ln {self.vocab} = {math.log(self.vocab):.2f})"
-
-    def frozen_dtype(self) -> None:
-        """A frozen tower is stored in bfloat16 where autocast would convert it at every step anyway (not on tiny ones)."""
 
     def describe(self, step: int) -> str:
         return f"items {step * self.s.batch} to {(step + 1) * self.s.batch - 1} of {self.s.data}"
@@ -447,18 +444,18 @@ def schedule(progress: float, warmup: float, floor: float = 0.02) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def make_optimizers(kind: str, trained: list[tuple[str, nn.Parameter]], s: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on matrices only. Muon: matrices of the blocks by Muon, the rest by AdamW at 3e-3.
+def make_optimizers(recipe: Recipe, trained: list[tuple[str, nn.Parameter]], s: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW with decay on matrices only. Muon: matrices of the blocks by Muon, the rest by AdamW.
 
     Muon is what gets a tiny decoder off the plateau where it knows the words of a scene but not which belong together
     (measured: AdamW stayed there for thousands of steps).
     """
     fused = trained[0][1].device.type == "cuda"
-    if kind == "muon":
-        matrices = [p for n, p in trained if p.ndim == 2 and n.startswith("layers.")]
-        rest = [p for n, p in trained if not (p.ndim == 2 and n.startswith("layers."))]
-        return [torch.optim.Muon(matrices, lr=s.lr, weight_decay=s.weight_decay),
-                torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, s.beta2), weight_decay=0.0, fused=fused)]
+    if recipe.optimizer == "muon":
+        matrices = [p for n, p in trained if p.ndim == 2 and ("layers." in n or "blocks." in n)]
+        rest = [p for n, p in trained if not any(p is m for m in matrices)]
+        return [torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=s.weight_decay),
+                torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=fused)]
     groups = [{"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
               {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
     return [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=fused)]
