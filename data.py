@@ -1,6 +1,6 @@
 """data.py: text to tokens, pictures to pixels, worlds and data sets to batches.
 
-Chapters 1 tokenizers · 2 pictures · 3 documents and loss masks · 4 the `shapes` world · 5 the `emoji` world · 6 loaders
+Chapters 1 tokenizers · 2 pictures · 3 documents and loss masks · 4 the `shapes` world · 5 the `emoji` world · 6 your own pictures
 Run      python data.py shapes:test 3     prints three items of a data set and writes their pictures to out/samples/
 """
 from __future__ import annotations
@@ -456,11 +456,12 @@ class Shapes:
         rng = self.rng(index)
         things = self.scene(rng)
         orders = [sorted(things, key=lambda t: t.cell)] + [[things[i] for i in rng.permutation(len(things))] for _ in range(4)]
+        image = draw(things, rng)
         kinds = KINDS if turns is None else rng.choice([*KINDS, "shape"], turns)
         qas = self.questions(things, rng, kinds)
         for q in qas:
             q.answers = [q.answer] * 10
-        return Item(draw(things, rng), [caption(o) for o in orders], qas, f"{self.split}-{index}", describe(orders[1], "at"))
+        return Item(image, [caption(o) for o in orders], qas, f"{self.split}-{index}", describe(orders[1], "at"))
 
     def pair(self, index: int) -> tuple[np.ndarray, str, list[str]]:
         """For stage `clip`: a picture, a text that is true of it, and two that are nearly true (swapped or changed attributes)."""
@@ -766,7 +767,7 @@ class Emoji:
     questions: What is on the left? red apple · What is on the right? dog · How many drawings are there? two. One drawing alone:
     What is this? red apple, or, where it is a flag: What country is this? France.
     """
-    name, held_out, splits = "emoji", "pairs", ("train", "val", "pairs", "test")
+    name, held_out, seen, splits = "emoji", "pairs", "val", ("train", "val", "pairs", "test")
 
     def __init__(self, split: str = "train", seed: int = 0, size: int = 64):
         if split not in self.splits:
@@ -847,17 +848,82 @@ class Emoji:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 6. Loaders
+# 6. Your own pictures, and the menu
 # ------------------------------------------------------------------------------------------------------------------
+
+class Folder:
+    """A folder of pictures with captions.jsonl, one {"image": "cat.jpg", "text": "a cat"} a line; every tenth line is `val`.
+
+    A broken line or picture is skipped with a counted warning, or stops the run when strict. item(i) is a function of
+    (seed, split, i): each pass over the data is a permutation of its own.
+    """
+    held_out, seen, splits, size = "val", "train", ("train", "val"), 64         # size: of a ViT trained here
+
+    def __init__(self, path: str, split: str = "train", seed: int = 0, strict: bool = False):
+        self.folder, self.split, self.seed, self.strict, self.name = Path(path), split, seed, strict, f"folder:{path}"
+        self.broken: dict[str, str] = {}
+        file = self.folder / "captions.jsonl"
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f'{file}: cannot be read ({type(e).__name__}); it needs one {{"image": …, "text": …}} a line.') from None
+        records = []
+        for n, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                text, image = record["text"], self.folder / record["image"]
+                if not (isinstance(text, str) and text.strip()):
+                    raise ValueError("the text is empty")
+                records.append((n, image, text.strip()))
+            except (ValueError, KeyError, TypeError) as e:
+                self.skip(f"{file}, line {n}", f"{type(e).__name__}: {e}")
+        self.records = [r for i, r in enumerate(records) if (i % 10 == 9) == (split == "val")] or records[-1:]
+        if not self.records:
+            raise UserError(f"{file}: holds no usable record; each line needs an \"image\" and a \"text\".")
+
+    def skip(self, where: str, why: str) -> None:
+        if self.strict:
+            raise UserError(f"{where}: {why}; repair it, or leave --strict out to skip it.")
+        if where not in self.broken:
+            self.broken[where] = why
+            if len(self.broken) & (len(self.broken) - 1) == 0:                  # at 1, 2, 4, 8, … broken ones
+                print(f"warning: {len(self.broken)} broken records of {self.name} skipped (last: {where}: {why})", file=sys.stderr)
+
+    def rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, index))
+
+    def read(self, index: int) -> tuple[np.ndarray, str, str]:
+        order = self.rng(index // len(self.records)).permutation(len(self.records))
+        for k in range(len(order)):                                             # a broken picture gives its turn to the next
+            n, image, text = self.records[order[(index + k) % len(order)]]
+            if str(image) not in self.broken:
+                try:
+                    return read_image(image), text, f"line {n}"
+                except UserError as e:
+                    self.skip(str(image), str(e).removeprefix(f"{image}: "))
+        raise UserError(f"{self.folder}: not one picture of captions.jsonl could be read (last: {image}).")
+
+    def item(self, index: int, turns: int | None = None) -> Item:
+        image, text, where = self.read(index)
+        return Item(image, [text], [], where)
+
+    def pair(self, index: int) -> tuple[np.ndarray, str, list[str]]:
+        image, text, _ = self.read(index)
+        others = [t for *_, t in (self.records[i] for i in self.rng(index).integers(0, len(self.records), 8)) if t != text]
+        return image, text, others[:2]
+
 
 WORLDS = {"shapes": Shapes, "emoji": Emoji}
 
 
-def open_data(spec: str, seed: int = 0):
-    """A world by its spec "kind[:split]": shapes, shapes:test, emoji:val, …; the split is train unless named."""
+def open_data(spec: str, seed: int = 0, strict: bool = False):
+    """A data set by its spec "kind[:path][:split]": shapes, shapes:test, emoji:val, folder:pictures; the split is train unless named."""
     kind, _, split = spec.partition(":")
+    if kind == "folder":
+        path, _, last = split.rpartition(":")
+        return Folder(*((path, last) if last in Folder.splits else (split, "train")), seed, strict)
     if kind not in WORLDS:
-        raise UserError(f'unknown data "{kind}"; ' + known_names(kind, WORLDS))
+        raise UserError(f'unknown data "{kind}"; ' + known_names(kind, [*WORLDS, "folder:PATH"]))
     splits = WORLDS[kind].splits
     if (split or "train") not in splits:
         raise UserError(f'{kind} has no split "{split}"; ' + known_names(split, splits))

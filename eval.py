@@ -313,7 +313,7 @@ def by_kind(questions: list[data.QA], answers: list[str]) -> dict:
     for q, a in zip(questions, answers):
         hits.setdefault(q.kind, []).append(vqa_accuracy(a, q.answers or [q.answer] * 10))
     result = {k: float(np.mean(v)) for k, v in sorted(hits.items())}
-    return {**result, "mean": float(np.mean(list(result.values())))}
+    return {**result, "mean": float(np.mean(list(result.values())))} if result else {}
 
 
 def caption_scores(captions: list[str], references: list[list[str]]) -> dict:
@@ -416,11 +416,17 @@ def numbers(result: dict) -> dict:
     return {k: v for k, v in result.items() if isinstance(v, float)}
 
 
+def items_of(world, split: str, count: int) -> list[data.Item]:
+    """The first items of another split of the same world."""
+    other = data.open_data(f"{world.name}:{split}", seed=world.seed)
+    return [other.item(i) for i in range(count)]
+
+
 def measure(vlm: VLM, tokenizer: data.Tokenizer, world, count: int, facts: dict, name: str, beams: int = 1) -> tuple[list[dict], list[data.Item], dict]:
     """Rows of the final table: held-out, seen, blind; then the items and the full result on the held-out ones."""
     facts = {"trained": facts.get("trained_parameters"), "examples": facts.get("training_examples")}
-    items = [data.open_data(f"{world.name}:{world.held_out}", seed=world.seed).item(i) for i in range(count)]
-    seen = [data.open_data(f"{world.name}:val", seed=world.seed).item(i) for i in range(count)]
+    items = items_of(world, world.held_out, count)
+    seen = items_of(world, world.seen, count)
     result = evaluate(vlm, tokenizer, items, beams=beams)
     rows = [{"name": f"{name}, held-out", **facts, **numbers(result)},
             {"name": f"{name}, seen", **facts, **numbers(evaluate(vlm, tokenizer, seen, beams=beams))},
@@ -480,7 +486,8 @@ def main(argv: list[str] | None = None) -> None:
         if not args.prompt:
             raise UserError('--lm needs --prompt "…": what to ask the decoder.')
         tokenizer, decoder = data.load_tokenizer(args.lm), load_decoder(args.lm, device)
-        ids = data.chatml(tokenizer, args.prompt) if "<|im_start|>" in tokenizer.special else data.Document(tokenizer).add(args.prompt).tokens
+        chat = "<|im_start|>" in tokenizer.special
+        ids = tokenizer.encode(data.chatml(args.prompt), special=True) if chat else data.Document(tokenizer).add(args.prompt).tokens
         stop = () if tokenizer.eos is None else (tokenizer.eos,)
         out = decoder.generate(torch.tensor([ids], device=device), max_new_tokens=args.max_new_tokens, beams=args.beams, stop=stop)
         print(tokenizer.decode(out[0]).strip())
@@ -494,15 +501,15 @@ def main(argv: list[str] | None = None) -> None:
         document = data.Document(tokenizer).image().add(prompt)
         print(write(vlm.generate, [document], tokenizer, args.max_new_tokens, args.beams, vlm.features(pixels))[0])
         return
-    worlds: dict[str, list[dict]] = {}
+    worlds, last = {}, {}
     for run in args.runs:
         vlm, tokenizer, facts = open_run(run, device)
         world = data.open_data(facts["settings"]["data"], seed=facts["settings"]["seed"])
         rows, items, _ = measure(vlm, tokenizer, world, args.items, facts, Path(run).name, args.beams)
         worlds.setdefault(world.name, []).extend(rows)
-        if run == [r for r in args.runs][-1] or world.name != "shapes":
-            worlds[world.name] += baselines(vlm, tokenizer, world, items)
+        last[world.name] = (vlm, tokenizer, world, items)
     for name, rows in worlds.items():
+        rows += baselines(*last[name])
         print(f"{name}: {args.items} pictures a row; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n")
 
 

@@ -83,7 +83,7 @@ class Settings:
     stage: str = setting("bridge", "bridge (towers frozen) | finetune (bridge and decoder) | lm | clip (the bundled backbones)")
     bridge: str = setting("mapl", f"one of: {', '.join(BRIDGES)}")
     option: list = setting([], "an option of the bridge, name=value; may be repeated", nargs="+", action="extend")
-    data: str = setting("shapes", "kind[:split]: shapes, emoji")
+    data: str = setting("shapes", "kind[:path][:split]: shapes, emoji, folder:PATH (captions.jsonl and pictures)")
     lm: str = setting(f"{WEIGHTS}/decoder", "folder of the decoder (Hugging Face Llama layout)")
     vit: str = setting(f"{WEIGHTS}/vit", "folder of the ViT (CLIP layout); 'new' trains one by contrast on --data first")
     out: str = setting("", "run folder; default out/<stage or bridge>-<data>")
@@ -221,7 +221,7 @@ class BridgeTask:
 
     def __init__(self, s: Settings, recipe: Recipe, device: torch.device):
         self.s, self.device = s, device
-        self.world = data.open_data(s.data, seed=s.seed)
+        self.world = data.open_data(s.data, s.seed, s.strict)
         self.tokenizer = data.load_tokenizer(resolve(s.lm))
         decoder = load_decoder(resolve(s.lm), device)
         vit = load_vit(train_vit(s, device) if s.vit == "new" else resolve(s.vit), device)
@@ -282,7 +282,7 @@ class BridgeTask:
                  decoder="" if self.s.stage == "finetune" else portable(resolve(self.s.lm), out))
 
     def check(self) -> dict:
-        items = [data.open_data(f"{self.world.name}:{self.world.held_out}", seed=self.s.seed).item(i) for i in range(100)]
+        items = evaluation.items_of(self.world, self.world.held_out, 100)
         return evaluation.numbers(evaluation.evaluate(self.module, self.tokenizer, items, captions=False))
 
     def report(self, out: Path) -> None:
@@ -373,7 +373,7 @@ class ClipTask:
 
     def __init__(self, s: Settings, recipe: Recipe, device: torch.device):
         self.s, self.device = s, device
-        self.world = data.open_data(s.data, seed=s.seed)
+        self.world = data.open_data(s.data, s.seed, s.strict)
         self.tokenizer = data.shapes_tokenizer() if s.data.startswith("shapes") else data.load_tokenizer(resolve(s.lm))
         size = self.world.size
         vit = ViT(ViTConfig(image_size=size))

@@ -13,8 +13,8 @@ from torch import nn
 from bridges import (BRIDGES, Flamingo, GatedCrossAttention, Linear, MAPL, MLP, QFormer, QFormerLayer, Resampler, Stage1Heads,
                      ZeroInit, make_bridge)
 from conftest import SMALL, TINY, TINY_VIT, check, check_states, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
-from model import (IGNORE, IMAGE, VLM, Bridge, Cache, Decoder, DecoderConfig, EncoderBlock, UserError, expand, load_bridge_file,
-                   load_decoder, load_vlm, next_token_loss, rope_frequencies, save_vlm, write_tensors)
+from model import (IGNORE, IMAGE, VLM, Bridge, Cache, Decoder, DecoderConfig, EncoderBlock, UserError, ViT, ViTConfig, expand,
+                   load_bridge_file, load_decoder, load_vlm, next_token_loss, rope_frequencies, save_vlm, write_tensors)
 
 WB = ("weight", "bias")
 IMG = IMAGE
@@ -178,17 +178,20 @@ def test_zero_init_is_pefts_adaption_prompt():
 META_NAMES = {
     "embed.weight": "tok_embeddings.weight", "lm_head.weight": "output.weight",
     "layers.{i}.norm1.weight": "layers.{i}.attention_norm.weight", "layers.{i}.norm2.weight": "layers.{i}.ffn_norm.weight",
-    **{f"layers.{{i}}.attention.{p}.weight": f"layers.{{i}}.attention.w{p}.weight" for p in "qkvo"},
-    **{f"layers.{{i}}.mlp.{p}.weight": f"layers.{{i}}.feed_forward.w{n}.weight" for p, n in (("gate", 1), ("down", 2), ("up", 3))},
+    **{f"layers.{{i}}.attention.{p}.{w}": f"layers.{{i}}.attention.w{p}.{w}" for p in "qkvo" for w in WB},
+    **{f"layers.{{i}}.mlp.{p}.{w}": f"layers.{{i}}.feed_forward.w{n}.{w}" for p, n in (("gate", 1), ("down", 2), ("up", 3)) for w in WB},
 }
+
+
+def unravel(theirs: dict, heads: int) -> dict:
+    """Meta's rows of W_q and W_k hold RoPE's pairs side by side, (0,1)(2,3)…; ours hold all firsts, then all seconds."""
+    turn = lambda t: t.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return {name: turn(t) if ".attention.w" in name and name.split(".")[-2] in ("wq", "wk") else t for name, t in theirs.items()}
 
 
 def test_zero_init_is_the_authors_adapter_with_and_without_tanh():
     folder, case, x, expected = golden("adapter-llama-v1")
-    theirs, adapter = load_file(folder / "model.safetensors"), load_file(folder / "adapter.safetensors")
-    for name in theirs:
-        if name.endswith(("wq.weight", "wk.weight")):                           # interleaved pairs (0,1)(2,3)… → halves (0,3)(1,4)…
-            theirs[name] = theirs[name].view(4, 3, 2, 24).transpose(1, 2).reshape(24, 24)
+    theirs, adapter = unravel(load_file(folder / "model.safetensors"), 4), load_file(folder / "adapter.safetensors")
     decoder = Decoder(DecoderConfig(vocab_size=72, width=24, layers=4, heads=4, kv_heads=4, head_width=6, hidden=64, tied=False))
     pour(decoder, theirs, expand(META_NAMES, 4), unused=("rope.freqs",))
     bridge = ZeroInit(decoder.config, 20, prompts=5, adapted=3, version=0)
@@ -208,6 +211,54 @@ def test_zero_init_is_the_authors_adapter_with_and_without_tanh():
     bridge.tanh = False                                                         # the same repository's inference file
     with torch.no_grad():
         check(case, "inference_code_logits", decoder(x["input_ids"], bridge=bridge), expected["inference_code_logits"])
+
+
+OPENAI_NAMES = {        # CLIP's image tower as its authors store it
+    "cls": "class_embedding", "positions": "positional_embedding", "patch.weight": "conv1.weight",
+    **{f"{a}.{w}": f"{b}.{w}" for w in WB for a, b in (("pre_norm", "ln_pre"), ("post_norm", "ln_post"))},
+    **{f"blocks.{{i}}.{p}.{w}": f"transformer.resblocks.{{i}}.attn.in_proj_{w}[{n}/3]" for n, p in enumerate("qkv") for w in WB},
+    **{f"blocks.{{i}}.{a}.{w}": f"transformer.resblocks.{{i}}.{b}.{w}" for w in WB for a, b in (
+        ("o", "attn.out_proj"), ("norm1", "ln_1"), ("norm2", "ln_2"), ("up", "mlp.c_fc"), ("down", "mlp.c_proj"))},
+}
+V2_NAMES = {
+    **{f"{a}.{w}": f"{b}.{w}" for w in WB for a, b in (("vision", "clip_proj"), ("vision_norm", "clip_proj_norm"),
+                                                       ("project", "visual_proj"), ("project_norm", "visual_proj_norm"))},
+    "queries": "visual_query.weight", "prompts": "adapter_query.weight",
+    **{f"blocks.{{i}}.{p}.{w}": f"visual_blocks.{{i}}.attn.qkv.{w}[{n}/3]" for n, p in enumerate("qkv") for w in WB},
+    **{f"blocks.{{i}}.{a}.{w}": f"visual_blocks.{{i}}.{b}.{w}" for w in WB for a, b in (
+        ("o", "attn.proj"), ("norm1", "norm1"), ("norm2", "norm2"), ("up", "mlp.fc1"), ("down", "mlp.fc2"))},
+}
+
+
+def test_zero_init_is_the_authors_second_version_with_images():
+    folder, case, x, expected = golden("adapter-llama-v2-multimodal")
+    adapter = load_file(folder / "adapter.safetensors")
+    biases = {k.removeprefix("llama."): v for k, v in adapter.items() if k.startswith("llama.") and not k.endswith("gate")}
+    zero = {f"layers.{l}.attention.w{p}.bias": torch.zeros(24) for l in range(3) for p in "kv"}     # bias tuning leaves k and v alone
+    decoder = Decoder(DecoderConfig(vocab_size=72, width=24, layers=3, heads=4, kv_heads=4, head_width=6, hidden=64, tied=False,
+                                    attention_bias=True, mlp_bias=True))
+    pour(decoder, unravel({**load_file(folder / "model.safetensors"), **biases, **zero}, 4), expand(META_NAMES, 3))
+    clip = {k.removeprefix("clip.visual."): v for k, v in load_file(folder / "clip.safetensors").items()}
+    out = clip.pop("proj")                                                      # (Di, width of the shared space)
+    vit = pour(ViT(ViTConfig(image_size=28, patch=7, width=20, layers=2, heads=4, hidden=80)), clip, expand(OPENAI_NAMES, 2))
+    bridge = ZeroInit(decoder.config, 16, prompts=5, adapted=2, width=18, depth=2, heads=3, mlp=2)
+    names = expand(V2_NAMES, 2)
+    pour(bridge, adapter, names, ours_only=("gate",), unused=("llama.",))
+    with torch.no_grad():
+        bridge.gate.copy_(torch.stack([adapter[f"llama.layers.{l}.attention.gate"].flatten() for l in range(3)]))
+        features = vit.post_norm(vit(x["pixel_values"])) @ out                  # all tokens, normalised and projected
+    visual = bridge.see(features)
+    check(case, "visual_query", visual, expected["visual_query"])
+    logits = decoder(x["input_ids"], bridge=bridge, visual=visual)
+    check(case, "logits", logits, expected["logits"])
+    loss = fixed_loss(logits)
+    loss.backward()
+    check(case, "grad.loss", loss, expected["grad.loss"])
+    gates = {k: expected.pop(k) for k in list(expected) if k.endswith("gate")}
+    assert len(gates) == 2
+    for key, theirs in gates.items():
+        check(case, key, bridge.gate.grad[int(key.split(".")[3])].view(1, 4, 1, 1), theirs)
+    check_grads(case, expected, (bridge, names))
 
 
 RESAMPLER_NAMES = {
@@ -464,6 +515,14 @@ def test_flamingo_cares_for_the_order_of_images_not_of_patches():
         same = vlm(TWO, features=f[:, shuffle])
         torch.testing.assert_close(same, vlm(TWO, features=f), atol=1e-5, rtol=1e-5)    # no positions: sums in another order
         assert (vlm(TWO, features=f.flip(0)) - vlm(TWO, features=f)).abs().max() > 1e-2
+
+
+def test_the_papers_norm_on_the_keys_makes_the_latents_scale_irrelevant():
+    for norm_media in (True, False):
+        block = stir(GatedCrossAttention(32, 20, 2, 8, 4, "gelu", norm_media))
+        media = torch.randn(1, 6, 20, generator=G())
+        close = torch.allclose(block.project(100 * media)[0], block.project(media)[0], atol=1e-3)      # the norm's ε is all that differs
+        assert close == norm_media
 
 
 def test_a_learned_time_tells_images_apart():

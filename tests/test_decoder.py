@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, check, check_states, golden, stir, tiny_decoder
-from model import (Cache, Decoder, DecoderConfig, UserError, attend, attend_explicit, causal_mask, load_decoder, rope_frequencies,
-                   sample, save_decoder, visible_to_bias)
+from model import (Cache, Decoder, DecoderConfig, RMSNorm, UserError, attend, attend_explicit, causal_mask, load_decoder,
+                   rope_frequencies, sample, save_decoder, visible_to_bias)
 
 CASES = ["llama-mha", "llama-gqa-tied", "llama-rope-llama3", "llama-sharded", "llama-bf16"]
 
@@ -61,6 +61,13 @@ def test_llama3_frequencies_are_the_published_values():
     ratio = rope_frequencies(DecoderConfig(head_width=64, rope_theta=5e5, rope_scaling=scaling)) / rope_frequencies(plain)
     published = torch.tensor([1.0] * 15 + [0.605573, 0.303743, 0.103448] + [1 / 32] * 14)
     torch.testing.assert_close(ratio, published, atol=1e-6, rtol=1e-6)          # six digits were published
+
+
+def test_rmsnorm_rounds_before_it_multiplies_by_the_weight():
+    x, norm = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).bfloat16(), stir(RMSNorm(32, 1e-5)).bfloat16()
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(norm(x), norm.weight * y.bfloat16())                     # as published; the other order differs in the last bit
+    assert not torch.equal(norm(x), (norm.weight.float() * y).bfloat16())
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
