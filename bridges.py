@@ -125,7 +125,7 @@ class PostNormAttention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = (split_heads(y, self.heads) for y in (self.q(x), self.k(source), self.v(source)))
-        y = self.o(merge_heads(attend(q, k, v, bias)))
+        y = self.o(merge_heads(attend(q, k, v, bias, dropout=self.dropout if self.training else 0.0)))
         return self.norm(x + F.dropout(y, self.dropout, self.training))
 
 

@@ -388,7 +388,7 @@ class Shapes:
     questions: is there a red square? yes · how many rings are there? one · what color is the ring? blue ·
     where is the red square? top left.
     """
-    name, size, held_out, splits = "shapes", 3 * CELL, "test", ("train", "val", "test", "all")
+    name, size, held_out, seen, splits = "shapes", 3 * CELL, "test", "val", ("train", "val", "test", "all")
 
     def __init__(self, split: str = "train", seed: int = 0):
         if split not in ("train", "val", "test", "all"):

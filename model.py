@@ -39,7 +39,7 @@ class UserError(ValueError):
 # 1. Attention, twice
 # ------------------------------------------------------------------------------------------------------------------
 
-def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """softmax(QKᵀ/√E + bias) V, spelled out (Attention is all you need, 1706.03762v7, Eq. 1).
 
     q (B, H, T, E); k, v (B, H, S, E); bias broadcastable to (B, H, T, S): 0 where a query may look, very negative
@@ -49,10 +49,10 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
     if bias is not None:
         scores = scores + bias
     weights = scores.softmax(-1, dtype=torch.float32)           # (B, H, T, S)  each row sums to 1
-    return weights.to(v.dtype) @ v                              # (B, H, T, E)
+    return F.dropout(weights, dropout).to(v.dtype) @ v          # (B, H, T, E)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False, dropout: float = 0.0) -> Tensor:
     """The same function by the faster road for the device; a test holds the two equal.
 
     `causal` (query t sees keys 0..t; T == S) and `bias` exclude each other. With gradients on a CPU the explicit form
@@ -61,8 +61,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
     """
     assert not (causal and bias is not None), "one mask, not two"
     if q.device.type == "cpu" and torch.is_grad_enabled():
-        return attend_explicit(q, k, v, visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype) if causal else bias)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+        return attend_explicit(q, k, v, visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype) if causal else bias, dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
 
 
 def causal_mask(T: int, device=None) -> Tensor:
@@ -391,6 +391,8 @@ class Decoder(nn.Module):
     def generate(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0, beams: int = 1,
                  length_penalty: float = 1.0, **kw) -> Tensor:
         """The new tokens only, (B, T_new) int64; arguments as in `stream`. beams > 1: beam search (no sampling)."""
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
         if beams > 1:
             return self.beam_search(tokens, max_new_tokens, beams, length_penalty, **kw)
         return torch.stack(list(self.stream(tokens, max_new_tokens, temperature, **kw)), dim=1)
@@ -401,7 +403,7 @@ class Decoder(nn.Module):
                     bridge: Bridge | None = None, visual=None) -> Tensor:
         """The sequence of largest log p / length^penalty among `beams` kept per row; (B, T_new), ended rows repeat the stop id."""
         B, T = (tokens.shape if embeds is None else embeds.shape[:2])
-        W, V, weight = beams, self.config.vocab_size, self.embed.weight
+        W, V, weight = min(beams, self.config.vocab_size), self.config.vocab_size, self.embed.weight
         cache = Cache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
         logits = self.head(self.states(tokens, mask, embeds=embeds, cache=cache, bridge=bridge, visual=visual)[-1][:, -1])
         total, first = logits.float().log_softmax(-1).topk(W)                   # (B, W) log p of the W best first tokens
@@ -689,12 +691,13 @@ class VLM(nn.Module):
         return self.vit.features(pixels, self.bridge.reads_layer, self.bridge.reads_cls)
 
     def prepare(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None, labels: Tensor | None = None,
-                left: bool | None = None, **text):
+                left: bool | None = None, bridge_tokens: Tensor | None = None, bridge_mask: Tensor | None = None):
         """Put the images into the text: what the decoder needs, and the labels that moved with the expansion.
 
         tokens (B, T) with one IMAGE per image → dict(embeds (B, T', D), mask, bridge, visual), labels (B, T').
         An IMAGE becomes the bridge's K soft tokens, or the ordinary token `image_token`, or nothing. Padding stays on the
-        side it came from, on the right where rows of one length unfold to several; left=True puts it in front. `text` goes to the bridge's `see` (an instruction for the Q-Former itself).
+        side it came from, on the right where rows of one length unfold to several; left=True puts it in front.
+        bridge_tokens (ΣM, T) and their bridge_mask go to the bridge's `see`: an instruction for the Q-Former itself.
         """
         is_image = tokens == IMAGE
         if int(is_image.sum()) != len(features):
@@ -703,7 +706,7 @@ class VLM(nn.Module):
         row, column = is_image.nonzero(as_tuple=True)                           # (ΣM,) row by row, from left to right
         seen = is_image.cumsum(1)                                               # (B, T) images at or before each position
         where = Where(row, seen[row, column], seen)
-        visual = self.bridge.see(features, where, **text)
+        visual = self.bridge.see(features, where, **({} if bridge_tokens is None else dict(text=bridge_tokens, text_mask=bridge_mask)))
         soft = self.bridge.prefix(visual)                                       # (ΣM, K, D) or None
         inputs = dict(bridge=self.bridge, visual=visual if soft is None else None)      # of a prefix nothing else is read
         if soft is None and self.image_token is not None:                       # the image is an ordinary word
@@ -732,30 +735,32 @@ class VLM(nn.Module):
         return dict(embeds=new, mask=None if bool(there.all()) else there, **inputs), labels
 
     def forward(self, tokens: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None, *, features: Tensor | None = None,
-                bridge_tokens: Tensor | None = None, return_hidden: bool = False):
-        """Logits (B, T', V) over the expanded sequence. `features` (ΣM, N, Di) may be given instead of pixels (cached);
-        `bridge_tokens` (ΣM, T) is text for the Q-Former itself."""
+                return_hidden: bool = False, **text):
+        """Logits (B, T', V) over the expanded sequence.
+
+        `features` (ΣM, N, Di) may be given instead of pixels (cached); text: bridge_tokens, bridge_mask as in `prepare`.
+        """
         features = self.features(pixels) if features is None else features
-        inputs, _ = self.prepare(tokens, features, mask, **({} if bridge_tokens is None else {"text": bridge_tokens}))
+        inputs, _ = self.prepare(tokens, features, mask, **text)
         return self.decoder(return_hidden=return_hidden, **inputs)
 
     def loss(self, tokens: Tensor, labels: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None,
-             features: Tensor | None = None) -> tuple[Tensor, int]:
+             features: Tensor | None = None, **text) -> tuple[Tensor, int]:
         """Σ −log p(y_t | y_<t, image) over the supervised tokens, and their number.
 
         labels (B, T): the token itself where it is supervised, IGNORE elsewhere; the shift happens here. Logits are
         computed at supervised positions only: the vocabulary projection dominates a small decoder.
         """
         features = self.features(pixels) if features is None else features
-        inputs, labels = self.prepare(tokens, features, mask, labels)
+        inputs, labels = self.prepare(tokens, features, mask, labels, **text)
         return next_token_loss(self.decoder, labels, **inputs)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, pixels: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
-                 mask: Tensor | None = None, features: Tensor | None = None, **kw) -> Tensor:
-        """New tokens (B, T_new); arguments as in Decoder.generate. Padding, if any, stands on the left."""
+    def generate(self, tokens: Tensor, pixels: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0, mask: Tensor | None = None,
+                 features: Tensor | None = None, bridge_tokens: Tensor | None = None, bridge_mask: Tensor | None = None, **kw) -> Tensor:
+        """New tokens (B, T_new); arguments as in Decoder.generate. Padding may stand on either side."""
         features = self.features(pixels) if features is None else features
-        inputs, _ = self.prepare(tokens, features, mask, left=True)
+        inputs, _ = self.prepare(tokens, features, mask, left=True, bridge_tokens=bridge_tokens, bridge_mask=bridge_mask)
         return self.decoder.generate(max_new_tokens=max_new_tokens, temperature=temperature, **inputs, **kw)
 
 

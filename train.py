@@ -85,7 +85,7 @@ class Settings:
     option: list = setting([], "an option of the bridge, name=value; may be repeated", nargs="+", action="extend")
     data: str = setting("shapes", "kind[:path][:split]: shapes, emoji, folder:PATH (captions.jsonl and pictures)")
     lm: str = setting(f"{WEIGHTS}/decoder", "folder of the decoder (Hugging Face Llama layout)")
-    vit: str = setting(f"{WEIGHTS}/vit", "folder of the ViT (CLIP layout); 'new' trains one by contrast on --data first")
+    vit: str = setting(f"{WEIGHTS}/vit", "folder of the ViT (CLIP layout); --stage clip makes one")
     out: str = setting("", "run folder; default out/<stage or bridge>-<data>")
     init: str = setting("", "run folder whose bridge to start from (finetune)")
     steps: int = setting(None, "updates")
@@ -224,7 +224,7 @@ class BridgeTask:
         self.world = data.open_data(s.data, s.seed, s.strict)
         self.tokenizer = data.load_tokenizer(resolve(s.lm))
         decoder = load_decoder(resolve(s.lm), device)
-        vit = load_vit(train_vit(s, device) if s.vit == "new" else resolve(s.vit), device)
+        vit = load_vit(resolve(s.vit), device)
         options = {**(RECIPES[s.bridge].options), **parse_options(s.option)}
         bridge = make_bridge(s.bridge, decoder.config, vit.config.width, **options).to(device)
         self.module = VLM(vit, bridge, decoder, self.tokenizer.image)
@@ -278,8 +278,8 @@ class BridgeTask:
         return {"gates": gates().tolist()} if gates else {}
 
     def save(self, out: Path, facts: dict) -> None:
-        save_vlm(self.module, out, facts, vit=portable(resolve(self.s.vit) if self.s.vit != "new" else out / "vit", out),
-                 decoder="" if self.s.stage == "finetune" else portable(resolve(self.s.lm), out))
+        decoder = "" if self.s.stage == "finetune" else portable(resolve(self.s.lm), out)
+        save_vlm(self.module, out, facts, portable(resolve(self.s.vit), out), decoder)
 
     def check(self) -> dict:
         items = evaluation.items_of(self.world, self.world.held_out, 100)
@@ -582,17 +582,6 @@ def parse_options(pairs: list[str]) -> dict:
 def append(path: Path, line: dict) -> None:
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(line) + "\n")
-
-
-def train_vit(s: Settings, device: torch.device) -> Path:
-    """--vit new: a ViT by contrast on the same data first, into RUN/vit."""
-    out = Path(s.out or f"out/{s.bridge}-{s.data.split(':')[0]}")
-    folder = out / "clip"
-    if not (folder / "vit" / "model.safetensors").exists():
-        print("vit      none given: stage clip on the same data first")
-        main(["--stage", "clip", "--data", s.data, "--lm", s.lm, "--out", str(folder), "--seed", str(s.seed), "--device", s.device,
-              "--dtype", s.dtype, "--threads", str(s.threads)])
-    return folder / "vit"
 
 
 def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:

@@ -843,7 +843,8 @@ def test_a_bridge_owns_all_of_its_parameters_and_the_decoder_none():
     ("mapl", dict(constant=3), 'mapl has no option "constant"; did you mean "constants"'),
     ("linear", dict(read_layer=1), 'did you mean "reads_layer"'), ("flamingo", dict(xyz=1), "Known: every, first"),
     ("zero_init", dict(adapted=5), "topmost 5 layers, but the decoder has 4"), ("zero_init", dict(adapted=0), "adapted=1..4"),
-    ("zero_init", dict(adapted=2, gate_per="heads"), '"head" or "layer", not "heads"'), ("zero_init", dict(adapted=2, version=3), "0, 1 and 2, not 3"),
+    ("zero_init", dict(adapted=2, gate_per="heads"), '"head" or "layer", not "heads"'),
+    ("zero_init", dict(adapted=2, version=3), "0, 1 and 2, not 3"),
     ("mapl", dict(width=10, heads=3), "10.*3"), ("qformer", dict(width=10, heads=3), "10.*3"),
     ("zero_init", dict(adapted=2, width=10, heads=3), "10.*3"), ("flamingo", dict(act="geluu"), 'no activation "geluu"; known: .*gelu')])
 def test_an_unknown_name_or_impossible_option_is_said_in_words(name, options, message):

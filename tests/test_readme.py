@@ -1,0 +1,39 @@
+"""What the README prints is what runs: its commands exist, its files and line counts are true, and its numbers stand in a results file."""
+import re
+from pathlib import Path
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_screen_has_the_two_commands():
+    first = "\n".join(README.splitlines()[:40])
+    assert "pip install -r requirements.txt && python train.py" in first
+    assert "pip install -r requirements.txt && python -m pytest" in first
+
+
+def test_every_flag_in_a_command_of_the_readme_exists():
+    help = {"train.py": (ROOT / "train.py").read_text(), "eval.py": (ROOT / "eval.py").read_text()}
+    known = {"train.py": {"--" + f.replace("_", "-") for f in train.Settings.__dataclass_fields__} | {"--resume", "--list"},
+             "eval.py": set(re.findall(r'"(--[a-z-]+)"', help["eval.py"]))}
+    commands = re.findall(r"python (train|eval)\.py([^\n`#]*)", README)
+    assert len(commands) > 8
+    for program, rest in commands:
+        for flag in re.findall(r"--[a-z-]+", rest):
+            assert flag in known[program + ".py"], (program, flag)
+
+
+def test_the_line_counts_are_within_a_tenth():
+    for name, count in re.findall(r"`(\w+\.py)` \| (\d+) \|", README):
+        real = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(real - int(count)) <= 0.1 * real, (name, real)
+    assert len(re.findall(r"`\w+\.py` \| \d+ \|", README)) == 5
+
+
+def test_the_table_of_the_readme_is_the_one_in_the_results_file():
+    """weights/results.txt is what `python eval.py out/…` printed; the README quotes it."""
+    printed = (ROOT / "weights" / "results.txt").read_text(encoding="utf-8")
+    rows = [line for line in printed.splitlines() if ", held-out" in line or line.startswith(("chance", "oracle"))]
+    assert len(rows) >= 8 and all(row.strip() in README for row in rows)
