@@ -522,9 +522,12 @@ class ShapesText:
         return [self.word[w] for w in (t.size, t.color, t.shape, *t.place.split())]
 
     def document(self, index: int, progress: float = 1.0) -> tuple[Document, list[list[int]]]:
-        """`progress` (0..1) through the training: drills make up most of the documents at first and few at the end."""
+        """`progress` (0..1) through the training: drills make up most of the documents at first and few at the end.
+
+        progress = 1 is a second training (--init): more of what was weakest after the first, counting and the style "place".
+        """
         rng = self.world.rng(index)
-        drills = min(0.7, max(0.1, 1.0 - 1.5 * progress))
+        drills, again = min(0.7, max(0.1, 1.0 - 1.5 * progress)), progress >= 1
         if rng.random() < 0.6 * drills:
             return self.recall(rng)
         things = self.world.scene(rng)
@@ -540,10 +543,11 @@ class ShapesText:
             for _ in bags:
                 d.image()
         else:
-            d.add(describe(order, list(STYLES)[rng.integers(len(STYLES))]), learn=everything)
+            d.add(describe(order, rng.choice(list(STYLES), p=(0.15, 0.15, 0.55, 0.15) if again else None)), learn=everything)
         if rng.random() < drills:
             return self.drill(d, things, rng), bags
-        for kind in rng.permutation([*KINDS, *KINDS, "count", "position", "shape", "caption"])[:rng.integers(3, 7)]:
+        kinds = [*KINDS, *(["count"] * 5 if again else KINDS), "count", "position", "shape", "caption"]
+        for kind in rng.permutation(kinds)[:rng.integers(3, 7)]:
             if kind == "caption":
                 d.add(CAPTION, everything).add(" " + caption(sorted(things, key=lambda t: t.cell)), learn=True).end()
             elif q := self.world.question(things, kind, rng):

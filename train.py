@@ -49,22 +49,22 @@ class Recipe:
     batch: int = 64                                     # pictures (or texts) per update
     beta2: float = 0.98                                 # AdamW's second β; the first is 0.9
     weight_decay: float = 0.01                          # on matrices only, as MAPL and BLIP-2 do
-    optimizer: str = "adamw"                            # adamw | muon (matrices of the blocks by Muon at muon_lr, the rest by AdamW)
+    optimizer: str = "adamw"                            # adamw | muon (matrices of Linear layers by Muon at muon_lr, the rest by AdamW)
     muon_lr: float = 0.02
 
 
 TOY = dict(reads_layer=-2, reads_cls=True)              # the bundled ViT is probed at layer −2; all toy bridges read it
 RECIPES = {
-    "linear": Recipe("LLaVA stage 1: W trained; AdamW 2e-3, wd 0, cosine, warm-up 3 %, batch 128, 1 epoch of CC-595K", {**TOY, "reads_cls": False}, lr=3e-3),
-    "mlp": Recipe("LLaVA-1.5 stage 1: MLP trained; AdamW 1e-3, wd 0, cosine, warm-up 3 %, batch 256, 1 epoch of LCS-558K", {**TOY, "reads_cls": False}, lr=2e-3),
+    "linear": Recipe("LLaVA stage 1: W trained; AdamW 2e-3, wd 0, cosine, warm-up 3 %, batch 128, 1 epoch of CC-595K", {**TOY, "reads_cls": False}, lr=6e-3, steps=1500),
+    "mlp": Recipe("LLaVA-1.5 stage 1: MLP trained; AdamW 1e-3, wd 0, cosine, warm-up 3 %, batch 256, 1 epoch of LCS-558K", {**TOY, "reads_cls": False}, lr=6e-3),
     "mapl": Recipe("MAPL: mapper trained; AdamW 3e-4 (0.9, 0.95), wd 0.01, 1,500 warm-up steps then constant, batch 128, COCO or CC-clean",
-                   {**TOY, "constants": 16, "width": 128, "layers": 2, "heads": 4}),
+                   {**TOY, "constants": 16, "width": 128, "layers": 2, "heads": 4}, lr=2e-3, optimizer="muon"),
     "qformer": Recipe("BLIP-2 stage 2: Q-Former trained; AdamW 1e-4 (0.9, 0.98), wd 0.05, cosine, 2,000 warm-up steps, batch 1,920, 80k steps",
-                      {**TOY, "queries": 16, "width": 128, "layers": 2, "heads": 4, "hidden": 512, "dropout": 0.0}),
+                      {**TOY, "queries": 16, "width": 128, "layers": 2, "heads": 4, "hidden": 512, "dropout": 0.0}, lr=2e-3, optimizer="muon"),
     "zero_init": Recipe("LLaMA-Adapter: prompts, gates, projection trained; AdamW 9e-3 per 256 (0.9, 0.95), wd 0.02, 2 of 5 epochs warm-up, batch 64",
-                        {**TOY, "prompts": 16, "adapted": 4, "version": 2, "width": 128, "depth": 2, "heads": 4}),
+                        {**TOY, "prompts": 16, "adapted": 4, "version": 2, "width": 128, "depth": 2, "heads": 4}, lr=3e-3, optimizer="muon"),
     "flamingo": Recipe("Flamingo: resampler and gated blocks trained; AdamW 1e-4, wd 0.1 (resampler 0), 5,000 warm-up steps then constant, 500k steps",
-                       {**TOY, "every": 1, "latents": 16, "depth": 2, "heads": 4, "head_width": 32, "reads_cls": False}),
+                       {**TOY, "every": 1, "latents": 16, "depth": 2, "heads": 4, "head_width": 32, "reads_cls": False}, lr=2e-3, optimizer="muon", steps=1500),
     "lm": Recipe("LLaMA: next-token loss on text; AdamW 3e-4 (0.9, 0.95), wd 0.1, cosine, 2,000 warm-up steps, 4M tokens a batch",
                  lr=3e-3, steps=6000, optimizer="muon", beta2=0.95),
     "clip": Recipe("CLIP: both towers, symmetric contrast; Adam 5e-4, wd 0.2, cosine, 2,000 warm-up steps, batch 32,768, 32 epochs of 400M pairs",
@@ -81,13 +81,13 @@ def setting(default, help: str, **kw):
 class Settings:
     """Every flag of the command line. None means: what the recipe says."""
     stage: str = setting("bridge", "bridge (towers frozen) | finetune (bridge and decoder) | lm | clip (the bundled backbones)")
-    bridge: str = setting("mapl", f"one of: {', '.join(BRIDGES)}")
+    bridge: str = setting("mlp", f"one of: {', '.join(BRIDGES)}")
     option: list = setting([], "an option of the bridge, name=value; may be repeated", nargs="+", action="extend")
     data: str = setting("shapes", "kind[:path][:split]: shapes, emoji, folder:PATH (captions.jsonl and pictures)")
     lm: str = setting(f"{WEIGHTS}/decoder", "folder of the decoder (Hugging Face Llama layout)")
     vit: str = setting(f"{WEIGHTS}/vit", "folder of the ViT (CLIP layout); --stage clip makes one")
     out: str = setting("", "run folder; default out/<stage or bridge>-<data>")
-    init: str = setting("", "run folder whose bridge to start from (finetune)")
+    init: str = setting("", "run folder to start from: its bridge (bridge, finetune), its decoder (lm)")
     steps: int = setting(None, "updates")
     minutes: float = setting(None, "stop after so many minutes of training instead; the schedule follows the clock")
     batch: int = setting(None, "pictures per update")
@@ -133,16 +133,14 @@ def main(argv: list[str] | None = None) -> nn.Module:
     print_modules(task.module)
 
     # 4. optimiser and schedule --------------------------------------------------------------------------------------
-    optimizers = make_optimizers(recipe, trained, s)
+    optimizers = make_optimizers(recipe, task.module, trained, s)
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
 
     # 5. resume ------------------------------------------------------------------------------------------------------
     step, smooth, spent = 0, None, 0.0
     if resume:
         step, smooth, spent = load_state(out, trained, optimizers)
-        lines = [x for x in (out / "log.jsonl").read_text(encoding="utf-8").splitlines(True) if json.loads(x)["step"] <= step]
-        with atomically(out / "log.jsonl") as tmp:
-            tmp.write_text("".join(lines), encoding="utf-8")                    # lines after the state are written again
+        rewind_log(out / "log.jsonl", step)
         print(f"resume   at step {step} of {out}")
     else:
         write_json(out / "config.json", {"settings": dataclasses.asdict(s)})
@@ -296,7 +294,7 @@ class TextTask:
         self.s, self.device = s, device
         self.tokenizer = data.shapes_tokenizer()
         config = DecoderConfig(vocab_size=self.tokenizer.vocab_size)
-        self.module = Decoder(config).init_weights().to(device)
+        self.module = (load_decoder(Path(s.init) / "decoder") if s.init else Decoder(config).init_weights()).to(device)
         self.text = data.ShapesText(self.tokenizer, seed=s.seed)
         self.vlm = VLM(nn.Module(), WordBag(self.module), self.module)
         self.expect = f"(a uniform guess over the vocabulary: ln {config.vocab_size} = {math.log(config.vocab_size):.2f})"
@@ -310,7 +308,7 @@ class TextTask:
         block = step // BLOCK
         if block not in self.pool:
             n = self.s.batch * BLOCK
-            progress = block * BLOCK / self.s.steps
+            progress = 1.0 if self.s.init else block * BLOCK / self.s.steps     # drills come first, once
             documents = sorted((self.text.document(block * n + i, progress) for i in range(n)), key=lambda d: len(d[0].tokens))
             order = np.random.default_rng((self.s.seed, 2, block)).permutation(BLOCK)
             self.pool = {block: [documents[i * self.s.batch:(i + 1) * self.s.batch] for i in order]}
@@ -343,11 +341,13 @@ class TextTask:
         return evaluation.reading(self.module, self.tokenizer, 50)
 
     def report(self, out: Path) -> None:
-        """The gate: above 97 % per question type and per number of objects, on scenes told in words."""
+        """The gate: above 97 % per question type and per number of objects, on scenes told in words (three styles; the fourth apart)."""
         result = evaluation.reading(self.module, self.tokenizer, self.s.eval_items)
-        write_json(out / "reading.json", result)
-        print("reading  worded scenes, exact answers in %: " + "  ".join(f"{k} {100 * v:.1f}" for k, v in result.items()))
-        worst = min(v for k, v in result.items())
+        other = evaluation.reading(self.module, self.tokenizer, self.s.eval_items, ["place"])
+        write_json(out / "decoder" / "reading.json", {"gate": result, 'style "place"': other})
+        for name, r in (("worded scenes", result), ('style "place"', other)):
+            print(f"reading  {name}, exact answers in %: " + "  ".join(f"{k} {100 * v:.1f}" for k, v in r.items()))
+        worst = min(result.values())
         print(f"gate     {'PASSED' if worst > 0.97 else 'NOT PASSED'}: the lowest is {100 * worst:.1f} %, the gate is 97 %")
 
 
@@ -377,6 +377,8 @@ class ClipTask:
         self.tokenizer = data.shapes_tokenizer() if s.data.startswith("shapes") else data.load_tokenizer(resolve(s.lm))
         size = self.world.size
         vit = ViT(ViTConfig(image_size=size))
+        nn.init.normal_(vit.positions, std=0.5)         # at CLIP's 0.01 the patches forget where they are: 0.2 % of their variance,
+                                                        # a probe finds the cell of 25 %, and every bridge fails on "where is …?"
         text = TextTransformer(TextConfig(self.tokenizer.vocab_size, context=64, end=self.tokenizer.eos))
         self.module = CLIP(vit, text, width=128).to(device)
         self.expect = f"(a uniform guess: (ln {3 * s.batch} + ln {s.batch})/2 = {(math.log(3 * s.batch) + math.log(s.batch)) / 2:.2f})"
@@ -423,14 +425,14 @@ class ClipTask:
         return evaluation.probe(self.module.vit, train=1000, test=500) if hasattr(self.world, "scene") else {}
 
     def report(self, out: Path) -> None:
-        """The gate: one token at the layer that bridges read names colour and shape of a held-out pair above 95 %."""
+        """The gate: one token at the layer that bridges read names colour, shape and place of a held-out pair above 95 %."""
         if not hasattr(self.world, "scene"):
             return
         result = evaluation.probe(self.module.vit)
-        write_json(out / "probe.json", result)
+        write_json(out / "vit" / "probe.json", result)
         print("probe    one token at layer -2, held-out pairs, %: " + "  ".join(f"{k} {100 * v:.1f}" for k, v in result.items()))
-        worst = min(result["color"], result["shape"])
-        print(f"gate     {'PASSED' if worst > 0.95 else 'NOT PASSED'}: the lower of colour and shape is {100 * worst:.1f} %, the gate is 95 %")
+        worst = min(result[k] for k in ("color", "shape", "place"))
+        print(f"gate     {'PASSED' if worst > 0.95 else 'NOT PASSED'}: the lowest of colour, shape and place is {100 * worst:.1f} %, the gate is 95 %")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -444,17 +446,18 @@ def schedule(progress: float, warmup: float, floor: float = 0.02) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def make_optimizers(recipe: Recipe, trained: list[tuple[str, nn.Parameter]], s: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on matrices only. Muon: matrices of the blocks by Muon, the rest by AdamW.
+def make_optimizers(recipe: Recipe, module: nn.Module, trained: list[tuple[str, nn.Parameter]], s: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW with decay on matrices only. Muon: matrices of Linear layers by Muon, the rest by AdamW.
 
     Muon is what gets a tiny decoder off the plateau where it knows the words of a scene but not which belong together
     (measured: AdamW stayed there for thousands of steps).
     """
     fused = trained[0][1].device.type == "cuda"
     if recipe.optimizer == "muon":
-        matrices = [p for n, p in trained if p.ndim == 2 and ("layers." in n or "blocks." in n)]
-        rest = [p for n, p in trained if not any(p is m for m in matrices)]
-        return [torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=s.weight_decay),
+        linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
+        matrices = [p for _, p in trained if id(p) in linear]
+        rest = [p for _, p in trained if id(p) not in linear]
+        return [torch.optim.Muon(matrices, lr=recipe.muon_lr * s.lr / recipe.lr, weight_decay=s.weight_decay),
                 torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=fused)]
     groups = [{"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
               {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
@@ -472,8 +475,24 @@ def save_state(out: Path, trained, optimizers, step: int, smooth: float | None, 
                   {"step": str(step), "smooth": repr(smooth), "spent": repr(spent)})
 
 
+def rewind_log(file: Path, step: int) -> None:
+    """Drop what was logged after the state (it is written again), and a last line that a crash cut off."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(True) if file.exists() else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:
+            continue
+    with atomically(file) as tmp:
+        tmp.write_text("".join(kept), encoding="utf-8")
+
+
 def load_state(out: Path, trained, optimizers) -> tuple[int, float | None, float]:
     file = out / "state.safetensors"
+    if not file.exists():
+        raise UserError(f"{file}: no state was saved before this run ended; start it again without --resume.")
+    for rest in out.glob(".*.safetensors.*"):                                   # a save that was killed half way
+        rest.unlink()
     checkpoint = Checkpoint(file)
     with torch.no_grad():
         for n, p in trained:

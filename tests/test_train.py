@@ -102,6 +102,14 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(code, tmp_path):
     assert (whole / "bridge.safetensors").read_bytes() == (broken / "bridge.safetensors").read_bytes()
 
 
+def test_a_log_line_cut_off_by_a_crash_is_dropped_and_a_run_without_a_state_says_so(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 9, "loss": 1.0}\n{"step": 3, "lo')
+    train.rewind_log(tmp_path / "log.jsonl", 4)
+    assert losses(tmp_path) == {1: 2.0}
+    with pytest.raises(UserError, match="no state was saved"):
+        train.load_state(tmp_path, [], [])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     done = command("--bridge", "linear", "--steps", "30", "--batch", "4", "--lr", "1e38", "--warmup", "0", "--out", tmp_path, *QUICK, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
