@@ -938,3 +938,18 @@ def test_published_sizes_that_were_rounded_are_met_to_the_last_digit(published, 
 
 def test_every_bridge_is_tested_here():
     assert set(SMALL) == set(BRIDGES)
+
+
+def test_an_instruction_for_the_qformer_reaches_generate_and_loss_and_its_padding_is_not_read():
+    vlm = tiny_vlm("qformer", vocab=61)
+    tokens, text = torch.tensor([[5, IMAGE, 7, 8]]), torch.tensor([[3, 9, 11, 0]])
+    real, x = torch.tensor([[True, True, True, False]]), torch.randn(1, 10, TINY_VIT.width)
+    labels = torch.tensor([[IGNORE, IGNORE, 7, 8]])
+    with torch.no_grad():
+        a, _ = vlm.loss(tokens, labels, features=x, bridge_tokens=text, bridge_mask=real)
+        b, _ = vlm.loss(tokens, labels, features=x, bridge_tokens=text[:, :3])
+        c, _ = vlm.loss(tokens, labels, features=x, bridge_tokens=text)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)                  # float32, sums of 7 and of 6 keys
+        assert not torch.isclose(a, c, atol=1e-4)
+        wrote = vlm.generate(tokens, features=x, bridge_tokens=text, bridge_mask=real, max_new_tokens=4)
+        assert torch.equal(wrote, vlm.generate(tokens, features=x, bridge_tokens=text[:, :3], max_new_tokens=4))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import data
 import eval as evaluation
@@ -99,7 +100,8 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(code, tmp_path):
     assert command(*RUN, "--out", broken, code=code, check=False).returncode == -signal.SIGKILL
     command("--resume", broken)
     assert losses(broken) == losses(whole) and len(losses(whole)) == 12         # equal floats, not close ones
-    assert (whole / "bridge.safetensors").read_bytes() == (broken / "bridge.safetensors").read_bytes()
+    a, b = (load_file(out / "bridge.safetensors") for out in (whole, broken))   # not the file: its header's entries have no fixed order
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_log_line_cut_off_by_a_crash_is_dropped_and_a_run_without_a_state_says_so(tmp_path):
@@ -111,7 +113,7 @@ def test_a_log_line_cut_off_by_a_crash_is_dropped_and_a_run_without_a_state_says
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
-    done = command("--bridge", "linear", "--steps", "30", "--batch", "4", "--lr", "1e38", "--warmup", "0", "--out", tmp_path, *QUICK, check=False)
+    done = command("--bridge", "linear", "--steps", "30", "--batch", "4", "--lr", "1e37", "--warmup", "0", "--out", tmp_path, *QUICK, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "not finite at step" in done.stderr and "items " in done.stderr and "state.safetensors" in done.stderr
     state = train.Checkpoint(tmp_path / "state.safetensors")
@@ -120,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
 
 @pytest.mark.parametrize("argv, words", [
     (["--bridge", "qfomer"], ['unknown bridge "qfomer"', 'did you mean "qformer"', "flamingo"]),
-    (["--option", "widht=3"], ['no option "widht"', '"width"']),
+    (["--bridge", "mapl", "--option", "widht=3"], ['no option "widht"', '"width"']),
     (["--option", "width"], ["name=value"]),
     (["--stage", "brige"], ['unknown stage "brige"']),
     (["--batc", "3"], ['unknown argument "--batc"', "--batch"]),
