@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import (ACTIVATIONS, Bridge, DecoderConfig, EncoderBlock, UserError, Where, attend, causal_mask, merge_heads,
+from model import (ACTIVATIONS, Bridge, DecoderConfig, EncoderBlock, UserError, Where, attend, causal_mask, merge_heads, nearest,
                    split_heads, visible_to_bias)
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -324,7 +324,8 @@ class ZeroInit(Bridge):
                  gate_per: str = "head", hidden: int = 114, width: int = 768, depth: int = 8, heads: int = 16, mlp: int = 4):
         super().__init__()
         if not 0 < adapted <= decoder.layers:
-            raise UserError(f"zero_init adapts the topmost {adapted} layers, but the decoder has {decoder.layers}; give adapted=1..{decoder.layers}.")
+            raise UserError(f"zero_init adapts the topmost {adapted} layers, but the decoder has {decoder.layers}; "
+                            f"give adapted=1..{decoder.layers}.")
         if gate_per not in ("head", "layer") or version not in (0, 1, 2):
             raise UserError(f'zero_init has version 0, 1 and 2, not {version!r}, and gate_per "head" or "layer", not "{gate_per}".')
         D = decoder.width
@@ -531,16 +532,13 @@ BRIDGES: dict[str, type[Bridge]] = {b.name: b for b in (Linear, MLP, MAPL, QForm
 
 def make_bridge(name: str, decoder: DecoderConfig, vision_width: int, **options) -> Bridge:
     """A bridge by name; options are the keyword arguments of its class, plus reads_layer and reads_cls. Unknown ones are refused."""
-    import difflib
     import inspect
     if name not in BRIDGES:
-        near = difflib.get_close_matches(name, BRIDGES, 1)
-        raise UserError(f'unknown bridge "{name}"; ' + (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(BRIDGES)}.")
+        raise UserError(f'unknown bridge "{name}"; {nearest(name, BRIDGES)}')
     known = [*list(inspect.signature(BRIDGES[name]).parameters)[2:], "reads_layer", "reads_cls"]
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise UserError(f'{name} has no option "{key}"; ' + (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(known)}.")
+            raise UserError(f'{name} has no option "{key}"; {nearest(key, known)}')
     reads = {k: v for k, v in options.items() if k.startswith("reads_")}
     bridge = BRIDGES[name](decoder, vision_width, **{k: v for k, v in options.items() if k not in reads})
     for key, value in reads.items():

@@ -5,7 +5,6 @@ Run      python data.py shapes:test 3     prints three items of a data set and w
 """
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import json
@@ -22,7 +21,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from model import IGNORE, IMAGE, UserError, read_json, write_json
+from model import IGNORE, IMAGE, UserError, nearest, read_json, write_json
 
 # ------------------------------------------------------------------------------------------------------------------
 # 1. Tokenizers
@@ -927,16 +926,11 @@ def open_data(spec: str, seed: int = 0, strict: bool = False):
         path, _, last = split.rpartition(":")
         return Folder(*((path, last) if last in Folder.splits else (split, "train")), seed, strict)
     if kind not in WORLDS:
-        raise UserError(f'unknown data "{kind}"; ' + known_names(kind, [*WORLDS, "folder:PATH"]))
+        raise UserError(f'unknown data "{kind}"; ' + nearest(kind, [*WORLDS, "folder:PATH"]))
     splits = WORLDS[kind].splits
     if (split or "train") not in splits:
-        raise UserError(f'{kind} has no split "{split}"; ' + known_names(split, splits))
+        raise UserError(f'{kind} has no split "{split}"; ' + nearest(split, splits))
     return WORLDS[kind](split or "train", seed)
-
-
-def known_names(wrong: str, known) -> str:
-    near = difflib.get_close_matches(wrong, known, 1)
-    return (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(known)}."
 
 
 def show(spec: str = "shapes", count: str = "3") -> None:

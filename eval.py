@@ -379,7 +379,8 @@ def probe(vit: ViT, layer: int = -2, train: int = 3000, test: int = 1500) -> dic
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, y = (x - mean) / std, (y - mean) / std
     result = {}
-    for attribute, names in (("color", list(data.COLORS)), ("shape", list(data.SHAPES)), ("size", list(data.SIZES)), ("place", list(data.PLACES))):
+    for attribute, names in (("color", list(data.COLORS)), ("shape", list(data.SHAPES)), ("size", list(data.SIZES)),
+                             ("place", list(data.PLACES))):
         target, truth = (torch.tensor([names.index(getattr(t, attribute)) for t in ts]) for ts in (seen, held))
         head = torch.nn.Linear(x.shape[1], len(names))
         torch.nn.init.zeros_(head.weight)
@@ -413,7 +414,8 @@ def table(rows: list[dict]) -> str:
         return value if isinstance(value, str) else f"{value:.2f}" if column == "cider" else f"{100 * value:.1f}"
     text = [[c if c != "name" else "" for c in columns]] + [[cell(c, r.get(c)) for c in columns] for r in rows]
     widths = [max(map(len, column)) for column in zip(*text)]
-    return "\n".join("  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip() for line in text)
+    lines = ([v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))] for line in text)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def numbers(result: dict) -> dict:
@@ -426,7 +428,8 @@ def items_of(world, split: str, count: int) -> list[data.Item]:
     return [other.item(i) for i in range(count)]
 
 
-def measure(vlm: VLM, tokenizer: data.Tokenizer, world, count: int, facts: dict, name: str, beams: int = 1) -> tuple[list[dict], list[data.Item], dict]:
+def measure(vlm: VLM, tokenizer: data.Tokenizer, world, count: int, facts: dict, name: str,
+            beams: int = 1) -> tuple[list[dict], list[data.Item], dict]:
     """Rows of the final table: held-out, seen, blind; then the items and the full result on the held-out ones."""
     facts = {"trained": facts.get("trained_parameters"), "examples": facts.get("training_examples")}
     items = items_of(world, world.held_out, count)
@@ -457,7 +460,8 @@ def report(vlm: VLM, tokenizer: data.Tokenizer, world, out: Path, count: int, sa
         for q in item.qas:
             answer = result["answers"][at]
             at += 1
-            print(f"  {'right' if answer == q.answer else 'WRONG'}      {q.question} {answer}" + ("" if answer == q.answer else f" (it is {q.answer})"))
+            right = answer == q.answer
+            print(f"  {'right' if right else 'WRONG'}      {q.question} {answer}" + ("" if right else f" (it is {q.answer})"))
     write_json(out / "results.json", {"world": world.name, "items": count, "rows": rows})
     print(f"\n{count} held-out pictures; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n")
 
@@ -467,8 +471,11 @@ def report(vlm: VLM, tokenizer: data.Tokenizer, world, out: Path, count: int, sa
 # ------------------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     exit_on_error=False, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", help="run folders of train.py")
+    parser.add_argument("--saved", action="store_true",
+                        help="the rows that each run measured at its end (results.json) instead of measuring again")
     parser.add_argument("--items", type=int, default=400, help="pictures per row (default 400)")
     parser.add_argument("--beams", type=int, default=1, help="beam width; 1 = greedy (default)")
     parser.add_argument("--image", help="a picture file to ask about")
@@ -506,14 +513,20 @@ def main(argv: list[str] | None = None) -> None:
         print(write(vlm.generate, [document], tokenizer, args.max_new_tokens, args.beams, vlm.features(pixels))[0])
         return
     worlds, last = {}, {}
-    for run in args.runs:
+    for run in args.runs if args.saved else ():
+        r = read_json(Path(run) / "results.json")
+        args.items = r["items"]
+        own = [{**row, "name": f"{Path(run).name}, {row['name'].split(', ')[-1]}"} for row in r["rows"] if ", " in row["name"]]
+        worlds.setdefault(r["world"], []).extend(own)
+        last[r["world"]] = [row for row in r["rows"] if ", " not in row["name"]]
+    for run in () if args.saved else args.runs:
         vlm, tokenizer, facts = open_run(run, device)
         world = data.open_data(facts["settings"]["data"], seed=facts["settings"]["seed"])
         rows, items, _ = measure(vlm, tokenizer, world, args.items, facts, Path(run).name, args.beams)
         worlds.setdefault(world.name, []).extend(rows)
-        last[world.name] = (vlm, tokenizer, world, items)
+        last[world.name] = baselines(vlm, tokenizer, world, items)
     for name, rows in worlds.items():
-        rows += baselines(*last[name])
+        rows += last[name]
         print(f"{name}: {args.items} pictures a row; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n")
 
 

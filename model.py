@@ -13,6 +13,7 @@ The alphabet of shapes, used in every file, test and notebook:
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -33,6 +34,12 @@ IMAGE = -200   # stands in `tokens` where an image stands in the text (LLaVA's s
 
 class UserError(ValueError):
     """A mistake of the user's: one sentence that says what is wrong, where, and what to do. The CLIs exit with code 2."""
+
+
+def nearest(wrong: str, known) -> str:
+    """The end of a message about a name that nobody knows."""
+    near = difflib.get_close_matches(wrong, known, 1)
+    return (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(known)}."
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -756,8 +763,9 @@ class VLM(nn.Module):
         return next_token_loss(self.decoder, labels, **inputs)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, pixels: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0, mask: Tensor | None = None,
-                 features: Tensor | None = None, bridge_tokens: Tensor | None = None, bridge_mask: Tensor | None = None, **kw) -> Tensor:
+    def generate(self, tokens: Tensor, pixels: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
+                 mask: Tensor | None = None, features: Tensor | None = None, bridge_tokens: Tensor | None = None,
+                 bridge_mask: Tensor | None = None, **kw) -> Tensor:
         """New tokens (B, T_new); arguments as in Decoder.generate. Padding may stand on either side."""
         features = self.features(pixels) if features is None else features
         inputs, _ = self.prepare(tokens, features, mask, left=True, bridge_tokens=bridge_tokens, bridge_mask=bridge_mask)

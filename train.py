@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -32,8 +31,8 @@ import data
 import eval as evaluation
 from bridges import BRIDGES, make_bridge
 from model import (CLIP, IGNORE, VLM, Bridge, Checkpoint, Decoder, DecoderConfig, TextConfig, TextTransformer, UserError, ViT,
-                   ViTConfig, atomically, load_bridge_file, load_decoder, load_vit, read_json, save_decoder, save_vit, save_vlm, write_json,
-                   write_tensors)
+                   ViTConfig, atomically, load_bridge_file, load_decoder, load_vit, nearest, read_json, save_decoder, save_vit,
+                   save_vlm, write_json, write_tensors)
 
 HERE = Path(__file__).parent
 WEIGHTS = "weights"                                     # the bundled backbones: weights/decoder, weights/vit
@@ -53,23 +52,36 @@ class Recipe:
     muon_lr: float = 0.02
 
 
-TOY = dict(reads_layer=-2, reads_cls=True)              # the bundled ViT is probed at layer −2; all toy bridges read it
+# The bundled ViT is probed at layer −2, so every toy bridge reads it there; published sizes are the classes' own defaults.
 RECIPES = {
-    "linear": Recipe("LLaVA stage 1: W trained; AdamW 2e-3, wd 0, cosine, warm-up 3 %, batch 128, 1 epoch of CC-595K", {**TOY, "reads_cls": False}, lr=6e-3, steps=1500),
-    "mlp": Recipe("LLaVA-1.5 stage 1: MLP trained; AdamW 1e-3, wd 0, cosine, warm-up 3 %, batch 256, 1 epoch of LCS-558K", {**TOY, "reads_cls": False}, lr=6e-3),
-    "mapl": Recipe("MAPL: mapper trained; AdamW 3e-4 (0.9, 0.95), wd 0.01, 1,500 warm-up steps then constant, batch 128, COCO or CC-clean",
-                   {**TOY, "constants": 16, "width": 128, "layers": 2, "heads": 4}, lr=2e-3, optimizer="muon"),
-    "qformer": Recipe("BLIP-2 stage 2: Q-Former trained; AdamW 1e-4 (0.9, 0.98), wd 0.05, cosine, 2,000 warm-up steps, batch 1,920, 80k steps",
-                      {**TOY, "queries": 16, "width": 128, "layers": 2, "heads": 4, "hidden": 512, "dropout": 0.0}, lr=2e-3, optimizer="muon"),
-    "zero_init": Recipe("LLaMA-Adapter: prompts, gates, projection trained; AdamW 9e-3 per 256 (0.9, 0.95), wd 0.02, 2 of 5 epochs warm-up, batch 64",
-                        {**TOY, "prompts": 16, "adapted": 4, "version": 2, "width": 128, "depth": 2, "heads": 4}, lr=3e-3, optimizer="muon"),
-    "flamingo": Recipe("Flamingo: resampler and gated blocks trained; AdamW 1e-4, wd 0.1 (resampler 0), 5,000 warm-up steps then constant, 500k steps",
-                       {**TOY, "every": 1, "latents": 16, "depth": 2, "heads": 4, "head_width": 32, "reads_cls": False}, lr=2e-3, optimizer="muon", steps=1500),
-    "lm": Recipe("LLaMA: next-token loss on text; AdamW 3e-4 (0.9, 0.95), wd 0.1, cosine, 2,000 warm-up steps, 4M tokens a batch",
-                 lr=3e-3, steps=6000, optimizer="muon", beta2=0.95),
-    "clip": Recipe("CLIP: both towers, symmetric contrast; Adam 5e-4, wd 0.2, cosine, 2,000 warm-up steps, batch 32,768, 32 epochs of 400M pairs",
-                   lr=1.5e-3, steps=2500, batch=96, weight_decay=0.05),
-    "finetune": Recipe("LLaVA stage 2: bridge and decoder trained; AdamW 2e-5, wd 0, cosine, warm-up 3 %, batch 128, 3 epochs of Instruct-158K", lr=3e-4),
+    "linear": Recipe(
+        "LLaVA stage 1: W trained; AdamW 2e-3, wd 0, cosine, warm-up 3 %, batch 128, 1 epoch of CC-595K",
+        dict(reads_layer=-2), lr=6e-3, steps=800),
+    "mlp": Recipe(
+        "LLaVA-1.5 stage 1: MLP trained; AdamW 1e-3, wd 0, cosine, warm-up 3 %, batch 256, 1 epoch of LCS-558K",
+        dict(reads_layer=-2), lr=6e-3),
+    "mapl": Recipe(
+        "MAPL: mapper trained; AdamW 3e-4 (0.9, 0.95), wd 0.01, 1,500 warm-up steps then constant, batch 128, COCO or CC-clean",
+        dict(reads_layer=-2, constants=16, width=128, layers=2, heads=4), lr=2e-3, optimizer="muon", steps=800),
+    "qformer": Recipe(
+        "BLIP-2 stage 2: Q-Former trained; AdamW 1e-4 (0.9, 0.98), wd 0.05, cosine, 2,000 warm-up steps, batch 1,920, 80k steps",
+        dict(reads_layer=-2, queries=16, width=128, layers=2, heads=4, hidden=512, dropout=0.0),
+        lr=2e-3, optimizer="muon", steps=800),
+    "zero_init": Recipe(
+        "LLaMA-Adapter: prompts, gates, projection trained; AdamW 9e-3 per 256 (0.9, 0.95), wd 0.02, 2 of 5 epochs warm-up, batch 64",
+        dict(reads_layer=-2, prompts=16, adapted=4, version=2, width=128, depth=2, heads=4), lr=3e-3, optimizer="muon"),
+    "flamingo": Recipe(
+        "Flamingo: resampler and gated blocks trained; AdamW 1e-4, wd 0.1 (resampler 0), 5,000 warm-up steps then constant, 500k steps",
+        dict(reads_layer=-2, every=1, latents=16, depth=2, heads=4, head_width=32), lr=2e-3, optimizer="muon"),
+    "lm": Recipe(
+        "LLaMA: next-token loss on text; AdamW 3e-4 (0.9, 0.95), wd 0.1, cosine, 2,000 warm-up steps, 4M tokens a batch",
+        lr=3e-3, steps=6000, optimizer="muon", beta2=0.95),
+    "clip": Recipe(
+        "CLIP: both towers, symmetric contrast; Adam 5e-4, wd 0.2, cosine, 2,000 warm-up steps, batch 32,768, 32 epochs of 400M pairs",
+        lr=1.5e-3, steps=2500, batch=96, weight_decay=0.05),
+    "finetune": Recipe(
+        "LLaVA stage 2: bridge and decoder trained; AdamW 2e-5, wd 0, cosine, warm-up 3 %, batch 128, 3 epochs of Instruct-158K",
+        lr=3e-4),
 }
 
 
@@ -178,8 +190,8 @@ def main(argv: list[str] | None = None) -> nn.Module:
         norm = nn.utils.clip_grad_norm_([p for _, p in trained], s.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             save_state(out, trained, optimizers, step, smooth, time.monotonic() - start)
-            raise UserError(f"loss is not finite at step {step} (loss {loss}, gradient norm {norm}; batch: {task.describe(step)}); the state "
-                            f"before it is in {out}/state.safetensors; try --lr {s.lr / 3:.0e} or --dtype float32.")
+            raise UserError(f"loss is not finite at step {step} (loss {loss}, gradient norm {norm}; batch: {task.describe(step)}); "
+                            f"the state before it is in {out}/state.safetensors; try --lr {s.lr / 3:.0e} or --dtype float32.")
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
@@ -193,9 +205,11 @@ def main(argv: list[str] | None = None) -> nn.Module:
         step += 1
         bar.update()
         if step % s.log_every == 0 or step == 1:
-            line = {"step": step, "loss": loss, "ema": smooth, "grad_norm": norm, "lr": s.lr * rate, **task.vitals(), **meter.rates(device)}
-            append(out / "log.jsonl", {**line, "seconds": time.monotonic() - start, **task.details()})
-            bar.write(meter.line(line, max(progress, step / s.steps if s.minutes is None else 0), time.monotonic() - start), file=sys.stdout)
+            spent = time.monotonic() - start
+            line = {"step": step, "loss": loss, "ema": smooth, "grad_norm": norm, "lr": s.lr * rate,
+                    **task.vitals(), **meter.rates(device)}
+            append(out / "log.jsonl", {**line, "seconds": spent, **task.details()})
+            bar.write(meter.line(line, progress if s.minutes else step / s.steps, spent), file=sys.stdout)
     bar.close()
     spent = time.monotonic() - start
     save_state(out, trained, optimizers, step, smooth, spent)
@@ -206,7 +220,7 @@ def main(argv: list[str] | None = None) -> nn.Module:
                     "trained_parameters": sum(p.numel() for _, p in trained), "training_examples": step * s.batch})
     print(f"\ntrained  {step} steps in {spent / 60:.1f} minutes")
     task.report(out)
-    print(f"files    {out}/   (config.json, log.jsonl, {'bridge.safetensors, results.json, ' if isinstance(task, BridgeTask) else ''}state.safetensors)")
+    print(f"files    {out}/   ({', '.join(sorted(p.name for p in out.iterdir()))})")
     return task.module
 
 
@@ -534,6 +548,7 @@ class Meter:
         return rates
 
     def line(self, x: dict, progress: float, spent: float) -> str:
+        """At most 120 characters: enough to judge the health of a run and to plan the evening."""
         eta = int(spent / max(progress, 1e-6) * (1 - progress))
         step = f"{x['step']:6d}/{self.steps}" if self.minutes is None else f"{x['step']:6d}"
         extra = "".join(f"  {k} {x[k]:.3f}" for k in ("gate", "scale") if k in x)
@@ -606,10 +621,12 @@ def append(path: Path, line: dict) -> None:
 def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
     """Flags generated from the fields of Settings; their comments are the help texts."""
     fields = dataclasses.fields(Settings)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     exit_on_error=False, allow_abbrev=False)
     for f in fields:
         extra = {k: v for k, v in f.metadata.items() if k != "help"}
-        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {'by recipe' if f.default is None else 'none' if f.type == 'list' else f.default or 'none'})"
+        default = "by recipe" if f.default is None else "none" if f.type == "list" else f.default or "none"
+        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {default})"
         if f.type == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         elif f.type == "list":
@@ -624,8 +641,7 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
         raise UserError(f"{e}; see python train.py --help.") from None
     if unknown:
         flags = ["--" + f.name.replace("_", "-") for f in fields] + ["--resume", "--list"]
-        near = difflib.get_close_matches(unknown[0], flags, 1)
-        raise UserError(f'unknown argument "{unknown[0]}"; ' + (f"did you mean {near[0]}? " if near else "") + "See python train.py --help.")
+        raise UserError(f'unknown argument "{unknown[0]}"; {nearest(unknown[0], flags)}')
     if args.list:
         print_recipes()
         raise SystemExit(0)
@@ -638,8 +654,7 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
     if s.stage not in ("bridge", "finetune", "lm", "clip"):
         raise UserError(f'unknown stage "{s.stage}"; known: bridge, finetune, lm, clip.')
     if s.bridge not in BRIDGES:
-        near = difflib.get_close_matches(s.bridge, BRIDGES, 1)
-        raise UserError(f'unknown bridge "{s.bridge}"; ' + (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(BRIDGES)}.")
+        raise UserError(f'unknown bridge "{s.bridge}"; {nearest(s.bridge, BRIDGES)}')
     for name in ("steps", "batch", "accumulate", "turns", "log_every", "save_every", "eval_items"):
         if getattr(s, name) is not None and getattr(s, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1.")
@@ -649,7 +664,8 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
 def print_recipes() -> None:
     for name, r in RECIPES.items():
         print(f"{name}\n    paper  {r.paper}")
-        print(f"    toy    {r.optimizer} {r.lr:g} (β2 {r.beta2:g}), wd {r.weight_decay:g}, cosine, batch {r.batch}, {r.steps} steps"
+        muon = f"Muon {r.muon_lr:g}, " if r.optimizer == "muon" else ""
+        print(f"    toy    {muon}AdamW {r.lr:g} (0.9, {r.beta2:g}), wd {r.weight_decay:g}, cosine, batch {r.batch}, {r.steps} steps"
               + (f"; {', '.join(f'{k}={v}' for k, v in r.options.items())}" if r.options else ""))
 
 

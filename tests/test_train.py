@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (["--bridge", "mapl", "--option", "widht=3"], ['no option "widht"', '"width"']),
     (["--option", "width"], ["name=value"]),
     (["--stage", "brige"], ['unknown stage "brige"']),
-    (["--batc", "3"], ['unknown argument "--batc"', "--batch"]),
+    (["--batc", "3"], ['unknown argument "--batc"', 'did you mean "--batch"']),
     (["--steps", "many"], ["--steps", "many"]),
     (["--steps", "0"], ["--steps 0", "at least 1"]),
     (["--lm", "no/such/folder"], ["no/such/folder: no such folder"]),
