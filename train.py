@@ -436,11 +436,11 @@ class ClipTask:
         write_json(out / "config.json", facts)
 
     def check(self) -> dict:
-        return evaluation.probe(self.module.vit, train=1000, test=500) if hasattr(self.world, "scene") else {}
+        return evaluation.probe(self.module.vit, train=1000, test=500) if self.world.name == "shapes" else {}
 
     def report(self, out: Path) -> None:
         """The gate: one token at the layer that bridges read names colour, shape and place of a held-out pair above 95 %."""
-        if not hasattr(self.world, "scene"):
+        if self.world.name != "shapes":
             return
         result = evaluation.probe(self.module.vit)
         write_json(out / "vit" / "probe.json", result)
