@@ -101,11 +101,11 @@ class Settings:
     out: str = setting("", "run folder; default out/<stage or bridge>-<data>")
     init: str = setting("", "run folder to start from: its bridge (bridge, finetune), its decoder (lm)")
     steps: int = setting(None, "updates")
-    minutes: float = setting(None, "stop after so many minutes of training instead; the schedule follows the clock")
+    minutes: float = setting(0.0, "if not 0: stop after so many minutes of training instead; the schedule follows the clock")
     batch: int = setting(None, "pictures per update")
     accumulate: int = setting(1, "split each batch into so many pieces; changes memory, not the loss")
     turns: int = setting(5, "questions per picture in one document")
-    captions: float = setting(0.2, "share of documents that begin with a caption")
+    captions: float = setting(0.2, "share of documents that ask for a caption instead of answers")
     lr: float = setting(None, "peak learning rate")
     warmup: float = setting(0.05, "share of the steps with a linear warm-up; then cosine to 2 %%")
     weight_decay: float = setting(None, "AdamW's weight decay on matrices")
@@ -161,9 +161,9 @@ def main(argv: list[str] | None = None) -> nn.Module:
     # 6. the loop ----------------------------------------------------------------------------------------------------
     task.module.train()
     meter, start = Meter(s.steps, s.minutes), time.monotonic() - spent
-    bar = tqdm(total=s.steps if s.minutes is None else None, initial=step, disable=not sys.stderr.isatty(), leave=False)
+    bar = tqdm(total=s.steps if not s.minutes else None, initial=step, disable=not sys.stderr.isatty(), leave=False)
     while True:
-        progress = step / s.steps if s.minutes is None else min(1.0, (time.monotonic() - start) / (60 * s.minutes))
+        progress = step / s.steps if not s.minutes else min(1.0, (time.monotonic() - start) / (60 * s.minutes))
         if progress >= 1:
             break
         if step and step % s.save_every == 0:
@@ -292,6 +292,10 @@ class BridgeTask:
     def save(self, out: Path, facts: dict) -> None:
         decoder = "" if self.s.stage == "finetune" else portable(resolve(self.s.lm), out)
         save_vlm(self.module, out, facts, portable(resolve(self.s.vit), out), decoder)
+        for name in ("tokenizer.json", "tokenizer_config.json") if not decoder else ():      # a trained decoder takes its words along
+            if (resolve(self.s.lm) / name).exists():
+                with atomically(out / "decoder" / name) as tmp:
+                    tmp.write_bytes((resolve(self.s.lm) / name).read_bytes())
 
     def check(self) -> dict:
         items = evaluation.items_of(self.world, self.world.held_out, 100)
@@ -526,7 +530,7 @@ def load_state(out: Path, trained, optimizers) -> tuple[int, float | None, float
 class Meter:
     """Rates since the last line, and the line itself."""
 
-    def __init__(self, steps: int, minutes: float | None):
+    def __init__(self, steps: int, minutes: float):
         self.steps, self.minutes = steps, minutes
         self.tokens = self.learned = self.images = 0
         self.since = time.monotonic()
@@ -550,7 +554,7 @@ class Meter:
     def line(self, x: dict, progress: float, spent: float) -> str:
         """At most 120 characters: enough to judge the health of a run and to plan the evening."""
         eta = int(spent / max(progress, 1e-6) * (1 - progress))
-        step = f"{x['step']:6d}/{self.steps}" if self.minutes is None else f"{x['step']:6d}"
+        step = f"{x['step']:6d}/{self.steps}" if not self.minutes else f"{x['step']:6d}"
         extra = "".join(f"  {k} {x[k]:.3f}" for k in ("gate", "scale") if k in x)
         memory = f"  {x['memory_gb']:.1f} GB" if "memory_gb" in x else ""
         return (f"step {step} {100 * progress:3.0f}%  loss {x['loss']:.3f} (ema {x['ema']:.3f})  |g| {x['grad_norm']:.2f}{extra}  lr {x['lr']:.1e}  "
@@ -625,7 +629,7 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
                                      exit_on_error=False, allow_abbrev=False)
     for f in fields:
         extra = {k: v for k, v in f.metadata.items() if k != "help"}
-        default = "by recipe" if f.default is None else "none" if f.type == "list" else f.default or "none"
+        default = "none" if f.type == "list" or f.default == "" else f.default if f.default is not None else "by recipe"
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {default})"
         if f.type == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)

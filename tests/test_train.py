@@ -51,7 +51,9 @@ def test_finetune_trains_the_decoder_and_writes_it_into_the_run(tmp_path):
     module = train.main(["--stage", "finetune", "--bridge", "linear", "--steps", "3", "--batch", "8", "--out", str(tmp_path), *QUICK])
     fresh = load_decoder(ROOT / "weights/decoder")
     assert not torch.equal(module.decoder.layers[0].mlp.up.weight, fresh.layers[0].mlp.up.weight)
-    assert torch.equal(load_vlm(tmp_path).decoder.layers[0].mlp.up.weight, module.decoder.layers[0].mlp.up.weight)
+    vlm, tokenizer, _ = evaluation.open_run(str(tmp_path), "cpu")               # and the run can be asked on its own
+    assert torch.equal(vlm.decoder.layers[0].mlp.up.weight, module.decoder.layers[0].mlp.up.weight)
+    assert tokenizer.encode(" circle") == data.shapes_tokenizer().encode(" circle")
 
 
 def test_accumulation_equals_one_large_batch_with_answers_of_unequal_length(tmp_path):
