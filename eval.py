@@ -401,8 +401,8 @@ def probe(vit: ViT, layer: int = -2, train: int = 3000, test: int = 1500) -> dic
 # ------------------------------------------------------------------------------------------------------------------
 
 def table(rows: list[dict]) -> str:
-    """Rows of {"name", "trained", "examples", kind: accuracy, …} as aligned text; accuracies and BLEU × 100, missing cells empty."""
-    columns = ["name"] + [c for c in ("trained", "examples") if any(c in r for r in rows)]
+    """Rows of {"row", "trained", "examples", kind: accuracy, …} as aligned text; accuracies and BLEU × 100, missing cells empty."""
+    columns = ["row"] + [c for c in ("trained", "examples") if any(c in r for r in rows)]
     columns += sorted({k for r in rows for k, v in r.items() if isinstance(v, float)} - {"mean", "cider", "bleu4"})
     columns += [c for c in ("mean", "cider", "bleu4") if any(c in r for r in rows)]
 
@@ -412,7 +412,7 @@ def table(rows: list[dict]) -> str:
         if column in ("trained", "examples"):
             return f"{value:,}"
         return value if isinstance(value, str) else f"{value:.2f}" if column == "cider" else f"{100 * value:.1f}"
-    text = [[c if c != "name" else "" for c in columns]] + [[cell(c, r.get(c)) for c in columns] for r in rows]
+    text = [[c if c != "row" else "" for c in columns]] + [[cell(c, r.get(c)) for c in columns] for r in rows]
     widths = [max(map(len, column)) for column in zip(*text)]
     lines = ([v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))] for line in text)
     return "\n".join("  ".join(line).rstrip() for line in lines)
@@ -435,17 +435,17 @@ def measure(vlm: VLM, tokenizer: data.Tokenizer, world, count: int, facts: dict,
     items = items_of(world, world.held_out, count)
     seen = items_of(world, world.seen, count)
     result = evaluate(vlm, tokenizer, items, beams=beams)
-    rows = [{"name": f"{name}, held-out", **facts, **numbers(result)},
-            {"name": f"{name}, seen", **facts, **numbers(evaluate(vlm, tokenizer, seen, beams=beams))},
-            {"name": f"{name}, blind", **numbers(evaluate(vlm, tokenizer, items, blind=True, beams=beams))}]
+    rows = [{"row": f"{name}, held-out", **facts, **numbers(result)},
+            {"row": f"{name}, seen", **facts, **numbers(evaluate(vlm, tokenizer, seen, beams=beams))},
+            {"row": f"{name}, blind", **numbers(evaluate(vlm, tokenizer, items, blind=True, beams=beams))}]
     return rows, items, result
 
 
 def baselines(vlm: VLM, tokenizer: data.Tokenizer, world, items: list[data.Item]) -> list[dict]:
     """chance, and the oracle where the world can say its pictures in words and the decoder was taught to read them."""
-    rows = [{"name": "chance (commonest answer)", **chance(world, items)}]
+    rows = [{"row": "chance (commonest answer)", **chance(world, items)}]
     if world.name == "shapes":
-        rows.append({"name": "oracle (scene in words)", **oracle(vlm.decoder, tokenizer, items)})
+        rows.append({"row": "oracle (scene in words)", **oracle(vlm.decoder, tokenizer, items)})
     return rows
 
 
@@ -516,9 +516,9 @@ def main(argv: list[str] | None = None) -> None:
     for run in args.runs if args.saved else ():
         r = read_json(Path(run) / "results.json")
         args.items = r["items"]
-        own = [{**row, "name": f"{Path(run).name}, {row['name'].split(', ')[-1]}"} for row in r["rows"] if ", " in row["name"]]
+        own = [{**row, "row": Path(run).name + ", " + row["row"].split(", ")[-1]} for row in r["rows"] if ", " in row["row"]]
         worlds.setdefault(r["world"], []).extend(own)
-        last[r["world"]] = [row for row in r["rows"] if ", " not in row["name"]]
+        last[r["world"]] = [row for row in r["rows"] if ", " not in row["row"]]
     for run in () if args.saved else args.runs:
         vlm, tokenizer, facts = open_run(run, device)
         world = data.open_data(facts["settings"]["data"], seed=facts["settings"]["seed"])

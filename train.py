@@ -66,7 +66,7 @@ RECIPES = {
     "qformer": Recipe(
         "BLIP-2 stage 2: Q-Former trained; AdamW 1e-4 (0.9, 0.98), wd 0.05, cosine, 2,000 warm-up steps, batch 1,920, 80k steps",
         dict(reads_layer=-2, queries=16, width=128, layers=2, heads=4, hidden=512, dropout=0.0),
-        lr=2e-3, optimizer="muon", steps=800),
+        lr=2e-3, optimizer="muon", steps=1200),
     "zero_init": Recipe(
         "LLaMA-Adapter: prompts, gates, projection trained; AdamW 9e-3 per 256 (0.9, 0.95), wd 0.02, 2 of 5 epochs warm-up, batch 64",
         dict(reads_layer=-2, prompts=16, adapted=4, version=2, width=128, depth=2, heads=4), lr=3e-3, optimizer="muon"),

@@ -64,6 +64,12 @@ def test_the_mean_is_over_kinds_and_chance_is_one_answer_per_kind():
     assert abs(result["existence"] - 0.5) < 0.1 and result["color"] < 0.25 and result["position"] < 0.25 and result["mean"] < 0.4
 
 
+def test_a_kind_of_question_may_be_called_name():
+    """The emoji world has such a kind; it once overwrote the labels of the rows."""
+    text = evaluation.table([{"row": "mapl, held-out", "name": 0.5, "mean": 0.5}, {"row": "chance", "mean": 0.25}])
+    assert text.splitlines() == ["                name  mean", "mapl, held-out  50.0  50.0", "chance                25.0"]
+
+
 def test_the_bundled_decoder_reads_above_97_percent_in_every_kind_and_number_of_objects():
     tokenizer, decoder = data.load_tokenizer(ROOT / "weights/decoder"), load_decoder(ROOT / "weights/decoder")
     result = evaluation.reading(decoder, tokenizer, 120)                        # the full gate (400 per style) stands in weights/

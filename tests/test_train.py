@@ -176,6 +176,6 @@ def test_a_miniature_run_beats_its_blind_twin(bridge, tmp_path):
                          "--samples", "0", "--out", str(tmp_path)])
     first, *_, last = losses(tmp_path).values()
     assert last < 0.7 * first
-    rows = {r["name"].split(", ")[-1]: r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    rows = {r["row"].split(", ")[-1]: r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
     assert rows["held-out"]["mean"] > rows["blind"]["mean"] + 0.05, rows        # 5 points on 400 questions: 2 standard errors
     assert rows["held-out"]["cider"] > rows["blind"]["cider"], rows
