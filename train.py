@@ -56,7 +56,7 @@ class Recipe:
 RECIPES = {
     "linear": Recipe(
         "LLaVA stage 1: W trained; AdamW 2e-3, wd 0, cosine, warm-up 3 %, batch 128, 1 epoch of CC-595K",
-        dict(reads_layer=-2), lr=6e-3, steps=800),
+        dict(reads_layer=-2), lr=6e-3, steps=1600),
     "mlp": Recipe(
         "LLaVA-1.5 stage 1: MLP trained; AdamW 1e-3, wd 0, cosine, warm-up 3 %, batch 256, 1 epoch of LCS-558K",
         dict(reads_layer=-2), lr=6e-3),
