@@ -228,7 +228,20 @@ def main(argv: list[str] | None = None) -> nn.Module:
 # Tasks: what a batch is, what its loss is, what to write and to report
 # ------------------------------------------------------------------------------------------------------------------
 
-class BridgeTask:
+class Task:
+    """What most tasks do not need: something after each step, numbers for the line of progress, details for log.jsonl."""
+
+    def after_step(self) -> None:
+        pass
+
+    def vitals(self) -> dict:
+        return {}
+
+    def details(self) -> dict:
+        return {}
+
+
+class BridgeTask(Task):
     """Stages `bridge` and `finetune`: −Σ log p(answer | image, question) through a frozen, or trained, decoder."""
 
     def __init__(self, s: Settings, recipe: Recipe, device: torch.device):
@@ -279,9 +292,6 @@ class BridgeTask:
     def loss(self, **piece) -> Tensor:
         return self.module.loss(**piece)[0]
 
-    def after_step(self) -> None:
-        pass
-
     def vitals(self) -> dict:
         return self.module.bridge.vitals()
 
@@ -305,7 +315,7 @@ class BridgeTask:
         evaluation.report(self.module, self.tokenizer, self.world, out, self.s.eval_items, self.s.samples)
 
 
-class TextTask:
+class TextTask(Task):
     """Stage `lm`: the decoder alone, on worded scenes, questions and answers (data.ShapesText)."""
 
     def __init__(self, s: Settings, recipe: Recipe, device: torch.device):
@@ -341,14 +351,6 @@ class TextTask:
 
     def loss(self, **piece) -> Tensor:
         return self.vlm.loss(**piece)[0]
-
-    def after_step(self) -> None:
-        pass
-
-    def vitals(self) -> dict:
-        return {}
-
-    details = vitals
 
     def save(self, out: Path, facts: dict) -> None:
         save_decoder(self.module, out / "decoder", bos_token_id=self.tokenizer.bos, eos_token_id=self.tokenizer.eos)
@@ -386,7 +388,7 @@ class WordBag(Bridge):
         return (words * there[..., None]).sum(1, keepdim=True)                  # (ΣM, 1, D)
 
 
-class ClipTask:
+class ClipTask(Task):
     """Stage `clip`: CLIP's symmetric contrast (2103.00020v1, Figure 3), with hard negative captions beside the batch's own."""
 
     def __init__(self, s: Settings, recipe: Recipe, device: torch.device):
@@ -431,9 +433,6 @@ class ClipTask:
 
     def vitals(self) -> dict:
         return {"scale": self.module.logit_scale.exp().item()}
-
-    def details(self) -> dict:
-        return {}
 
     def save(self, out: Path, facts: dict) -> None:
         save_vit(self.module.vit, out / "vit")

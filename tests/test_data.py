@@ -11,6 +11,7 @@ import shutil
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest

@@ -2,7 +2,6 @@
 a mistake is one sentence, and every bridge learns to see more than its blind twin."""
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -172,8 +171,8 @@ MINIATURE = dict(linear=250, mlp=250, mapl=200, qformer=200, zero_init=200, flam
 
 @pytest.mark.parametrize("bridge", BRIDGES)
 def test_a_miniature_run_beats_its_blind_twin(bridge, tmp_path):
-    module = train.main(["--bridge", bridge, "--steps", str(MINIATURE[bridge]), "--batch", "32", "--log-every", "20", "--eval-items", "100",
-                         "--samples", "0", "--out", str(tmp_path)])
+    train.main(["--bridge", bridge, "--steps", str(MINIATURE[bridge]), "--batch", "32", "--log-every", "20", "--eval-items", "100",
+                "--samples", "0", "--out", str(tmp_path)])
     first, *_, last = losses(tmp_path).values()
     assert last < 0.7 * first
     rows = {r["row"].split(", ")[-1]: r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
