@@ -12,13 +12,15 @@ and at the end of the line that computes them.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import (ACTIVATIONS, Bridge, DecoderConfig, EncoderBlock, UserError, Where, attend, causal_mask, merge_heads, nearest,
-                   split_heads, visible_to_bias)
+from model import (ACTIVATIONS, CLIP_DEFAULTS, LLAMA_DEFAULTS, VIT_NAMES, VLM, Bridge, Checkpoint, Decoder, DecoderConfig, EncoderBlock,
+                   UserError, ViT, Where, attend, causal_mask, decoder_config, decoder_names, expand, merge_heads, nearest, read_json,
+                   split_heads, tower_folder, visible_to_bias, vit_config, vit_file)
 
 # ------------------------------------------------------------------------------------------------------------------
 # 1. linear and mlp: a word for every patch
@@ -545,3 +547,56 @@ def make_bridge(name: str, decoder: DecoderConfig, vision_width: int, **options)
         setattr(bridge, key, value)
     bridge.options = dict(options)
     return bridge
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6. Published layouts: whose tensor is which of ours
+# ------------------------------------------------------------------------------------------------------------------
+
+Fills = list[tuple[nn.Module, Checkpoint, dict[str, str], tuple[str, ...]]]     # module, its file, ours → theirs, what may be left over
+WB = ("weight", "bias")
+
+
+def llava(c: dict, path: Path) -> tuple[VLM, Fills]:
+    """LLaVA in the authors' layout (Llama's names, model.mm_projector, the ViT in a folder of its own) or in transformers'."""
+    return (llava_hf if "text_config" in c else llava_original)(c, path)
+
+
+def llava_hf(c: dict, path: Path) -> tuple[VLM, Fills]:
+    """Three generations of transformers put different prefixes in front of the same names; the file tells which."""
+    where, file = f"{path}/config.json", Checkpoint(path)
+    layer, keep = c.get("vision_feature_layer", -2), c.get("vision_feature_select_strategy", "default") == "full"
+    if not isinstance(layer, int) or c.get("projector_hidden_act", "gelu") != "gelu" or not c.get("multimodal_projector_bias", True):
+        raise UserError(f"{where}: features of several layers and projectors other than Linear, GELU, Linear are not supported.")
+    decoder = Decoder(decoder_config({"tie_word_embeddings": c.get("tie_word_embeddings", False), **LLAMA_DEFAULTS, **c["text_config"]}, where))
+    vit = ViT(vit_config({**CLIP_DEFAULTS, **c["vision_config"]}, where)[0])
+    vlm = VLM(vit, make_bridge("mlp", decoder.config, vit.config.width, reads_layer=layer, reads_cls=keep), decoder)
+    tower = file.prefix("vision_tower.vision_model.", "model.vision_tower.vision_model.", "model.vision_tower.", "vision_tower.")
+    head = file.prefix("language_model.lm_head.", "lm_head.").removesuffix("lm_head.")
+    map = file.prefix("model.multi_modal_projector.", "multi_modal_projector.")
+    names = {**expand(VIT_NAMES, vit.config.layers, tower, "vit."),
+             **decoder_names(decoder.config, file.prefix("language_model.model.", "model.language_model."), head, "decoder."),
+             **{f"bridge.{a}.{w}": f"{map}linear_{b}.{w}" for w in WB for a, b in (("up", 1), ("down", 2))}}
+    return vlm, [(vlm, file, names, (head + "lm_head.",) if decoder.config.tied else ())]
+
+
+def llava_original(c: dict, path: Path) -> tuple[VLM, Fills]:
+    where, kind = f"{path}/config.json", c.get("mm_projector_type", "linear")
+    ours = {"linear": {"map": ""}, "mlp2x_gelu": {"up": "0.", "down": "2."}}    # mm_projector_type → our layer → theirs
+    if kind not in ours:
+        raise UserError(f'{where}: mm_projector_type "{kind}" is not supported; known: {", ".join(ours)}.')
+    tower = tower_folder(path, c["mm_vision_tower"])
+    config, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
+    decoder = Decoder(decoder_config(c, where))
+    bridge = make_bridge("linear" if kind == "linear" else "mlp", decoder.config, config.width,
+                         reads_layer=c.get("mm_vision_select_layer", -2), reads_cls=c.get("mm_vision_select_feature", "patch") == "cls_patch")
+    vlm = VLM(ViT(config), bridge, decoder)
+    names = {**decoder_names(decoder.config, ours="decoder."),
+             **{f"bridge.{a}.{w}": f"model.mm_projector.{b}{w}" for w in WB for a, b in ours[kind].items()}}
+    return vlm, [(vlm.vit, *vit_file(tower, config, family)),
+                 (nn.ModuleDict({"bridge": bridge, "decoder": decoder}), Checkpoint(path), names, ("model.vision_tower.",))]
+
+
+LAYOUTS = {             # model_type of config.json → a function of (config, folder) → the empty model, and what it is filled with
+    "llava": llava, "llava_llama": llava,
+}

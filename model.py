@@ -785,15 +785,15 @@ def next_token_loss(decoder: Decoder, labels: Tensor, **inputs) -> tuple[Tensor,
 # 7. Weights on disk
 # ------------------------------------------------------------------------------------------------------------------
 
-# ours → theirs; {i} counts layers; "name[1/3]" is the second third of the rows of a fused matrix.
-DECODER_NAMES = {       # Hugging Face Llama
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
-    "layers.{i}.norm1.weight": "model.layers.{i}.input_layernorm.weight",
-    "layers.{i}.norm2.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    **{f"layers.{{i}}.attention.{p}.{w}": f"model.layers.{{i}}.self_attn.{p}_proj.{w}" for p in "qkvo" for w in ("weight", "bias")},
-    **{f"layers.{{i}}.mlp.{p}.{w}": f"model.layers.{{i}}.mlp.{p}_proj.{w}" for p in ("gate", "up", "down") for w in ("weight", "bias")},
+# ours → theirs; {i} counts layers; "name[1/3]" is the second third of the rows of a fused matrix, "name[rope/H]" has the rows of
+# each of H heads reordered from Meta's RoPE to ours, "name[T]" is transposed.
+DECODER_NAMES = {       # Hugging Face Llama, below "model."; the head stands beside it
+    "embed.weight": "embed_tokens.weight",
+    "norm.weight": "norm.weight",
+    "layers.{i}.norm1.weight": "layers.{i}.input_layernorm.weight",
+    "layers.{i}.norm2.weight": "layers.{i}.post_attention_layernorm.weight",
+    **{f"layers.{{i}}.attention.{p}.{w}": f"layers.{{i}}.self_attn.{p}_proj.{w}" for p in "qkvo" for w in ("weight", "bias")},
+    **{f"layers.{{i}}.mlp.{p}.{w}": f"layers.{{i}}.mlp.{p}_proj.{w}" for p in ("gate", "up", "down") for w in ("weight", "bias")},
 }
 ENCODER_NAMES = {       # a block of CLIP's or SigLIP's towers; the prefix is put in front
     **{f"blocks.{{i}}.{a}.{w}": f"encoder.layers.{{i}}.{b}.{w}" for w in ("weight", "bias") for a, b in (
@@ -854,17 +854,33 @@ class Checkpoint:
                 raise UserError(f"{file}: not a readable safetensors file ({e}); it may be truncated, copy or download it again.") from None
             self.where.update(dict.fromkeys(self.files[file].keys(), file))
 
-    def __contains__(self, name: str) -> bool:
-        return name.split("[")[0] in self.where
+    def missing(self, name: str) -> list[str]:
+        """The tensors that a name of the tables speaks of and that are not here."""
+        return [n for n in pieces(name) if n not in self.where]
 
     def get(self, name: str) -> Tensor:
-        """The tensor, or with "name[1/3]" the second of three equal blocks of its rows."""
+        """The tensor, or what "&" and brackets make of it and others (see the tables of names)."""
+        if " & " in name:
+            return torch.cat([self.get(n) for n in name.split(" & ")])
         name, _, part = name.partition("[")
         tensor = self.files[self.where[name]].get_tensor(name)
-        if part:
-            i, n = map(int, part.rstrip("]").split("/"))
-            tensor = tensor.chunk(n)[i].clone()
-        return tensor
+        if not part:
+            return tensor
+        what, _, n = part.rstrip("]").partition("/")
+        if what == "T":
+            return tensor.T.contiguous()
+        if what == "rope":                              # (E/2, 2) of Meta's neighbours → (2, E/2): all firsts, then all seconds
+            return tensor.unflatten(0, (int(n), -1, 2)).transpose(1, 2).flatten(0, 2)
+        return tensor.chunk(int(n))[int(what)].clone()
+
+    def prefix(self, *candidates: str) -> str:
+        """The first of these with which the name of some tensor starts; the last one where none does."""
+        return next((c for c in candidates if any(n.startswith(c) for n in self.where)), candidates[-1])
+
+
+def pieces(name: str) -> list[str]:
+    """The plain names in one of the tables' names: "a[1/3] & b" → ["a", "b"]."""
+    return [n.split("[")[0] for n in name.split(" & ")]
 
 
 def expand(names: dict[str, str], layers: int, prefix: str = "", ours: str = "") -> dict[str, str]:
@@ -872,7 +888,13 @@ def expand(names: dict[str, str], layers: int, prefix: str = "", ours: str = "")
     return {ours + a.format(i=i): prefix + b.format(i=i) for a, b in names.items() for i in (range(layers) if "{i}" in a else (0,))}
 
 
-def fill(module: nn.Module, checkpoint: Checkpoint, names: dict[str, str], device=None, dtype=None, optional: str = "") -> None:
+def decoder_names(config: DecoderConfig, trunk: str = "model.", head: str = "", ours: str = "") -> dict[str, str]:
+    """Hugging Face's names of a decoder that lies below `trunk`, with its output projection at head + "lm_head"."""
+    return {**expand(DECODER_NAMES, config.layers, trunk, ours), ours + "lm_head.weight": head + "lm_head.weight"}
+
+
+def fill(module: nn.Module, checkpoint: Checkpoint, names: dict[str, str], optional: tuple[str, ...] = (), device=None,
+         dtype=None) -> None:
     """Give every parameter of a module (built on the meta device) its tensor; strict in both directions.
 
     names: ours → theirs. A tensor that is missing, has another shape, or that nobody asked for is a UserError naming it.
@@ -881,17 +903,18 @@ def fill(module: nn.Module, checkpoint: Checkpoint, names: dict[str, str], devic
     used, file = set(), checkpoint.path
     for ours, parameter in list(module.named_parameters()):
         theirs = names.get(ours, ours)
-        if theirs not in checkpoint:
-            raise UserError(f'{file}: tensor "{theirs}" is missing; this model needs it with shape {tuple(parameter.shape)}.')
+        for missing in checkpoint.missing(theirs):
+            raise UserError(f'{file}: tensor "{missing}" is missing; this model needs it'
+                            + (f" with shape {tuple(parameter.shape)}." if theirs == missing else "."))
         tensor = checkpoint.get(theirs)
         if tensor.numel() != parameter.numel() or [n for n in tensor.shape if n > 1] != [n for n in parameter.shape if n > 1]:
-            raise UserError(f'{checkpoint.where[theirs.split("[")[0]]}: tensor "{theirs}" has shape {tuple(tensor.shape)}, '
+            raise UserError(f'{checkpoint.where[pieces(theirs)[0]]}: tensor "{theirs}" has shape {tuple(tensor.shape)}, '
                             f"this model expects {tuple(parameter.shape)}; the config.json beside it may belong to another model.")
-        used.add(theirs.split("[")[0])
+        used.update(pieces(theirs))
         owner, _, leaf = ours.rpartition(".")
         tensor = tensor.view(parameter.shape).to(device=device, dtype=dtype or tensor.dtype)
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
-    extra = [n for n in checkpoint.where if n not in used and not n.endswith(IGNORED) and not (optional and n.startswith(optional))]
+    extra = [n for n in checkpoint.where if n not in used and not n.endswith(IGNORED) and not n.startswith(optional)]
     if extra:
         raise UserError(f'{file}: {len(extra)} tensors are not part of this model (first: "{extra[0]}"); '
                         "the config.json beside it may belong to another model.")
@@ -963,6 +986,10 @@ def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
                 attention_bias=c.attention_bias, mlp_bias=c.mlp_bias, max_position_embeddings=c.context, **scaling, **extra)
 
 
+# What transformers assumes where a config inside another config is silent: published LLaVA files leave most of Llama's fields out.
+LLAMA_DEFAULTS = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                      max_position_embeddings=2048, rms_norm_eps=1e-6)
+CLIP_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32)
 HF_ACT = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -997,8 +1024,7 @@ def load_decoder(path: str | os.PathLike, device=None, dtype: torch.dtype | None
     config = decoder_config(read_json(Path(path) / "config.json"), f"{path}/config.json")
     with torch.device("meta"):
         decoder = Decoder(config)
-    fill(decoder, Checkpoint(path), expand(DECODER_NAMES, config.layers), device, dtype or torch.float32,
-         optional="lm_head." if config.tied else "")
+    fill(decoder, Checkpoint(path), decoder_names(config), ("lm_head.",) if config.tied else (), device, dtype or torch.float32)
     return decoder.eval()
 
 
@@ -1007,12 +1033,16 @@ def load_vit(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
     config, family = vit_config(read_json(Path(path) / "config.json"), f"{path}/config.json")
     with torch.device("meta"):
         vit = ViT(config)
-    checkpoint = Checkpoint(path)
-    prefix = "vision_model." if any(n.startswith("vision_model.") for n in checkpoint.where) else ""
-    names = expand(EVA_NAMES if family == "eva" else VIT_NAMES, config.layers, prefix)
-    fill(vit, checkpoint, names, device, dtype or torch.float32,
-         optional=("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias") if prefix else "")
+    fill(vit, *vit_file(path, config, family), device=device, dtype=dtype or torch.float32)
     return vit.eval()
+
+
+def vit_file(path: str | os.PathLike, config: ViTConfig, family: str) -> tuple[Checkpoint, dict[str, str], tuple[str, ...]]:
+    """The checkpoint of a vision tower, the names in it, and what else may lie there; arguments for `fill`."""
+    checkpoint = Checkpoint(path)
+    prefix = checkpoint.prefix("vision_model.", "")
+    names = expand(EVA_NAMES if family == "eva" else VIT_NAMES, config.layers, prefix)
+    return checkpoint, names, ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias") if prefix else ()
 
 
 def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> CLIP:
@@ -1030,13 +1060,13 @@ def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = 
         clip = CLIP(ViT(config), TextTransformer(text), c["projection_dim"])
     names = {**expand(VIT_NAMES, config.layers, "vision_model.", "vit."), **expand(TEXT_NAMES, text.layers, "text_model.", "text."),
              "image_projection.weight": "visual_projection.weight"}
-    fill(clip, Checkpoint(path), names, device, dtype or torch.float32)
+    fill(clip, Checkpoint(path), names, (), device, dtype or torch.float32)
     return clip.eval()
 
 
 def save_decoder(decoder: Decoder, path: str | os.PathLike, **extra) -> None:
     """Write a Hugging Face Llama folder; `extra` goes into config.json (bos_token_id, …)."""
-    names = expand(DECODER_NAMES, decoder.config.layers)
+    names = decoder_names(decoder.config)
     write_tensors(Path(path) / "model.safetensors", {names[k]: v for k, v in decoder.state_dict().items()})
     write_json(Path(path) / "config.json", hf_decoder_config(decoder.config, **extra))
 
@@ -1062,15 +1092,27 @@ def save_vlm(vlm: VLM, path: str | os.PathLike, settings: dict | None = None, vi
                                       "image_token": vlm.image_token, "vit": vit or "vit", "decoder": decoder or "decoder"})
 
 
-def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> VLM:
-    """A run folder of train.py → VLM in eval mode. Tower paths in config.json are relative to the run, or to where you stand."""
-    from bridges import make_bridge
+def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> nn.Module:
+    """A published vision-language model (bridges.LAYOUTS) or a run folder of train.py → VLM in eval mode; dtype None = float32.
+
+    BLIP-2's first stage has no decoder: its folders give a bridges.Stage1. A run's tower paths are relative to the run, or to
+    where you stand.
+    """
+    from bridges import LAYOUTS, make_bridge
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder; `python train.py` writes one under out/.")
+        raise UserError(f"{path}: no such folder; `python train.py` writes a run under out/, published models have a config.json.")
     c = read_json(path / "config.json")
     if "bridge" not in c:
-        raise UserError(f'{path}/config.json: "bridge" is missing, so this is no run folder of train.py.')
+        kind = c.get("model_type", "")
+        if kind not in LAYOUTS:
+            raise UserError(f'{path}/config.json: neither a run of train.py ("bridge" is missing) nor a vision-language model that '
+                            f'is known here (model_type "{kind}"); {nearest(kind, LAYOUTS)}')
+        with torch.device("meta"):
+            vlm, fills = LAYOUTS[kind](c, path)
+        for module, checkpoint, names, optional in fills:
+            fill(module, checkpoint, names, optional, device, dtype or torch.float32)
+        return vlm.eval()
     vit, decoder = load_vit(tower_folder(path, c["vit"]), device, dtype), load_decoder(tower_folder(path, c["decoder"]), device, dtype)
     with torch.device("meta"):
         bridge = make_bridge(c["bridge"], decoder.config, vit.config.width, **c["bridge_options"])
@@ -1092,4 +1134,4 @@ def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None) -> No
     held = (checkpoint.files[Path(file)].metadata() or {}).get("bridge", bridge.name)
     if held != bridge.name:
         raise UserError(f'{file}: holds a "{held}" bridge, not "{bridge.name}"; use --bridge {held}.')
-    fill(bridge, checkpoint, {}, device)
+    fill(bridge, checkpoint, {}, (), device)
