@@ -8,9 +8,18 @@ Chapters 1 metrics (equal to the official code) · 2 answers · 3 tables · 4 th
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
+import html
+import importlib
+import io
 import math
+import os
+import random
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from model import VLM, Decoder, UserError, ViT, load_decoder, load_vlm, read_json, tower_folder, write_json
+from model import (VLM, Decoder, UserError, ViT, atomically, fetch, is_hub_name, load_decoder, load_vlm, nearest,
+                   print_licence, read_json, tower_folder, write_json)
 
 # ------------------------------------------------------------------------------------------------------------------
 # 1. Metrics, equal to the official code
 # ------------------------------------------------------------------------------------------------------------------
 # A caption is scored as one string, its tokens joined by single blanks. A caption metric takes n candidates
 # and n lists of references and returns the score of the corpus and the list of the images' own scores.
-# "Official" is pycocoevalcap 1.2 and GT-Vision-Lab/VQA at a013f00; tests/test_metrics.py holds their numbers.
+# "Official" is pycocoevalcap 1.2, GT-Vision-Lab/VQA at a013f00, lupantech/ScienceQA at 2cbf831, haotian-liu/LLaVA at
+# c121f04, MME's evaluation tool at dd29509, salesforce/LAVIS at 506965b and open_flamingo at 655f693;
+# tests/test_metrics.py and tests/test_scores.py hold their numbers.
 
 LETTER = r"(?:[^\W\d_²³¹¼-¾⅐-⅟]|[\u0300-\u036f])"                   # combining accents belong to the word
 ALNUM = rf"(?:\d|{LETTER})"
@@ -255,6 +267,200 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     return mean([min(1.0, (sum(same) - s) / 3) for s in same])              # (V1)  s: annotator j's own
 
 
+def java_scorer(name: str, candidates: list[str], references: list[list[str]]) -> tuple[float, list]:
+    """The scores of pycocoevalcap's scorer of this name (corpus, images), which runs the official Java program."""
+    try:
+        scorer = getattr(importlib.import_module(f"pycocoevalcap.{name}.{name}"), name.capitalize())
+    except ImportError:
+        raise UserError(f"{name.upper()} needs Java and the package pycocoevalcap (pip install pycocoevalcap); BLEU, "
+                        f"ROUGE-L and CIDEr need neither.") from None
+    if shutil.which("java") is None:
+        raise UserError(f'{name.upper()} is a Java program, and no "java" is on the PATH; install a Java runtime.')
+    try:
+        return scorer().compute_score(dict(enumerate(references)), {i: [c] for i, c in enumerate(candidates)})
+    except (OSError, ValueError, subprocess.SubprocessError) as e:
+        raise UserError(f"{name.upper()}: pycocoevalcap failed to run its Java program ({e}); METEOR takes 2 GB of "
+                        f"memory, SPICE 8 GB and, the first time, a download of CoreNLP 3.6.0.") from None
+
+
+def meteor(candidates: list[str], references: list[list[str]]) -> tuple[float, list]:
+    """METEOR 1.5 (Denkowski & Lavie, W14-3348): words matched exactly, by stem, synonym or paraphrase, and their order.
+
+    (M1)  P, R = matches (exact 1, stem 0.6, synonym 0.8, paraphrase 0.6) / words of the candidate, of the reference;
+          a content word counts 0.75, a function word 0.25
+    (M2)  F = P · R / (0.85 · P + 0.15 · R)
+    (M3)  METEOR = F · (1 − 0.6 · (chunks / matched words)^0.2),  of the best reference
+
+    The corpus sums matches and chunks before (M1): not the mean of the images. WordNet and the paraphrases (62 MB)
+    live in the official program, so we call it instead of writing another.
+    """
+    return java_scorer("meteor", candidates, references)
+
+
+def spice(candidates: list[str], references: list[list[str]]) -> tuple[float, list]:
+    """SPICE (Anderson et al., 1607.08822): F1 of scene graphs, which CoreNLP parses; mean over images."""
+    total, images = java_scorer("spice", candidates, references)
+    return float(total), [float(image["All"]["f"]) for image in images]
+
+
+def scienceqa_choice(text: str, choices: int, direct: bool = True, guess: random.Random | None = None) -> int:
+    """Index of the choice that an answer names; −1 (never right) if it names none, several, or one past the last.
+
+        "B"   "B. because …"   "Because … The answer is B."  →  1           "(B)"  "B."  "b"  " B"  →  −1
+
+    direct=True is LLaVA's reading. ScienceQA's own code knows the sentence only (direct=False) and, where that
+    fails, guesses: pass a random.Random, whose draws are those of the official code's generator.
+    """
+    letter = direct and (re.fullmatch("[A-E]", text) or re.match(r"[A-E](?=\. )", text))
+    stated = re.findall(r"The answer is ([A-Z]).", text)            # sic: any character may follow, but one must
+    named = letter[0] if letter else stated[0] if len(stated) == 1 else ""
+    index = ord(named) - ord("A") if named else choices
+    return index if index < choices else guess.randrange(choices) if guess else -1
+
+
+def scienceqa(problems: dict[str, dict], picked: dict[str, int]) -> dict[str, float]:
+    """ScienceQA accuracy, 0 … 1, per column of the papers' tables (Lu et al., 2209.09513): subject, context, grade.
+
+    problems: records of problems.json of the evaluated split (test: 4,241); picked: problem id → index of the choice.
+    No prediction is a wrong one. TXT (has a hint) and IMG (has a picture) overlap, NO has neither; a column without
+    problems is left out. LLaVA's "IMG-Accuracy" skips missing predictions: it is IMG of the problems that have one.
+    """
+    right: dict[str, list[bool]] = {}
+    for pid, p in problems.items():
+        columns = [p["subject"][:3].upper(), "G1-6" if int(p["grade"].removeprefix("grade")) <= 6 else "G7-12", "Avg"]
+        columns += [name for name, there in (("TXT", p["hint"]), ("IMG", p["image"])) if there] or ["NO"]
+        for column in columns:
+            right.setdefault(column, []).append(picked.get(pid, -1) == p["answer"])
+    return {c: mean(right[c]) for c in "NAT SOC LAN TXT IMG NO G1-6 G7-12 Avg".split() if c in right}
+
+
+MME = {"perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
+       "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()}
+
+
+def yes_no(response: str) -> str:
+    """MME's reading of a response: its first four characters decide (know → no, eyes → yes, "I say no" → other)."""
+    start = response.lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def mme_tasks(rows: list[tuple]) -> dict[str, list[tuple]]:
+    """Rows (task, image, question, Yes | No, response) by task; the two questions about a picture follow each other."""
+    tasks: dict[str, list[tuple]] = {}
+    for task, *line in rows:
+        tasks.setdefault(task, []).append(tuple(line))
+    for task, lines in tasks.items():
+        if task not in (known := MME["perception"] + MME["cognition"]):
+            raise UserError(f'"{task}" is no task of MME; {nearest(task, known)}')
+        for n in range(0, len(lines), 2):
+            images = [image for image, *_ in lines[n:n + 2]]
+            if len(images) < 2 or images[0] != images[1]:
+                raise UserError(f"MME task {task}, rows {n + 1} and {n + 2}: pictures {' and '.join(images)}, but each "
+                                f"pair of rows must ask about one picture; keep the data set's order.")
+    return tasks
+
+
+def mme(rows: list[tuple]) -> dict:
+    """MME (Fu et al., 2306.13394): {task: {"acc", "acc+", "score"}, "perception": 0 … 2000, "cognition": 0 … 800}.
+
+    rows: (task, image, question, Yes | No, response), two rows per picture.
+
+    (E1)  acc  = questions answered right / questions           anything but yes or no is wrong
+    (E2)  acc+ = pictures with both answers right / pictures    chance is 1/4
+    (E3)  score of a task = 100 acc + 100 acc+;  perception, cognition: sums over their 10 and 4 tasks
+
+    A sum is left out while one of its tasks is missing.
+    """
+    result = {}
+    for task, lines in mme_tasks(rows).items():
+        right = [yes_no(response) == truth.lower() for _, _, truth, response in lines]
+        acc, both = mean(right), mean([a and b for a, b in zip(right[::2], right[1::2])])       # (E1), (E2)
+        result[task] = {"acc": acc, "acc+": both, "score": 100 * acc + 100 * both}              # (E3)
+    sums = {group: sum(result[t]["score"] for t in tasks) for group, tasks in MME.items() if set(tasks) <= set(result)}
+    return result | sums
+
+
+def recall(i2t, image_of, t2i=None, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """Recall@K of retrieval, 0 … 1: {"i2t@1", …, "t2i@10", "mean" of all}, as LAVIS computes it.
+
+    i2t     (images, captions)  score of each caption for each image; arrays or tensors on the CPU
+    image_of  (captions,)       the image each caption belongs to: five captions per image are five entries
+    t2i     (captions, images)  i2tᵀ unless given: BLIP-2 re-scores the best 128 of each row, so the two differ
+
+    i2t@K: images with one of their captions among the K best captions. t2i@K: captions with their image among
+    the K best. A wrong one that ties counts as better: the official order of ties is arbitrary, and a model that
+    scores everything alike must not look perfect.
+    """
+    i2t = np.asarray(i2t)
+    own = np.asarray(image_of)[None] == np.arange(len(i2t))[:, None]            # (images, captions)  True = belongs
+    result = {}
+    for name, scores, own in (("i2t", i2t, own), ("t2i", i2t.T if t2i is None else np.asarray(t2i), own.T)):
+        best = np.where(own, scores, -np.inf).max(1, keepdims=True)             # of the right ones in each row
+        rank = (~own & ~(scores < best)).sum(1)                                 # wrong ones before it, ties and NaN too
+        result |= {f"{name}@{k}": float((rank < k).mean()) for k in ks}
+    return {**result, "mean": mean(list(result.values()))}
+
+
+OUTER = r"\A\s+|\s+\Z"
+ENDS = {                    # paper: before what its answer ends, what is deleted then
+    "mapl": (r"\.", OUTER),                                # the token "." stops; the published code leaves it in
+    "flamingo": (r"<EOC>|<\|endofchunk\|>", OUTER),
+    "openflamingo-vqa": ("Question|Answer|Short|, ", ""),  # blanks stay: the metric strips them
+    "openflamingo-caption": ("Output", '"'),
+    "llava": ("</s>|###", OUTER),                          # separators of its conversation formats v1 and v0
+    "blip2": ("\n", OUTER),                                # OPT's stop token in LAVIS
+}
+
+
+def tidy(paper: str, text: str) -> str:
+    """The answer or caption within what a model wrote, by the rule of one paper (the table above).
+
+        openflamingo-vqa:  "two, three Question: what"  →  "two"
+
+    Left out, because it takes spaCy or WordNet: for OK-VQA, BLIP-2 lemmatises the answer and OpenFlamingo stems it, so
+    their OK-VQA scores do not compare with (V1) of these answers.
+    """
+    if paper not in ENDS:
+        raise UserError(f'no rule to tidy answers is called "{paper}"; {nearest(paper, ENDS)}')
+    end, dropped = ENDS[paper]
+    return re.sub(dropped, "", re.split(end, text, maxsplit=1)[0])
+
+
+RECORDS = {"vqav2": ("question_id", "answer"), "okvqa": ("question_id", "answer"), "vizwiz": ("image", "answer"),
+           "coco": ("image_id", "caption")}
+
+
+def save_predictions(kind: str, rows: list[tuple], path: str | Path) -> None:
+    """Predictions in the form that the benchmark's own evaluation reads; written atomically.
+
+    kind           a row                                       the file
+    vqav2, okvqa   (question id, answer)                       [{"question_id": 9000, "answer": "yes"}, …]
+    vizwiz         (image name, answer)                        [{"image": "VizWiz_val_1.jpg", "answer": "yes"}, …]
+    coco           (image id, caption)                         [{"image_id": 9, "caption": "a box"}, …]
+    scienceqa      (problem id, index of the choice, text)     {"results": {"4": 0}, "outputs": {"4": "A. because"}}
+    mme            (task, image, question, Yes | No, response) a folder: TASK.txt, a line per question, tabs between
+
+    The VQA evaluation wants every question of the split. A tab or line break inside a field of MME's becomes a blank,
+    one for one, so that no reading of yes or no changes.
+    """
+    if kind == "mme":
+        for task, lines in mme_tasks(rows).items():
+            with atomically(Path(path) / f"{task}.txt") as tmp:
+                text = ["\t".join(re.sub(r"[\t\r\n]", " ", field) for field in line) + "\n" for line in lines]
+                tmp.write_text("".join(text), encoding="utf-8")
+        return
+    if kind not in (known := [*RECORDS, "scienceqa", "mme"]):
+        raise UserError(f'no benchmark is called "{kind}"; {nearest(kind, known)}')
+    twice = [i for i, n in collections.Counter(str(row[0]) for row in rows).items() if n > 1]
+    if twice:
+        raise UserError(f'{path}: more than one {kind} prediction for "{twice[0]}"; give one per question or picture.')
+    if kind == "scienceqa":
+        write_json(path, {"results": {i: choice for i, choice, _ in rows}, "outputs": {i: text for i, _, text in rows}})
+    else:
+        name, what = RECORDS[kind]
+        write_json(path, [{name: int(i) if str(i).isdecimal() else i, what: text} for i, text in rows])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 2. Answers
 # ------------------------------------------------------------------------------------------------------------------
@@ -286,7 +492,7 @@ def see(vlm: VLM, items: list[data.Item], blind: bool, batch: int = 128) -> Tens
     device, size = next(vlm.vit.parameters()).device, vlm.vit.config.image_size
     parts = []
     for i in range(0, len(items), batch):
-        pixels = data.to_pixels([item.image for item in items[i:i + batch]], size).to(device)
+        pixels = data.to_pixels([item.image for item in items[i:i + batch]], size, vlm.processor).to(device)
         parts.append(vlm.features(torch.zeros_like(pixels) if blind else pixels))
     return torch.cat(parts)
 
@@ -296,22 +502,27 @@ def evaluate(vlm: VLM, tokenizer: data.Tokenizer, items: list[data.Item], blind:
     features = see(vlm, items, blind)
     asked = [(n, q) for n, item in enumerate(items) for q in item.qas]
     prompts = [data.Document(tokenizer).image().add(data.QUESTION.format(q.question)) for _, q in asked]
-    rows = torch.tensor([n for n, _ in asked], device=features.device)
+    rows = torch.tensor([n for n, _ in asked], dtype=torch.long, device=features.device)
     answers = write(vlm.generate, prompts, tokenizer, 12, beams, features[rows])
     result = by_kind([q for _, q in asked], answers)
     result["answers"] = answers
-    if captions:
+    if captions and all(item.captions for item in items):
         prompts = [data.Document(tokenizer).image().add(data.CAPTION) for _ in items]
         result["captions"] = write(vlm.generate, prompts, tokenizer, 64, beams, features)
         result |= caption_scores(result["captions"], [item.captions for item in items])
     return result
 
 
+def accuracy(q: data.QA, answer: str) -> float:
+    """VQA accuracy, 0 … 1. With ten equal answers it is exact match."""
+    return vqa_accuracy(answer, q.answers or [q.answer] * 10)
+
+
 def by_kind(questions: list[data.QA], answers: list[str]) -> dict:
-    """VQA accuracy per kind of question and the mean over kinds. With ten equal answers it is exact match."""
+    """VQA accuracy per kind of question and the mean over kinds."""
     hits: dict[str, list[float]] = {}
     for q, a in zip(questions, answers):
-        hits.setdefault(q.kind, []).append(vqa_accuracy(a, q.answers or [q.answer] * 10))
+        hits.setdefault(q.kind, []).append(accuracy(q, a))
     result = {k: float(np.mean(v)) for k, v in sorted(hits.items())}
     return {**result, "mean": float(np.mean(list(result.values())))} if result else {}
 
@@ -332,9 +543,9 @@ def oracle(decoder: Decoder, tokenizer: data.Tokenizer, items: list[data.Item]) 
 
 def chance(world, items: list[data.Item]) -> dict:
     """The commonest answer of each kind in training, whatever is asked."""
-    train = data.open_data(f"{world.name}:train", seed=world.seed)
+    train = data.open_data(f"{world.name}:{world.seen if isinstance(world, data.Files) else 'train'}", seed=world.seed)
     seen: dict[str, collections.Counter] = {}
-    for i in range(500):
+    for i in range(min(500, len(train)) if isinstance(train, data.Files) else 500):
         for q in train.item(i).qas:
             seen.setdefault(q.kind, collections.Counter())[q.answer] += 1
     asked = [q for item in items for q in item.qas]
@@ -425,7 +636,7 @@ def numbers(result: dict) -> dict:
 def items_of(world, split: str, count: int) -> list[data.Item]:
     """The first items of another split of the same world."""
     other = data.open_data(f"{world.name}:{split}", seed=world.seed)
-    return [other.item(i) for i in range(count)]
+    return [other.item(i) for i in range(min(count, len(other)) if isinstance(other, data.Files) else count)]
 
 
 def measure(vlm: VLM, tokenizer: data.Tokenizer, world, count: int, facts: dict, name: str,
@@ -450,20 +661,68 @@ def baselines(vlm: VLM, tokenizer: data.Tokenizer, world, items: list[data.Item]
 
 
 def report(vlm: VLM, tokenizer: data.Tokenizer, world, out: Path, count: int, samples: int) -> None:
-    """What a run prints at its end: samples beside their references, right or wrong, and the table; results.json beside them."""
+    """What a run says at its end: samples beside their references, right or wrong, and the table; results.json and samples.html."""
     facts = read_json(out / "config.json")
     rows, items, result = measure(vlm, tokenizer, world, count, facts, vlm.bridge.name)
     rows += baselines(vlm, tokenizer, world, items)
-    at = 0
-    for n, item in enumerate(items[:samples]):
-        print(f"\nheld-out {item.id}\n  reference  {item.captions[0]}\n  caption    {result['captions'][n]}")
-        for q in item.qas:
-            answer = result["answers"][at]
-            at += 1
-            right = answer == q.answer
-            print(f"  {'right' if right else 'WRONG'}      {q.question} {answer}" + ("" if right else f" (it is {q.answer})"))
-    write_json(out / "results.json", {"world": world.name, "items": count, "rows": rows})
-    print(f"\n{count} held-out pictures; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n")
+    captions, answers = result.get("captions", [None] * len(items)), iter(result["answers"])
+    told = [(item, caption, [(q, a, *verdict(q, a)) for q, a in zip(item.qas, answers)]) for item, caption in zip(items, captions)]
+    for item, caption, asked in told[:samples]:
+        print(f"\nheld-out {item.id}" + ("" if caption is None else f"\n  reference  {item.captions[0]}\n  caption    {caption}"))
+        for q, answer, word, truth in asked:
+            print(f"  {word:9s}  {q.question} {answer}{truth}")
+    text = f"{len(items)} held-out pictures; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n"
+    write_json(out / "results.json", {"world": world.name, "items": len(items), "rows": rows})
+    write_samples(out / "samples.html", f"{out.resolve().name}: {vlm.bridge.name} on {world.name}:{world.held_out}", told[:max(samples, 24)], text)
+    print(f"\n{text}")
+
+
+def verdict(q: data.QA, answer: str) -> tuple[str, str]:
+    """("right", ""), ("WRONG", " (it is …)"), or ("0.6 right", " (it is …)") where some of the annotators agree."""
+    right = accuracy(q, answer)
+    return ("right", "") if right == 1 else (f"{right:.1f} right" if right else "WRONG", f" (it is {q.answer})")
+
+
+STYLE = """
+body { margin: 1rem; font: 1rem/1.4 sans-serif; color: #1b1b1b; background: #fff; overflow-wrap: anywhere }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem }
+article { border: 1px solid #999; border-radius: .4rem; padding: .8rem; break-inside: avoid }
+h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } ul { list-style: none; padding: 0; margin: 0 }
+img { display: block; margin: .5rem 0; max-width: 100%; height: auto } img.small { image-rendering: pixelated }
+pre { font-size: .75rem; overflow-x: auto } .right b { color: #0b5d1e } .wrong b { color: #b3140c } .partly b { color: #7a4a00 }
+@media print { main { display: block } article { margin-bottom: 1rem } pre { font-size: 6pt; white-space: pre-wrap } }
+"""
+
+
+def write_samples(file: Path, title: str, told: list[tuple], text: str) -> None:
+    """One page that needs no other file and no script: pictures, reference and our caption, questions and our answers, right or wrong.
+
+    told: (item, our caption or None, [(question, our answer, *verdict)]) per picture; text: the table, shown above the pictures.
+    """
+    show, cards, words = html.escape, [], [word for *_, asked in told for *_, word, _ in asked]
+    for item, caption, asked in told:
+        kind = {"right": "right", "WRONG": "wrong"}
+        lines = [f'<li class="{kind.get(word, "partly")}"><b>{word}</b> {show(q.question)} <q>{show(answer)}</q>{show(truth)}</li>'
+                 for q, answer, word, truth in asked]
+        said = "" if caption is None else f"<p>reference: {show(item.captions[0])}</p>\n<p>caption: {show(caption)}</p>\n"
+        cards.append(f"<article>\n<h2>{show(item.id)}</h2>\n{picture_tag(item)}\n{said}<ul>\n" + "\n".join(lines) + "\n</ul>\n</article>\n")
+    counted = f": {words.count('right')} of {len(words)} answers are right" if words else ""
+    with atomically(file) as tmp:
+        tmp.write_text(f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
+                       f"<title>{show(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{show(title)}</h1>\n"
+                       f"<p>The first {len(told)} held-out pictures{counted}.</p>\n<pre>{show(text)}</pre>\n<main>\n"
+                       f'{"".join(cards)}</main>\n</body>\n</html>\n', encoding="utf-8")
+
+
+def picture_tag(item: data.Item) -> str:
+    """The picture inside its tag: a small one is enlarged by a whole number and stays sharp, a large one comes down to 384 pixels."""
+    from PIL import Image
+    picture, file = Image.fromarray(item.image), io.BytesIO()
+    picture.thumbnail((384, 384))
+    picture.save(file, "png")
+    zoom = max(1, 192 // max(picture.size))
+    return (f'<img class="{"small" if zoom > 1 else "large"}" width="{zoom * picture.width}" height="{zoom * picture.height}" '
+            f'alt="{html.escape(item.id)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -480,7 +739,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--beams", type=int, default=1, help="beam width; 1 = greedy (default)")
     parser.add_argument("--image", help="a picture file to ask about")
     parser.add_argument("--prompt", help="the question; without it the picture is captioned")
-    parser.add_argument("--lm", help="a decoder folder: answer --prompt without any picture")
+    parser.add_argument("--lm", help="a decoder, by its folder or its name on the hub: answer --prompt without any picture")
+    parser.add_argument("--offline", action="store_true", help="never touch the network: names on the hub come from the local cache")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
     parser.add_argument("--device", default="auto", help="cpu | cuda | auto")
     try:
@@ -490,15 +750,20 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         raise UserError(f'unknown argument "{unknown[0]}"; see python eval.py --help.')
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"              # read by model.fetch and by the hub's own library
     if args.items < 1 or args.beams < 1:
         raise UserError("--items and --beams must be at least 1.")
 
     if args.lm:
         if not args.prompt:
             raise UserError('--lm needs --prompt "…": what to ask the decoder.')
-        tokenizer, decoder = data.load_tokenizer(args.lm), load_decoder(args.lm, device)
-        chat = "<|im_start|>" in tokenizer.special
-        ids = tokenizer.encode(data.chatml(args.prompt), special=True) if chat else data.Document(tokenizer).add(args.prompt).tokens
+        folder = fetch(args.lm)
+        print_licence(args.lm, folder, sys.stderr)      # not among the answers
+        tokenizer, decoder = data.load_tokenizer(folder), load_decoder(folder, device)
+        ids = data.Document(tokenizer).chat(args.prompt).tokens
+        if data.IMAGE in ids:
+            raise UserError('--lm asks a decoder alone, which sees no picture; leave "<image>" out of --prompt.')
         stop = () if tokenizer.eos is None else (tokenizer.eos,)
         out = decoder.generate(torch.tensor([ids], device=device), max_new_tokens=args.max_new_tokens, beams=args.beams, stop=stop)
         print(tokenizer.decode(out[0]).strip())
@@ -507,7 +772,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give at least one run folder, for example: python eval.py out/mapl-shapes (python train.py writes it).")
     if args.image:
         vlm, tokenizer, _ = open_run(args.runs[0], device)
-        pixels = data.to_pixels([data.read_image(args.image)], vlm.vit.config.image_size).to(device)
+        pixels = data.to_pixels([data.read_image(args.image)], vlm.vit.config.image_size, vlm.processor).to(device)
         prompt = data.QUESTION.format(args.prompt) if args.prompt else data.CAPTION
         document = data.Document(tokenizer).image().add(prompt)
         print(write(vlm.generate, [document], tokenizer, args.max_new_tokens, args.beams, vlm.features(pixels))[0])
@@ -531,9 +796,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_run(run: str, device) -> tuple[VLM, data.Tokenizer, dict]:
-    vlm = load_vlm(run, device)
-    facts = read_json(Path(run) / "config.json")
-    return vlm, data.load_tokenizer(tower_folder(Path(run), facts["decoder"])), facts
+    folder = fetch(run) if is_hub_name(run) else Path(run)
+    vlm = load_vlm(folder, device)
+    facts, vlm.processor = read_json(folder / "config.json"), data.load_processor(folder)
+    towers = {facts[k]: tower_folder(folder, facts[k]) for k in ("decoder", "vit") if k in facts} or {run: folder}
+    for name, where in towers.items():                  # a published model is its own
+        print_licence(name, where, sys.stderr)
+    return vlm, data.load_tokenizer(towers.get(facts.get("decoder"), folder)), facts
 
 
 if __name__ == "__main__":

@@ -14,16 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import itertools
 import json
 import math
 import os
+import pickle
+import re
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -55,7 +62,7 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5      # (B, H, T, S)  scaled by the HEAD width
     if bias is not None:
         scores = scores + bias
-    weights = scores.softmax(-1, dtype=torch.float32)           # (B, H, T, S)  each row sums to 1
+    weights = shown(scores.softmax(-1, dtype=torch.float32))    # (B, H, T, S)  each row sums to 1
     return F.dropout(weights, dropout).to(v.dtype) @ v          # (B, H, T, E)
 
 
@@ -67,9 +74,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
     a frozen decoder rounds alike with a trained bridge and without.
     """
     assert not (causal and bias is not None), "one mask, not two"
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    if SHOW or q.device.type == "cpu" and torch.is_grad_enabled():
         return attend_explicit(q, k, v, visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype) if causal else bias, dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
+
+
+SHOW: list[Callable[[Tensor, str], None]] = []                  # empty, except while somebody is `watching`
+
+
+def shown(weights: Tensor, beside: str = "") -> Tensor:
+    """The softmax weights themselves, on their way to the values; whoever is watching sees them."""
+    for show in SHOW:
+        show(weights, beside)
+    return weights
+
+
+@contextlib.contextmanager
+def watching(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collects the softmax weights (B, H, T, S) of every attention inside `module`, under the name of the module that computes them.
+
+        decoder.layers.L.attention            words, and the soft tokens among them, on each other
+        decoder.layers.L.attention.prompts    zero_init: words on prompts, a softmax of its own
+        bridge.blocks.L                       mapl: [features ; constants] on each other; zero_init: [queries ; features];
+                                              flamingo, idefics: words on latents
+        bridge.layers.L.attention, .cross     qformer: queries on each other, on the features
+        bridge.resampler.layers.L             flamingo, idefics: latents on [features ; latents]
+
+    While it lasts attention takes the explicit road; a later forward overwrites an earlier one. A row that may look nowhere is
+    uniform, and its module multiplies what it read by 0.
+    """
+    kept, running, names = {}, [], {m: name for name, m in module.named_modules()}
+
+    def leave(*_) -> None:                                      # a hook that returned something would replace the output
+        running.pop()
+    hooks = [m.register_forward_pre_hook(lambda m, _: running.append(names[m])) for m in names]
+    hooks += [m.register_forward_hook(leave) for m in names]
+    show = lambda weights, beside: kept.__setitem__(running[-1] + beside, weights)
+    SHOW.append(show)
+    try:
+        yield kept
+    finally:
+        SHOW.remove(show)
+        for h in hooks:
+            h.remove()
 
 
 def causal_mask(T: int, device=None) -> Tensor:
@@ -108,6 +155,7 @@ class Bridge(nn.Module):
     """
     name = "none"
     reads_layer, reads_cls = -2, False
+    looks = "decoder.layers.*.attention"    # the names in `watching` of the words' attention to the visual tokens
     options: dict = {}                      # keyword arguments it was built with, for config.json
 
     def see(self, features: Tensor, where: Where | None = None) -> object:
@@ -123,6 +171,13 @@ class Bridge(nn.Module):
 
     def before(self, layer: int, x: Tensor, visual) -> Tensor:
         return x
+
+    def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+        """(ΣM, K, N): of which ViT tokens each visual token is made, rows summing to 1; attention as `watching` names it.
+
+        Here token k IS patch k; where layers lie between, see bridges.rolled.
+        """
+        return torch.eye(features.shape[1], device=features.device).expand(len(features), -1, -1)
 
     def vitals(self) -> dict[str, float]:
         """The bridge's own numbers for the line of progress (mean |gate|, …)."""
@@ -154,14 +209,17 @@ class DecoderConfig:
     head_width: int = 32              # E
     hidden: int = 384                 # width of the SwiGLU feed-forward
     rope_theta: float = 10000.0       # base of the rotary frequencies
-    rope_scaling: dict | None = None  # llama3: {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    rope_scaling: dict | None = None  # {"rope_type", …}, see ROPES
     norm_eps: float = 1e-5            # ε of RMSNorm; always from the checkpoint, never a default
     tied: bool = True                 # the output projection is the embedding matrix
-    attention_bias: bool = False      # biases on q, k, v and o
+    attention_bias: bool | str = False    # biases on q, k, v and o, or on those that it names: "qkv" in Qwen2
     mlp_bias: bool = False            # biases in the feed-forward
     context: int = 2048               # longest sequence the decoder was trained on
+    extra_tokens: int = 0             # ids from V on that are read, never written: rows of the embedding alone (Mllama)
 
     def __post_init__(self):
+        if self.tied and self.extra_tokens:
+            raise UserError(f"a tied output projection has a row for every id: {self.extra_tokens} ids cannot be read only.")
         if self.heads % self.kv_heads:
             raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
                             "num_attention_heads must be a multiple of num_key_value_heads.")
@@ -172,14 +230,17 @@ class DecoderConfig:
 def rope_frequencies(config: DecoderConfig, device=None) -> Tensor:
     """(E/2,) float32: angle per position of each rotated pair, θ_i = base^(−2i/E) (RoPE, 2104.09864v5, Eq. 15).
 
-    With `rope_scaling` of type llama3, wavelengths λ = 2π/θ_i above `original/low` are slowed down by `factor`, those below
-    `original/high` stay, and the band between is interpolated (Llama 3.1; the rule is in its published code only).
+    With `rope_scaling` of type linear, all are divided by `factor` (Position Interpolation, 2306.15595v2). With type llama3
+    so are wavelengths λ = 2π/θ_i above `original/low`, those below `original/high` stay, and the band between is interpolated
+    (Llama 3.1; the rule is in its published code only).
     """
     i = torch.arange(0, config.head_width, 2, dtype=torch.float32, device=device)
     theta = 1.0 / config.rope_theta ** (i / config.head_width)
     s = config.rope_scaling
     if not s:
         return theta
+    if s.get("rope_type") == "linear":
+        return theta / s["factor"]
     factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
     turns = s["original_max_position_embeddings"] * theta / (2 * math.pi)    # how often the pair turns in the old context
     keep = ((turns - low) / (high - low)).clamp(0, 1)                        # 1: fast pair, unchanged; 0: slow, ÷ factor
@@ -236,10 +297,11 @@ class Attention(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.heads, self.kv_heads = c.heads, c.kv_heads
-        self.q = nn.Linear(c.width, c.heads * c.head_width, bias=c.attention_bias)
-        self.k = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.attention_bias)
-        self.v = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.attention_bias)
-        self.o = nn.Linear(c.heads * c.head_width, c.width, bias=c.attention_bias)
+        biased = "qkvo" if c.attention_bias is True else c.attention_bias or ""
+        self.q = nn.Linear(c.width, c.heads * c.head_width, bias="q" in biased)
+        self.k = nn.Linear(c.width, c.kv_heads * c.head_width, bias="k" in biased)
+        self.v = nn.Linear(c.width, c.kv_heads * c.head_width, bias="v" in biased)
+        self.o = nn.Linear(c.heads * c.head_width, c.width, bias="o" in biased)
 
     def widen(self, x: Tensor) -> Tensor:
         """(B, G, S, E) → (B, H, S, E): query head h reads key head ⌊h·G/H⌋."""
@@ -296,10 +358,13 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        # as nn.Embedding starts; spelled out because its normal_ on the meta device, where we load, imports 37 MB more
+        rows = torch.randn(config.vocab_size + config.extra_tokens, config.width)
+        self.embed = nn.Embedding.from_pretrained(rows, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.checkpoint = False             # True: keep no activations inside the layers; less memory, a third more time
 
     def init_weights(self, generator: torch.Generator | None = None) -> Decoder:
         """N(0, 0.02) everywhere, as Hugging Face's random models; a tied embedding with a larger std starts above ln V."""
@@ -317,7 +382,8 @@ class Decoder(nn.Module):
         """L+1 hidden states (B, T, D): the embeddings, then after each layer; the last one after the final norm.
 
         tokens (B, T) int64 or embeds (B, T, D); mask (B, T) bool, False = padding, left or right; positions count real
-        tokens only. With a cache, tokens continue what the cache holds.
+        tokens only. An integer mask packs several documents into a row: its number for each token, 0 = padding; none sees
+        another. With a cache, tokens continue what the cache holds.
         """
         bridge = bridge or NO_BRIDGE
         x = self.embed(tokens) if embeds is None else embeds
@@ -331,10 +397,17 @@ class Decoder(nn.Module):
                 cache.real[:, past:past + T] = mask
             real = cache.real[:, :past + T] if cache.padded else None           # (B, S) of all keys
 
+        document = None
+        if mask is not None and mask.dtype != torch.bool:                       # several documents in a row, numbered from 1
+            assert cache is None, "packed rows are for training"
+            document, real = mask, mask > 0
         if real is None:
             positions = torch.arange(past, past + T, device=x.device)[None]     # (1, T)
-        else:
+        elif document is None:
             positions = (real.cumsum(-1) - 1).clamp(min=0)[:, past:]            # (B, T)
+        else:                                                                   # each document counts from 0
+            t = torch.arange(T, device=x.device).expand(B, T)
+            positions = t - t.masked_fill(document == F.pad(document, (1, 0))[:, :-1], 0).cummax(1).values
         angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)       # (B or 1, 1, T, E/2)
         angle = torch.cat((angle, angle), dim=-1)
         dtype = self.layers[0].attention.q.weight.dtype
@@ -347,11 +420,15 @@ class Decoder(nn.Module):
             visible = (s <= t[:, None])[None, None]                             # (1, 1, T, S)  True = may attend
             if real is not None:
                 visible = visible & real[:, None, None] | (s == t[:, None])     # padding sees itself: no empty softmax row
+            if document is not None:
+                visible = visible & (document[:, None, :, None] == document[:, None, None])     # a wall between documents
             bias = visible_to_bias(visible, dtype)
 
         hidden = [x]
         for l, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, bias, causal, l, cache, bridge, visual)
+            inputs = (x, cos, sin, bias, causal, l, cache, bridge, visual)
+            again = self.checkpoint and torch.is_grad_enabled()                 # compute the layer again in the backward pass
+            x = torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
             hidden.append(x)
         hidden[-1] = self.norm(x)
         if cache is not None:
@@ -474,7 +551,7 @@ def take_rows(visual, rows: Tensor):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4. ViT: CLIP, SigLIP and EVA (BLIP-2) in one class
+# 4. ViT: CLIP, SigLIP and EVA (BLIP-2) in one class, Mllama's tower of tiles in another
 # ------------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -525,22 +602,27 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class EncoderBlock(nn.Module):
-    """x += Attn(LN x); x += W_down act(W_up LN x) (ViT, 2010.11929v2, Eq. 2 and 3); biases everywhere."""
+    """x += Attn(LN x); x += W_down act(W_up LN x) (ViT, 2010.11929v2, Eq. 2 and 3); gated: each times tanh of a gate."""
 
-    def __init__(self, width: int, heads: int, hidden: int, act: str, eps: float):
+    def __init__(self, width: int, heads: int, hidden: int, act: str, eps: float, attention_bias: bool = True,
+                 gated: bool = False):
         super().__init__()
         if width % heads:
             raise UserError(f"a block of width {width} does not divide into {heads} heads.")
         self.heads, self.act = heads, ACTIVATIONS[act]
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=attention_bias) for _ in range(4))
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        gate = lambda: nn.Parameter(torch.full((1,), math.pi / 4)) if gated else None
+        self.attention_gate, self.mlp_gate = gate(), gate()
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = False, bias: Tensor | None = None) -> Tensor:
         y = self.norm1(x)
         q, k, v = (split_heads(f(y), self.heads) for f in (self.q, self.k, self.v))     # (B, H, N, E)
-        x = x + self.o(merge_heads(attend(q, k, v, causal=causal)))
-        return x + self.down(self.act(self.up(self.norm2(x))))
+        y = self.o(merge_heads(attend(q, k, v, bias, causal)))
+        x = x + (y if self.attention_gate is None else self.attention_gate.tanh() * y)
+        y = self.down(self.act(self.up(self.norm2(x))))
+        return x + (y if self.mlp_gate is None else self.mlp_gate.tanh() * y)
 
 
 class AttentionPool(nn.Module):
@@ -618,6 +700,110 @@ class ViT(nn.Module):
         return x if cls or not self.config.cls else x[:, 1:]
 
 
+@dataclass
+class Tiles:
+    """Images cut into squares: stand in for the pixels of a VLM, and for the features that a TiledViT makes of them."""
+    pixels: Tensor      # (ΣM, tiles, 3, S, S), as features (ΣM, tiles, N, Di); an absent tile holds what zeros become
+    aspect: Tensor      # (ΣM,) int64: which arrangement of tiles, from 1 (aspect_ratio_ids)
+    mask: Tensor        # (ΣM, tiles) bool: True = a tile
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows) -> Tiles:
+        return Tiles(self.pixels[rows], self.aspect[rows], self.mask[rows])
+
+    def to(self, device) -> Tiles:
+        return Tiles(self.pixels.to(device), self.aspect.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class TiledViTConfig(ViTConfig):
+    """Defaults: Llama-3.2-Vision, as transformers' configuration class has them (the released files say 560 pixels)."""
+    image_size: int = 448       # S of one tile
+    patch: int = 14
+    width: int = 7680           # Di, what a bridge reads: inner · (1 + number of taps)
+    layers: int = 32            # local blocks
+    heads: int = 16
+    hidden: int = 5120
+    act: str = "gelu"
+    pool: str = "tiles"
+    inner: int = 1280           # width of the blocks
+    global_layers: int = 8      # gated blocks after them
+    taps: tuple[int, ...] = (3, 7, 15, 23, 30)      # local blocks, from 0, whose outputs are features too
+    tiles: int = 4              # most tiles of an image
+    aspects: int = 8            # arrangements of tiles, counted from 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width != self.inner * (1 + len(self.taps)) or not all(0 <= i < self.layers for i in self.taps):
+            raise UserError(f"features of width {self.width} are not {self.inner} times one more than the "
+                            f"{len(self.taps)} tapped blocks {list(self.taps)}, or one of these is not among the {self.layers}.")
+
+
+class TiledViT(nn.Module):
+    """Mllama's vision tower (Llama 3, 2407.21783v3, §7; transformers' mllama): the tiles of an image in one sequence.
+
+                         ViT                     TiledViT
+        an image         one square              up to `tiles` squares, and which arrangement of them it is (aspect)
+        positions p      one table               (1 − tanh g) p + tanh g · p[aspect, tile]
+        a tile's place   –                       tanh g' · e'[aspect, tile] on patches, tanh g" · e"[…] after post_norm
+        padding          –                       zeros behind each tile, up to a multiple of 8 tokens, after pre_norm
+        mask             none                    padding (zeros, absent tiles) does not see padding; the rest sees all
+        attention        biases                  no biases
+        blocks           L                       L, post_norm, then `global_layers` with two tanh gates each
+        ε of the norms   norm_eps                norm_eps in the blocks, 1e-5 in pre_norm and post_norm
+        features         one hidden state        the last one, then the outputs of the blocks `taps`, channel by channel
+    """
+
+    def __init__(self, config: TiledViTConfig):
+        super().__init__()
+        c = self.config = config
+        block = lambda gated: EncoderBlock(c.inner, c.heads, c.hidden, c.act, c.norm_eps, False, gated)
+        table = lambda *shape: nn.Parameter(torch.randn(*shape) * c.inner**-0.5)
+        self.patch = nn.Conv2d(3, c.inner, c.patch, stride=c.patch, bias=False)
+        self.cls, self.positions = table(c.inner), table(c.tokens, c.inner)                            # p
+        self.tile_positions = table(c.aspects + 1, c.tiles * c.tokens * c.inner)                       # p[aspect, tile]
+        self.before, self.after = (table(c.aspects + 1, c.tiles * c.inner) for _ in range(2))          # e', e"
+        self.gate, self.before_gate, self.after_gate = (nn.Parameter(torch.zeros(1)) for _ in range(3))    # g, g', g"
+        self.pre_norm, self.post_norm = nn.LayerNorm(c.inner, eps=1e-5), nn.LayerNorm(c.inner, eps=1e-5)
+        self.blocks = nn.ModuleList(block(False) for _ in range(c.layers))
+        self.global_blocks = nn.ModuleList(block(True) for _ in range(c.global_layers))
+
+    def forward(self, images: Tiles) -> Tensor:
+        """(ΣM, tiles, 3, S, S) → (ΣM, tiles, N, Di), absent tiles too; each tile's class token stands at index 0."""
+        c, gate, zeros = self.config, self.gate.tanh(), -self.config.tokens % 8
+        of = lambda table: table[images.aspect].unflatten(1, (c.tiles, -1, c.inner))    # (ΣM, tiles, 1 or N, inner)
+        x = self.patch(images.pixels.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (-1, c.tiles))
+        x = x + self.before_gate.tanh() * of(self.before)                               # (ΣM, tiles, N−1, inner)
+        x = torch.cat((self.cls.expand(*x.shape[:2], 1, -1), x), dim=2)
+        x = self.pre_norm(x + (1 - gate) * self.positions + gate * of(self.tile_positions))
+        x = F.pad(x, (0, 0, 0, zeros)).flatten(1, 2)                                    # (ΣM, tiles·N', inner)
+        real = F.pad(images.mask.bool()[..., None].expand(-1, -1, c.tokens), (0, zeros)).flatten(1)
+        bias = visible_to_bias(real[:, None, :, None] | real[:, None, None], x.dtype)   # (ΣM, 1, tiles·N', tiles·N')
+        taps = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, bias=bias)
+            if i in c.taps:
+                taps[i] = x
+        x = (self.post_norm(x).unflatten(1, (c.tiles, -1)) + self.after_gate.tanh() * of(self.after)).flatten(1, 2)
+        for block in self.global_blocks:
+            x = block(x, bias=bias)
+        x = torch.cat((x, torch.stack([taps[i] for i in c.taps], -1).flatten(2)), dim=-1)
+        return x.unflatten(1, (c.tiles, -1))[:, :, :c.tokens]                           # (ΣM, tiles, N, Di)
+
+    def features(self, pixels: Tiles, layer: int = -1, cls: bool = True) -> Tiles:
+        """What a bridge reads: the features of every tile, with the aspect and the mask they belong to."""
+        c = self.config
+        if layer != -1 or not cls:
+            raise UserError(f"a tower of tiles is read with reads_layer=-1, reads_cls=True, not {layer} and {cls}.")
+        if not isinstance(pixels, Tiles) or pixels.pixels.shape[1:] != (c.tiles, 3, c.image_size, c.image_size):
+            got = f"Tiles of shape {tuple(pixels.pixels.shape)}" if isinstance(pixels, Tiles) else type(pixels).__name__
+            raise UserError(f"this tower reads Tiles of shape (images, {c.tiles}, 3, {c.image_size}, {c.image_size}), "
+                            f"not {got}; make them with Tiles(*data.tile_pixels(images, …)).")
+        return Tiles(self(pixels), pixels.aspect, pixels.mask)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 5. CLIP's text tower, and both towers together
 # ------------------------------------------------------------------------------------------------------------------
@@ -692,6 +878,7 @@ class VLM(nn.Module):
         super().__init__()
         self.vit, self.bridge, self.decoder = vit, bridge, decoder
         self.image_token = image_token
+        self.processor = None                           # how pictures become pixels (data.load_processor); None: as CLIP's do
 
     def features(self, pixels: Tensor) -> Tensor:
         """(ΣM, 3, S, S) → (ΣM, N, Di): the hidden state that this bridge reads."""
@@ -709,7 +896,7 @@ class VLM(nn.Module):
         is_image = tokens == IMAGE
         if int(is_image.sum()) != len(features):
             raise UserError(f"the text has {int(is_image.sum())} image placeholders but {len(features)} images were given.")
-        real = torch.ones_like(is_image) if mask is None else mask
+        real = torch.ones_like(is_image) if mask is None else mask.bool()
         row, column = is_image.nonzero(as_tuple=True)                           # (ΣM,) row by row, from left to right
         seen = is_image.cumsum(1)                                               # (B, T) images at or before each position
         where = Where(row, seen[row, column], seen)
@@ -739,15 +926,22 @@ class VLM(nn.Module):
             labels = word(labels.new_full((*length.shape, longest), IGNORE), labels)
         position = torch.arange(longest, device=tokens.device)
         there = position >= gap if left else position < length[:, None]         # (B, T')
-        return dict(embeds=new, mask=None if bool(there.all()) else there, **inputs), labels
+        if mask is not None and mask.dtype != torch.bool:                       # packed: an image belongs to its placeholder's document
+            there = word(mask.new_zeros(*length.shape, longest), mask)
+            if K:
+                there.index_put_((row[:, None].expand_as(at), at), mask[row, column][:, None].expand_as(at))
+        return dict(embeds=new, mask=None if there.dtype == torch.bool and bool(there.all()) else there, **inputs), labels
 
     def forward(self, tokens: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None, *, features: Tensor | None = None,
-                return_hidden: bool = False, **text):
-        """Logits (B, T', V) over the expanded sequence.
+                return_hidden: bool = False, return_attention: bool = False, **text):
+        """Logits (B, T', V) over the expanded sequence; with return_attention (logits, {name: weights}), see `watching`.
 
         `features` (ΣM, N, Di) may be given instead of pixels (cached); text: bridge_tokens, bridge_mask as in `prepare`.
         """
         features = self.features(pixels) if features is None else features
+        if return_attention:
+            with watching(self) as attention:
+                return self(tokens, None, mask, features=features, return_hidden=return_hidden, **text), attention
         inputs, _ = self.prepare(tokens, features, mask, **text)
         return self.decoder(return_hidden=return_hidden, **inputs)
 
@@ -785,8 +979,8 @@ def next_token_loss(decoder: Decoder, labels: Tensor, **inputs) -> tuple[Tensor,
 # 7. Weights on disk
 # ------------------------------------------------------------------------------------------------------------------
 
-# ours → theirs; {i} counts layers; "name[1/3]" is the second third of the rows of a fused matrix, "name[rope/H]" has the rows of
-# each of H heads reordered from Meta's RoPE to ours, "name[T]" is transposed.
+# ours → theirs; {i} counts layers; "name[1/3]" is the second third of the rows of a fused matrix, "name[rope/H]" has the rows
+# of each of H heads reordered from Meta's RoPE to ours, "name[T]" is transposed.
 DECODER_NAMES = {       # Hugging Face Llama, below "model."; the head stands beside it
     "embed.weight": "embed_tokens.weight",
     "norm.weight": "norm.weight",
@@ -794,6 +988,14 @@ DECODER_NAMES = {       # Hugging Face Llama, below "model."; the head stands be
     "layers.{i}.norm2.weight": "layers.{i}.post_attention_layernorm.weight",
     **{f"layers.{{i}}.attention.{p}.{w}": f"layers.{{i}}.self_attn.{p}_proj.{w}" for p in "qkvo" for w in ("weight", "bias")},
     **{f"layers.{{i}}.mlp.{p}.{w}": f"layers.{{i}}.mlp.{p}_proj.{w}" for p in ("gate", "up", "down") for w in ("weight", "bias")},
+}
+META_NAMES = {          # Llama as Meta publishes it; H query heads, G key/value heads
+    "embed.weight": "tok_embeddings.weight", "lm_head.weight": "output.weight",
+    "layers.{i}.norm1.weight": "layers.{i}.attention_norm.weight", "layers.{i}.norm2.weight": "layers.{i}.ffn_norm.weight",
+    **{f"layers.{{i}}.attention.{p}.{w}": f"layers.{{i}}.attention.w{p}.{w}{order}" for w in ("weight", "bias") for p, order in (
+        ("q", "[rope/{H}]"), ("k", "[rope/{G}]"), ("v", ""), ("o", ""))},
+    **{f"layers.{{i}}.mlp.{p}.{w}": f"layers.{{i}}.feed_forward.w{n}.{w}" for w in ("weight", "bias") for p, n in (
+        ("gate", 1), ("down", 2), ("up", 3))},
 }
 ENCODER_NAMES = {       # a block of CLIP's or SigLIP's towers; the prefix is put in front
     **{f"blocks.{{i}}.{a}.{w}": f"encoder.layers.{{i}}.{b}.{w}" for w in ("weight", "bias") for a, b in (
@@ -818,60 +1020,134 @@ EVA_NAMES = {           # BLIP-2's vision model: fused qkv, bare parameters for 
     **{f"blocks.{{i}}.{p}.{w}": f"encoder.layers.{{i}}.self_attn.qkv.{w}[{n}/3]" for n, p in enumerate("qkv") for w in ("weight", "bias")},
     **{f"blocks.{{i}}.o.{w}": f"encoder.layers.{{i}}.self_attn.projection.{w}" for w in ("weight", "bias")},
 }
+TILED_VIT_NAMES = {     # Mllama's vision model
+    "patch.weight": "patch_embedding.weight", "cls": "class_embedding",
+    **{f"{a}_norm.{w}": f"layernorm_{a}.{w}" for a in ("pre", "post") for w in ("weight", "bias")},
+    "positions": "gated_positional_embedding.embedding", "gate": "gated_positional_embedding.gate",
+    "tile_positions": "gated_positional_embedding.tile_embedding.weight",
+    "before": "pre_tile_positional_embedding.embedding.weight", "before_gate": "pre_tile_positional_embedding.gate",
+    "after": "post_tile_positional_embedding.embedding.weight", "after_gate": "post_tile_positional_embedding.gate",
+}
+TILED_BLOCK_NAMES = {   # its blocks; "global_" stands in front of both names for the gated ones
+    **{f"blocks.{{i}}.{p}.weight": f"transformer.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkvo"},
+    **{f"blocks.{{i}}.{a}.{w}": f"transformer.layers.{{i}}.{b}.{w}" for w in ("weight", "bias") for a, b in (
+        ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"), ("up", "mlp.fc1"), ("down", "mlp.fc2"))},
+    "blocks.{i}.attention_gate": "transformer.layers.{i}.gate_attn",
+    "blocks.{i}.mlp_gate": "transformer.layers.{i}.gate_ffn",
+}
+OPENAI_NAMES = {        # CLIP's image tower as its authors store it, below "visual."
+    "cls": "class_embedding", "positions": "positional_embedding", "patch.weight": "conv1.weight",
+    **{f"{a}.{w}": f"{b}.{w}" for w in ("weight", "bias") for a, b in (("pre_norm", "ln_pre"), ("post_norm", "ln_post"))},
+    **{f"blocks.{{i}}.{p}.{w}": f"transformer.resblocks.{{i}}.attn.in_proj_{w}[{n}/3]" for w in ("weight", "bias")
+       for n, p in enumerate("qkv")},
+    **{f"blocks.{{i}}.{a}.{w}": f"transformer.resblocks.{{i}}.{b}.{w}" for w in ("weight", "bias") for a, b in (
+        ("o", "attn.out_proj"), ("norm1", "ln_1"), ("norm2", "ln_2"), ("up", "mlp.c_fc"), ("down", "mlp.c_proj"))},
+}
 TEXT_NAMES = {
     "embed.weight": "embeddings.token_embedding.weight",
     "positions": "embeddings.position_embedding.weight",
     **{f"norm.{w}": f"final_layer_norm.{w}" for w in ("weight", "bias")},
     **ENCODER_NAMES,
 }
-IGNORED = ("rotary_emb.inv_freq", "position_ids")       # buffers of older files: recomputed, never read
+IGNORED = ("rotary_emb.inv_freq", "rope.freqs", "position_ids")         # buffers of older files: recomputed, never read
+
+
+PICKLES = (".pth", ".pt", ".bin")
+
+
+def open_tensors(file: Path):
+    """A file by its ending: safe_open, or the same two methods for a pickle, of which nothing but tensors is read, and mapped."""
+    try:
+        if file.suffix not in PICKLES:
+            return safe_open(file, framework="pt")
+        print(f"{file}: a pickle; only its tensors are read (torch.load, weights_only=True).", file=sys.stderr)
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        held = {n: t for n, t in held.get("model", held).items() if isinstance(t, Tensor)}      # some keep a config beside "model"
+        return SimpleNamespace(keys=held.keys, get_tensor=held.__getitem__)
+    except (SafetensorError, OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError) as e:
+        kind = "PyTorch" if file.suffix in PICKLES else "safetensors"
+        raise UserError(f"{file}: not a readable {kind} file ({(str(e) or 'empty').splitlines()[0]}); it may be truncated, "
+                        "copy or download it again.") from None
 
 
 class Checkpoint:
-    """The tensors of a folder (model.safetensors, or shards with an index), mapped into memory and read one by one."""
+    """The tensors of a file or a folder (model.safetensors, shards with an index, Meta's consolidated files), read one by one.
+
+    where: tensor → the files that hold it: several for Meta's model-parallel files only, of which each has a block of every
+    matrix, rows or columns, and a copy of every norm.
+    """
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; give a folder with config.json and *.safetensors.")
-        index = path / "model.safetensors.index.json"
-        if path.is_file():
-            files = [path]
-        elif index.exists():
-            files = sorted({path / f for f in read_json(index)["weight_map"].values()})
-        else:
-            files = sorted(path.glob("*.safetensors"))
-            files = [path / "model.safetensors"] if path / "model.safetensors" in files else files
+        files = [path] if path.is_file() else []
+        for name in () if files else ("model.safetensors", "*.safetensors", "pytorch_model.bin", "consolidated.*.pth", "*.pth"):
+            index = path / f"{name}.index.json"
+            files = sorted({path / f for f in read_json(index)["weight_map"].values()} if index.exists() else path.glob(name))
+            if files:
+                break
         if not files:
-            raise UserError(f"{path}: holds no .safetensors file; only safetensors weights are read.")
+            raise UserError(f"{path}: holds no .safetensors file (nor pytorch_model.bin or .pth), so no weights.")
         self.path, self.where, self.files = path, {}, {}
         for file in files:
             if not file.exists():
                 raise UserError(f"{index}: names the shard {file.name}, which is missing; download it again.")
-            try:
-                self.files[file] = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as e:
-                raise UserError(f"{file}: not a readable safetensors file ({e}); it may be truncated, copy or download it again.") from None
-            self.where.update(dict.fromkeys(self.files[file].keys(), file))
+            self.files[file] = open_tensors(file)
+            for name in self.files[file].keys():
+                self.where.setdefault(name, []).append(file)
 
     def missing(self, name: str) -> list[str]:
         """The tensors that a name of the tables speaks of and that are not here."""
         return [n for n in pieces(name) if n not in self.where]
 
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored. Its file is opened anew: what is read through a mapping stays in memory as long as that."""
+        parts = [(self.files[f] if f.suffix in PICKLES else open_tensors(f)).get_tensor(name) for f in self.where[name]]
+        if len(parts) == 1:
+            return parts[0]
+        if len(parts) < len(self.files) or len({p.shape for p in parts}) > 1:
+            raise UserError(f'{self.path}: tensor "{name}" is in {len(parts)} of {len(self.files)} files, with shapes '
+                            f'{", ".join(str(tuple(p.shape)) for p in parts)}; model-parallel files hold equal parts of each.')
+        if parts[0].ndim == 1:
+            return parts[0]
+        # (out, in) is cut along `out`, or along `in` where its input is cut: W_o, W_down, the embeddings of Llama 1 and 2
+        table = name == "tok_embeddings.weight" and parts[0].shape[1] < self.shape("norm.weight")[0]
+        return torch.cat(parts, int(table or name.endswith(("wo.weight", "w2.weight"))))
+
     def get(self, name: str) -> Tensor:
         """The tensor, or what "&" and brackets make of it and others (see the tables of names)."""
         if " & " in name:
-            return torch.cat([self.get(n) for n in name.split(" & ")])
+            parts = [self.get(n) for n in name.split(" & ")]
+            for n, t in zip(pieces(name), parts):
+                if t.shape[1:] != parts[0].shape[1:]:
+                    raise UserError(f'{self.where[n][0]}: tensor "{n}" has shape {tuple(t.shape)}, but {tuple(parts[0].shape)} is that of '
+                                    f'"{pieces(name)[0]}", with which it belongs together.')
+            return torch.cat(parts)
         name, _, part = name.partition("[")
-        tensor = self.files[self.where[name]].get_tensor(name)
-        if not part:
+        tensor = self.read(name)
+        if not part or not tensor.ndim:
             return tensor
         what, _, n = part.rstrip("]").partition("/")
         if what == "T":
             return tensor.T.contiguous()
-        if what == "rope":                              # (E/2, 2) of Meta's neighbours → (2, E/2): all firsts, then all seconds
-            return tensor.unflatten(0, (int(n), -1, 2)).transpose(1, 2).flatten(0, 2)
-        return tensor.chunk(int(n))[int(what)].clone()
+        if what == "zero":
+            return torch.zeros_like(tensor)
+        if what == "rows":
+            return tensor if len(tensor) % int(n) else tensor.unflatten(0, (-1, int(n)))
+        if what == "rope":                              # (E/2, 2) of Meta's neighbours → (2, E/2): firsts, then seconds
+            pairs = (int(n), -1, 2)
+            return tensor if len(tensor) % (2 * int(n)) else tensor.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
+        return tensor.tensor_split(int(n))[int(what)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.where:
+            raise UserError(f'{self.path}: tensor "{name}" is missing, so this is not the layout that was expected here.')
+        return tuple(self.files[self.where[name][0]].get_tensor(name).shape)
+
+    def count(self, pattern: str) -> int:
+        """How many layers there are: the smallest i for which pattern.format(i) is no tensor."""
+        return next(i for i in itertools.count() if pattern.format(i) not in self.where)
 
     def prefix(self, *candidates: str) -> str:
         """The first of these with which the name of some tensor starts; the last one where none does."""
@@ -883,9 +1159,10 @@ def pieces(name: str) -> list[str]:
     return [n.split("[")[0] for n in name.split(" & ")]
 
 
-def expand(names: dict[str, str], layers: int, prefix: str = "", ours: str = "") -> dict[str, str]:
-    """The table for so many layers, with a prefix on their names and on ours."""
-    return {ours + a.format(i=i): prefix + b.format(i=i) for a, b in names.items() for i in (range(layers) if "{i}" in a else (0,))}
+def expand(names: dict[str, str], layers: int, prefix: str = "", ours: str = "", **heads: int) -> dict[str, str]:
+    """The table for so many layers, with a prefix on their names and on ours; heads: what stands in for {H} and {G}."""
+    return {ours + a.format(i=i): prefix + b.format(i=i, **heads)
+            for a, b in names.items() for i in (range(layers) if "{i}" in a else (0,))}
 
 
 def decoder_names(config: DecoderConfig, trunk: str = "model.", head: str = "", ours: str = "") -> dict[str, str]:
@@ -908,11 +1185,12 @@ def fill(module: nn.Module, checkpoint: Checkpoint, names: dict[str, str], optio
                             + (f" with shape {tuple(parameter.shape)}." if theirs == missing else "."))
         tensor = checkpoint.get(theirs)
         if tensor.numel() != parameter.numel() or [n for n in tensor.shape if n > 1] != [n for n in parameter.shape if n > 1]:
-            raise UserError(f'{checkpoint.where[pieces(theirs)[0]]}: tensor "{theirs}" has shape {tuple(tensor.shape)}, '
+            where = checkpoint.where[pieces(theirs)[0]][0]
+            raise UserError(f'{where}: tensor "{theirs}" has shape {tuple(tensor.shape)}, '
                             f"this model expects {tuple(parameter.shape)}; the config.json beside it may belong to another model.")
         used.update(pieces(theirs))
         owner, _, leaf = ours.rpartition(".")
-        tensor = tensor.view(parameter.shape).to(device=device, dtype=dtype or tensor.dtype)
+        tensor = tensor.reshape(parameter.shape).to(device=device, dtype=dtype or tensor.dtype, copy=True)      # off the file
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
     extra = [n for n in checkpoint.where if n not in used and not n.endswith(IGNORED) and not n.startswith(optional)]
     if extra:
@@ -960,26 +1238,77 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
 
 
 # Hugging Face's config.json ↔ our fields.
+LLAMAS = ("llama", "qwen2", "mistral", "llava", "llava_llama", "idefics", "mllama_text_model")  # model_types with Llama's fields
+ROPES = {               # rope_type → the numbers it needs
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
-    """A Llama config.json, as published (rope_theta, rope_scaling) or as transformers 5 writes it (rope_parameters)."""
+    """A Llama config.json, as published (rope_theta, rope_scaling) or as transformers 5 writes it (rope_parameters).
+
+    Or Qwen2's, whose q, k and v have biases, or Mistral's where no sliding window narrows the context. Whatever would make it
+    another function (another family, activation, RoPE scaling) is a UserError.
+    """
+    ropes = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind, scaling = c.get("model_type") or "llama", ropes.get("rope_type", ropes.get("type", "default"))
+    context = c.get("max_position_embeddings", 2048)
+    windowed = kind == "mistral" or c.get("use_sliding_window")                 # Qwen2's files name a window and do not use it
+    window = c.get("sliding_window", 4096) if windowed else None
+    if kind not in LLAMAS:
+        raise UserError(f'{where}: model_type "{kind}" is no decoder that is known here; {nearest(kind, LLAMAS)}')
+    if window and window < context:
+        raise UserError(f'{where}: a sliding window of {window} tokens ("{kind}", context {context}) is not supported; here '
+                        "every token sees its whole past.")
+    if c.get("hidden_act", "silu") != "silu":
+        raise UserError(f'{where}: activation "{c["hidden_act"]}" is not supported in a decoder; known: silu.')
+    if scaling not in ROPES:
+        raise UserError(f'{where}: RoPE scaling "{scaling}" is not supported; known: {", ".join(ROPES)}.')
     try:
-        ropes = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        kind = ropes.get("rope_type", ropes.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise UserError(f'{where}: RoPE scaling "{kind}" is not supported; known: default, llama3.')
         return DecoderConfig(
             vocab_size=c["vocab_size"], width=c["hidden_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
             kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
             head_width=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], hidden=c["intermediate_size"],
-            rope_theta=ropes.get("rope_theta") or c.get("rope_theta") or 10000.0, rope_scaling=ropes if kind == "llama3" else None,
-            norm_eps=c["rms_norm_eps"], tied=c.get("tie_word_embeddings", False), attention_bias=c.get("attention_bias", False),
-            mlp_bias=c.get("mlp_bias", False), context=c.get("max_position_embeddings", 2048))
+            rope_theta=ropes.get("rope_theta") or c.get("rope_theta") or 10000.0,
+            rope_scaling={"rope_type": scaling, **{k: ropes[k] for k in ROPES[scaling]}} if ROPES[scaling] else None,
+            norm_eps=c["rms_norm_eps"], tied=c.get("tie_word_embeddings", False),
+            attention_bias="qkv" if kind == "qwen2" else c.get("attention_bias", False),
+            mlp_bias=c.get("mlp_bias", False), context=context, extra_tokens=c.get("extra_tokens", 0))
     except KeyError as e:
         raise UserError(f"{where}: the key {e} is missing; a Llama config.json has it.") from None
 
 
+def meta_decoder_config(path: Path, checkpoint: Checkpoint) -> DecoderConfig:
+    """Meta's params.json, and what it leaves to the tensors beside it: the vocabulary (-1), whether the output is tied."""
+    p = read_json(path / "params.json")
+    wq, table, head = "layers.0.attention.wq.weight", "tok_embeddings.weight", "output.weight"
+    try:
+        D, H, theta, step = p["dim"], p["n_heads"], p.get("rope_theta", 10000.0), p["multiple_of"]
+        parts = max(1, D // checkpoint.shape(wq)[0])                            # W_q (H·E, D) is cut along its rows
+        for file in (f"consolidated.{i:02d}" for i in range(parts if parts > 1 else 0)):
+            if file not in {f.stem for f in checkpoint.files}:
+                raise UserError(f'{path}: {file} is missing; "{wq}" has {D // parts} of {D} rows in each file, so there are {parts}.')
+        V = p["vocab_size"] if p.get("vocab_size", -1) > 0 else checkpoint.shape(head)[0] * parts
+        hidden = int(int(8 * D / 3) * (p.get("ffn_dim_multiplier") or 1))       # ⅔ of 4 D: three matrices weigh as much as two
+        tied = parts == 1 and checkpoint.shape(head) == checkpoint.shape(table) and (
+            torch.equal(checkpoint.read(head), checkpoint.read(table)))         # Llama 3.2 1B and 3B store it twice
+        # Llama 3.1's scaling. Its factor stands nowhere: 8, but 32 in the two tied models (llama-models, issue 241)
+        numbers = dict(zip(ROPES["llama3"], (32.0 if tied else 8.0, 1.0, 4.0, 8192)))
+        return DecoderConfig(
+            V, D, p["n_layers"], H, p.get("n_kv_heads") or H, D // H, -(-hidden // step) * step, theta,
+            {"rope_type": "llama3", **numbers} if p.get("use_scaled_rope") else None, p["norm_eps"], tied,
+            context=131072 if p.get("use_scaled_rope") else 8192 if theta > 1e4 else 2048)
+    except KeyError as e:
+        raise UserError(f"{path}/params.json: the key {e} is missing; Meta's params.json has it.") from None
+
+
 def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
+    if c.attention_bias == "qkv":
+        llama = hf_decoder_config(replace(c, attention_bias=False), **extra)
+        return {**llama, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     scaling = {"rope_scaling": c.rope_scaling} if c.rope_scaling else {}
+    extra |= {"extra_tokens": c.extra_tokens} if c.extra_tokens else {}         # ours alone; transformers has no such Llama
     return dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=c.vocab_size, hidden_size=c.width,
                 num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_width,
                 intermediate_size=c.hidden, rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
@@ -990,47 +1319,106 @@ def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
 LLAMA_DEFAULTS = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                       max_position_embeddings=2048, rms_norm_eps=1e-6)
 CLIP_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32)
+CLIP_TEXT_DEFAULTS = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+                          max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+VIT_DEFAULTS = {
+    "clip": dict(CLIP_DEFAULTS, hidden_act="quick_gelu", layer_norm_eps=1e-5),
+    "siglip": dict(CLIP_DEFAULTS, patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
+    "eva": dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16, image_size=224,
+                patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6),
+}
 HF_ACT = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def vit_config(c: dict, where: str = "config.json") -> tuple[ViTConfig, str]:
     """(our config, family: clip | siglip | eva) from a CLIP, SigLIP or BLIP-2 vision config.json, alone or in a dual encoder's."""
-    c = c.get("vision_config", c)
-    kind = c.get("model_type", "")
-    family = "siglip" if kind.startswith("siglip") else "eva" if kind.startswith(("blip_2", "instructblip")) else "clip"
-    if family == "clip" and not kind.startswith("clip"):
-        raise UserError(f'{where}: model_type "{kind}" is no vision tower that is known here (clip, siglip, blip_2).')
+    nested, kind = c.get("vision_config"), (c.get("vision_config") or c).get("model_type") or c.get("model_type", "")
+    families = {"clip": "clip", "siglip": "siglip", "blip_2": "eva", "instructblip": "eva"}
+    family = families.get(kind.removesuffix("_vision_model"))
+    if family is None:
+        raise UserError(f'{where}: model_type "{kind}" is no vision tower that is known here ({", ".join(families)}).')
+    defaults = VIT_DEFAULTS[family]
+    if nested is None:                                  # a config of its own says all of its sizes
+        defaults, nested = {k: defaults[k] for k in ("hidden_act", "layer_norm_eps")}, c
+    c = {**defaults, **nested}
     flags = {"clip": {}, "siglip": dict(cls=False, pre_norm=False, patch_bias=True, pool="map" if c.get("vision_use_head", True) else "all"),
              "eva": dict(pre_norm=False, patch_bias=True, pool="all")}[family]
-    act = HF_ACT.get(c.get("hidden_act", "quick_gelu" if family == "clip" else "gelu"))
+    act = HF_ACT.get(c["hidden_act"])
     if act is None:
         raise UserError(f'{where}: activation "{c["hidden_act"]}" is not supported; known: {", ".join(HF_ACT)}.')
     try:
         return ViTConfig(image_size=c["image_size"], patch=c["patch_size"], width=c["hidden_size"], layers=c["num_hidden_layers"],
-                         heads=c["num_attention_heads"], hidden=c["intermediate_size"], act=act,
-                         norm_eps=c.get("layer_norm_eps", 1e-5 if family == "clip" else 1e-6), **flags), family
+                         heads=c["num_attention_heads"], hidden=c["intermediate_size"], act=act, norm_eps=c["layer_norm_eps"],
+                         **flags), family
     except KeyError as e:
         raise UserError(f"{where}: the key {e} is missing; a {kind} config.json has it.") from None
 
 
+def openai_vit_config(checkpoint: Checkpoint, heads: int | None = None) -> ViTConfig:
+    """CLIP's image tower by the shapes in its authors' file, as their build_model has it; heads are 64 wide unless given."""
+    file, at = checkpoint.path, checkpoint.prefix("clip.visual.", "visual.")
+    if at + "conv1.weight" not in checkpoint.where:
+        raise UserError(f'{file}: without a config.json only CLIP\'s own layout is read, and tensor "{at}conv1.weight" is missing.')
+    width, *_, patch = checkpoint.shape(at + "conv1.weight")
+    if not heads and width % 64:
+        raise UserError(f"{file}: a tower of width {width} has no heads of width 64, CLIP's; say how many there are with heads=….")
+    side = round((checkpoint.shape(at + "positional_embedding")[0] - 1) ** 0.5)
+    at += "transformer.resblocks."
+    blocks = {n.removeprefix(at).split(".")[0] for n in checkpoint.where if n.startswith(at)}
+    return ViTConfig(side * patch, patch, width, len(blocks), heads or width // 64, checkpoint.shape(at + "0.mlp.c_fc.weight")[0])
+
+
+def tiled_vit_config(c: dict, where: str = "config.json") -> TiledViTConfig:
+    """Mllama's vision_config; what it leaves out has transformers' default, as in TiledViTConfig."""
+    known = dict(image_size="image_size", patch="patch_size", width="vision_output_dim", layers="num_hidden_layers",
+                 heads="attention_heads", hidden="intermediate_size", norm_eps="norm_eps", inner="hidden_size",
+                 global_layers="num_global_layers", tiles="max_num_tiles", taps="intermediate_layers_indices",
+                 aspects="supported_aspect_ratios", act="hidden_act")
+    given = {ours: c[theirs] for ours, theirs in known.items() if c.get(theirs) is not None}
+    if given.get("act", "gelu") not in HF_ACT:
+        raise UserError(f'{where}: activation "{given["act"]}" is not supported; known: {", ".join(HF_ACT)}.')
+    change = dict(taps=tuple, aspects=len, act=HF_ACT.get)
+    return TiledViTConfig(**{k: change[k](v) if k in change else v for k, v in given.items()})
+
+
 def hf_vit_config(c: ViTConfig) -> dict:
-    return dict(architectures=["CLIPVisionModel"], model_type="clip_vision_model", image_size=c.image_size, patch_size=c.patch,
-                hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads, intermediate_size=c.hidden,
-                hidden_act=c.act, layer_norm_eps=c.norm_eps, num_channels=3)
+    family = "siglip" if not c.cls else "clip" if c.pre_norm and c.pool == "cls" else ""
+    act = {ours: theirs for theirs, ours in HF_ACT.items()}.get(c.act)
+    if not family or act is None:
+        raise UserError("only CLIP- and SigLIP-style towers can be written; a BLIP-2 tower stays in the folder it was loaded from.")
+    return dict(architectures=[{"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[family]], model_type=f"{family}_vision_model",
+                image_size=c.image_size, patch_size=c.patch, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+                intermediate_size=c.hidden, hidden_act=act, layer_norm_eps=c.norm_eps, num_channels=3,
+                **({} if c.cls else {"vision_use_head": c.pool == "map"}))
 
 
 def load_decoder(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> Decoder:
-    """A Hugging Face Llama folder (one file or shards) → Decoder in eval mode; dtype None = float32."""
-    config = decoder_config(read_json(Path(path) / "config.json"), f"{path}/config.json")
+    """A Llama folder as Hugging Face has it (config.json; one file or shards) or as Meta does (params.json; one or several
+    consolidated files) → Decoder in eval mode; dtype None = float32."""
+    path = Path(path)
+    if (path / "params.json").exists() and not (checkpoint := Checkpoint(path)).prefix("model.", ""):
+        c = meta_decoder_config(path, checkpoint)
+        names = expand(META_NAMES, c.layers, H=c.heads, G=c.kv_heads)
+    else:
+        c = decoder_config(read_json(path / "config.json"), f"{path}/config.json")
+        names, checkpoint = decoder_names(c), Checkpoint(path)
     with torch.device("meta"):
-        decoder = Decoder(config)
-    fill(decoder, Checkpoint(path), decoder_names(config), ("lm_head.",) if config.tied else (), device, dtype or torch.float32)
+        decoder = Decoder(c)
+    fill(decoder, checkpoint, names, (names["lm_head.weight"],) if c.tied else (), device, dtype or torch.float32)
     return decoder.eval()
 
 
-def load_vit(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> ViT:
-    """A CLIP, SigLIP or BLIP-2 vision folder, alone or inside a dual encoder → ViT in eval mode; dtype None = float32."""
-    config, family = vit_config(read_json(Path(path) / "config.json"), f"{path}/config.json")
+def load_vit(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None, heads: int | None = None) -> ViT:
+    """A CLIP, SigLIP or BLIP-2 vision folder, alone or inside a dual encoder → ViT in eval mode; dtype None = float32.
+
+    Or CLIP as its authors store it (visual.*, clip.visual.*): a file, or a folder without a config.json. heads: how many, if
+    not 64 wide.
+    """
+    path = Path(path)
+    if path.is_file() or path.is_dir() and not (path / "config.json").exists():
+        config, family = openai_vit_config(Checkpoint(path), heads), "openai"
+    else:
+        config, family = vit_config(read_json(path / "config.json"), f"{path}/config.json")
     with torch.device("meta"):
         vit = ViT(config)
     fill(vit, *vit_file(path, config, family), device=device, dtype=dtype or torch.float32)
@@ -1040,6 +1428,11 @@ def load_vit(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
 def vit_file(path: str | os.PathLike, config: ViTConfig, family: str) -> tuple[Checkpoint, dict[str, str], tuple[str, ...]]:
     """The checkpoint of a vision tower, the names in it, and what else may lie there; arguments for `fill`."""
     checkpoint = Checkpoint(path)
+    if family == "openai":                              # the rest is the text tower, and what both project with
+        root = checkpoint.prefix("clip.visual.", "visual.").removesuffix("visual.")
+        others = ("visual.proj", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection",
+                  "logit_scale", "input_resolution", "context_length", "vocab_size")
+        return checkpoint, expand(OPENAI_NAMES, config.layers, root + "visual."), tuple(root + n for n in others)
     prefix = checkpoint.prefix("vision_model.", "")
     names = expand(EVA_NAMES if family == "eva" else VIT_NAMES, config.layers, prefix)
     return checkpoint, names, ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias") if prefix else ()
@@ -1048,41 +1441,57 @@ def vit_file(path: str | os.PathLike, config: ViTConfig, family: str) -> tuple[C
 def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> CLIP:
     """A Hugging Face CLIPModel folder → both towers; clip(pixels, tokens) → scaled cosine similarities."""
     c = read_json(Path(path) / "config.json")
-    config, _ = vit_config(c, f"{path}/config.json")
-    if "text_config" not in c:
-        raise UserError(f"{path}/config.json: has no text_config, so this is no CLIPModel; load_vit reads a vision tower alone.")
-    t = c["text_config"]
+    config, family = vit_config(c, f"{path}/config.json")
+    if "text_config" not in c or family != "clip":
+        raise UserError(f"{path}/config.json: has no text_config of CLIP's, so this is no CLIPModel; load_vit reads a vision tower alone.")
+    t = {**CLIP_TEXT_DEFAULTS, **c["text_config"]}
     end = t.get("eos_token_id", 2)
     text = TextConfig(t["vocab_size"], t["hidden_size"], t["num_hidden_layers"], t["num_attention_heads"], t["intermediate_size"],
                       t["max_position_embeddings"], HF_ACT[t["hidden_act"]], t["layer_norm_eps"],
                       end=None if end == 2 else end)        # OpenAI's files say 2, which is wrong: then the largest id is the end
     with torch.device("meta"):
-        clip = CLIP(ViT(config), TextTransformer(text), c["projection_dim"])
+        clip = CLIP(ViT(config), TextTransformer(text), c.get("projection_dim", 512))
     names = {**expand(VIT_NAMES, config.layers, "vision_model.", "vit."), **expand(TEXT_NAMES, text.layers, "text_model.", "text."),
              "image_projection.weight": "visual_projection.weight"}
     fill(clip, Checkpoint(path), names, (), device, dtype or torch.float32)
     return clip.eval()
 
 
+def by_their_names(module: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
+    """The inverse of `fill`: parameters under their published names, blocks of a fused matrix joined again."""
+    tensors: dict[str, list[Tensor]] = {}
+    for ours, p in module.named_parameters():           # blocks [0/3], [1/3], [2/3] come in the order in which q, k, v are defined
+        tensors.setdefault(pieces(names[ours])[0], []).append(p.detach())
+    return {n: torch.cat(parts) for n, parts in tensors.items()}
+
+
 def save_decoder(decoder: Decoder, path: str | os.PathLike, **extra) -> None:
     """Write a Hugging Face Llama folder; `extra` goes into config.json (bos_token_id, …)."""
-    names = decoder_names(decoder.config)
-    write_tensors(Path(path) / "model.safetensors", {names[k]: v for k, v in decoder.state_dict().items()})
+    write_tensors(Path(path) / "model.safetensors", by_their_names(decoder, decoder_names(decoder.config)))
     write_json(Path(path) / "config.json", hf_decoder_config(decoder.config, **extra))
 
 
 def save_vit(vit: ViT, path: str | os.PathLike) -> None:
-    """Write a Hugging Face CLIPVisionModel folder (CLIP-style towers only)."""
-    if not vit.config.pre_norm or vit.config.pool != "cls" or vit.config.act not in HF_ACT:
-        raise UserError(f"{path}: only CLIP-style towers can be written; a SigLIP or BLIP-2 tower stays in the folder it was loaded from.")
-    names = expand(VIT_NAMES, vit.config.layers, "vision_model.")
-    write_tensors(Path(path) / "model.safetensors", {names[k]: v for k, v in vit.state_dict().items()})
-    write_json(Path(path) / "config.json", hf_vit_config(vit.config))
+    """Write a Hugging Face CLIPVisionModel or SiglipVisionModel folder."""
+    config = hf_vit_config(vit.config)
+    write_tensors(Path(path) / "model.safetensors", by_their_names(vit, expand(VIT_NAMES, vit.config.layers, "vision_model.")))
+    write_json(Path(path) / "config.json", config)
 
 
-def save_vlm(vlm: VLM, path: str | os.PathLike, settings: dict | None = None, vit: str = "", decoder: str = "") -> None:
-    """Write a run folder: config.json, bridge.safetensors, and each tower that is not named by its own folder."""
+def save_vlm(vlm: VLM, path: str | os.PathLike, settings: dict | None = None, vit: str = "", decoder: str = "",
+             layout: str = "native") -> None:
+    """Write a run folder: config.json, bridge.safetensors, and each tower that is not named by its own folder.
+
+    layout="hf" writes what other libraries open instead: transformers' LLaVA for linear and mlp, peft's AdaptionPrompt for zero_init.
+    """
     path = Path(path)
+    if layout == "hf":
+        from bridges import SAVERS
+        if vlm.bridge.name not in SAVERS:
+            raise UserError(f'{path}: no other library has a class for a "{vlm.bridge.name}" bridge on a LLaMA; known: {", ".join(SAVERS)}.')
+        return SAVERS[vlm.bridge.name](vlm, path)
+    if layout != "native":
+        raise UserError(f'unknown layout "{layout}"; known: native, hf.')
     if not decoder:
         save_decoder(vlm.decoder, path / "decoder")
     if not vit:
@@ -1121,11 +1530,86 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
 
 
 def tower_folder(run: Path, name: str) -> Path:
-    """Where a run's tower is: inside the run, beside this file (the bundled ones), or at an absolute path."""
+    """Where a run's tower is: inside the run, beside this file (the bundled ones), at its path, or on the hub."""
     for folder in (run / name, Path(__file__).parent / name, Path(name)):
         if folder.is_dir():
             return folder
+    if is_hub_name(name):
+        return fetch(name)
     raise UserError(f'{run}/config.json: the tower "{name}" is neither in the run nor beside model.py; put it back or edit the path.')
+
+
+# Names on the Hugging Face hub: what is fetched of a model, and what the library's exceptions mean, special ones first.
+HUB_FILES = ("*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*", "merges.txt",
+             "added_tokens.json", "special_tokens_map.json", "chat_template.*", "README.md")
+HUB_ERRORS = {
+    "GatedRepoError": "its licence must be accepted first: on its page on the hub, then log in with `hf auth login`",
+    "RepositoryNotFoundError": "no such model, or a private one; check the spelling, or log in with `hf auth login`",
+    "RevisionNotFoundError": "the hub has no such revision of it; correct what follows the @, or leave it out",
+    "HFValidationError": "this is no name of the hub; write owner/name or owner/name@revision, or give a folder",
+    "LocalEntryNotFoundError": "not all of it is in the local cache, and the hub is out of reach; go online once",
+}
+
+
+def is_hub_name(name: str) -> bool:
+    """owner/name or owner/name@revision, where `owner` is no folder here: then a folder is meant, and is missing."""
+    owner = name.partition("/")[0]
+    return (re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", name) is not None and owner not in ("out", "weights")
+            and not any((base / owner).is_dir() for base in (Path(), Path(__file__).parent)))
+
+
+def fetch(name: str | os.PathLike, offline: bool = False) -> Path:
+    """The folder of a model: as given, beside this file (weights/ works from anywhere), or on the Hugging Face hub.
+
+    offline, or HF_HUB_OFFLINE=1: a name is only looked up in the hub's local cache, the network is not touched.
+    """
+    for folder in (Path(name), Path(__file__).parent / name):
+        if folder.is_dir():
+            return folder
+    if not is_hub_name(str(name)):
+        raise UserError(f"{name}: no such folder; give one with config.json and *.safetensors, or a hub's owner/name.")
+    repo, _, revision = str(name).partition("@")
+    return from_hub(repo, revision or None, offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"))
+
+
+@functools.cache
+def from_hub(repo: str, revision: str | None, offline: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{repo}: no such folder; to fetch it from the hub: pip install huggingface_hub") from None
+    others = ["*/*", "consolidated*"]                   # other formats, and second copies of the same weights
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=others,
+                                      local_files_only=offline))
+    except Exception as e:                              # of the library, of its HTTP client, of the disk
+        kinds, first = [k.__name__ for k in type(e).__mro__], (str(e).splitlines() or [""])[0][:200]
+        other = f"could not be fetched ({type(e).__name__}: {first}); try again, or download it and give the folder"
+        why = next((why for kind, why in HUB_ERRORS.items() if kind in kinds), other)
+        raise UserError(f"{repo}{'@' * bool(revision)}{revision or ''}: {why}.") from None
+
+
+def pinned(name: str) -> str:
+    """A hub name with the commit that it stands for now, so that a run finds the same weights again; else the name."""
+    if Path(name).is_dir() or not is_hub_name(name):
+        return name
+    return f"{name.partition('@')[0]}@{fetch(name).name}"           # the hub's cache names a snapshot by its commit
+
+
+def print_licence(name: str, folder: Path, file=None) -> None:
+    if field := licence(folder):
+        print(f"licence  {name}: {field}", file=file)
+
+
+def licence(folder: str | os.PathLike) -> str | None:
+    """The licence field at the head of a model's README.md, with its name where it is "other"; None without one."""
+    file = Path(folder) / "README.md"
+    text = file.read_text(encoding="utf-8-sig", errors="replace") if file.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.S)
+    head = head[1] if head else ""
+    fields = dict(re.findall(r"""^(license|license_name):(?: |\n *-)*["'[]*([\w.+-]+)""", head, re.M))
+    name = fields.get("license_name")
+    return f"{fields['license']} ({name})" if name and "license" in fields else fields.get("license")
 
 
 def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None) -> None:
@@ -1135,3 +1619,31 @@ def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None) -> No
     if held != bridge.name:
         raise UserError(f'{file}: holds a "{held}" bridge, not "{bridge.name}"; use --bridge {held}.')
     fill(bridge, checkpoint, {}, (), device)
+
+
+def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dtype | None = None,
+                decoder: DecoderConfig | None = None, **options) -> Bridge:
+    """A published bridge alone, sizes from its shapes: mapl (the authors' mapper), qformer (BLIP-2's authors' files, transformers'
+    Blip2QFormerModel), zero_init (LLaMA-Adapter's adapter or PEFT's AdaptionPrompt), flamingo (OpenFlamingo's resampler and gated blocks).
+
+    path: the file, or a folder that holds it and perhaps a config; decoder: what it is for, so that sizes are checked against it;
+    options: what no shape tells, where it is not the published value (heads=…), or which code to follow (tanh=False:
+    LLaMA-Adapter's inference file). dtype None = float32.
+    """
+    from bridges import BRIDGE_FILES
+    if name not in BRIDGE_FILES:
+        raise UserError(f'no published layout of a bridge "{name}" is known; {nearest(name, BRIDGE_FILES)}')
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():                                   # the bridge, not the decoder that may lie beside it
+        path = next((folder / f for f in ("adapter_model.safetensors", "adapter.safetensors", "flamingo.safetensors") if (folder / f).exists()), path)
+    beside = {}
+    for file in (folder / "config.json", folder / "flamingo_config.json", folder / "adapter_config.json"):
+        beside |= read_json(file) if file.exists() else {}
+    if decoder is not None:
+        beside |= {"n_layers": decoder.layers}
+    checkpoint = Checkpoint(path)
+    with torch.device("meta"):
+        bridge, names, optional = BRIDGE_FILES[name](checkpoint, beside, **options)
+    fill(bridge, checkpoint, names, optional, device, dtype or torch.float32)
+    return bridge.eval()

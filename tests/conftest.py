@@ -65,9 +65,9 @@ def stir(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for name, p in module.named_parameters():
             noise = torch.randn(p.shape, generator=g)
-            if "gate" in name and "mlp" not in name:
+            if name.endswith("gate"):
                 p.copy_(0.7 * noise + 0.3)
-            elif p.ndim == 1:
+            elif p.ndim < 2:
                 p.copy_(0.2 * noise + ("norm" in name and name.endswith("weight")))
             else:
                 p.copy_(noise / math.sqrt(p[0].numel()))
@@ -79,11 +79,12 @@ TINY_VIT = ViTConfig(image_size=24, patch=8, width=20, layers=3, heads=2, hidden
 
 # every bridge with options that fit the tiny decoder and ViT
 SMALL = {
-    "linear": {}, "mlp": {},
+    "linear": {}, "mlp": {}, "frozen": {},
     "mapl": dict(constants=3, width=16, layers=2, heads=2),
     "qformer": dict(queries=3, width=16, layers=3, heads=2, hidden=24),
     "zero_init": dict(prompts=3, adapted=3, width=16, depth=2, heads=2),
     "flamingo": dict(every=2, first=1, latents=3, depth=2, heads=2, head_width=8),
+    "idefics": dict(every=2, latents=3, depth=2, resampler_heads=2, resampler_head_width=8),
 }
 
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from bridges import (BRIDGES, Flamingo, GatedCrossAttention, Linear, MAPL, MLP, QFormer, QFormerLayer, Resampler, Stage1Heads,
+from bridges import (BRIDGES, Flamingo, GatedCrossAttention, Linear, MAPL, MLP, QFormer, QFormerLayer, Resampler, Stage1,
                      ZeroInit, make_bridge)
-from conftest import SMALL, TINY, TINY_VIT, check, check_states, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
-from model import (IGNORE, IMAGE, VLM, Bridge, Cache, Decoder, DecoderConfig, EncoderBlock, UserError, ViT, ViTConfig, expand,
-                   load_bridge_file, load_decoder, load_vlm, next_token_loss, rope_frequencies, save_vlm, write_tensors)
+from conftest import SMALL, TINY, TINY_VIT, check, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
+from model import (IGNORE, IMAGE, META_NAMES, VLM, Bridge, Cache, Checkpoint, Decoder, DecoderConfig, EncoderBlock,
+                   UserError, ViT, ViTConfig, expand, fill, load_bridge_file, load_decoder, load_vit, load_vlm,
+                   next_token_loss, rope_frequencies, save_vlm, write_tensors)
 
 WB = ("weight", "bias")
 IMG = IMAGE
@@ -73,83 +74,6 @@ def test_mapl_is_the_published_mapper():
     check_grads(case, expected, (mapl, names))
 
 
-def qformer_names(layers: int, attention: str, prefix: str) -> dict:
-    """Transformers writes `attention.attention.query`, LAVIS `attention.self.query`; the rest agrees."""
-    pieces = {}
-    for ours, theirs in (("attention", "attention"), ("cross", "crossattention")):
-        for w in WB:
-            pieces |= {f"{ours}.{p[0]}.{w}": f"{theirs}.{attention}.{p}.{w}" for p in ("query", "key", "value")}
-            pieces |= {f"{ours}.o.{w}": f"{theirs}.output.dense.{w}", f"{ours}.norm.{w}": f"{theirs}.output.LayerNorm.{w}"}
-    for ours, end in (("query_mlp", "_query"), ("text_mlp", "")):
-        for w in WB:
-            pieces |= {f"{ours}.up.{w}": f"intermediate{end}.dense.{w}", f"{ours}.down.{w}": f"output{end}.dense.{w}",
-                       f"{ours}.norm.{w}": f"output{end}.LayerNorm.{w}"}
-    return {f"layers.{i}.{a}": f"{prefix}{i}.{b}" for i in range(layers) for a, b in pieces.items()}
-
-
-def test_the_qformer_is_the_published_one_at_every_layer():
-    folder, case, x, expected = golden("blip2-qformer")
-    names = qformer_names(4, "attention", "encoder.layer.") | {f"norm.{w}": f"layernorm.{w}" for w in WB}
-    former = QFormer(DecoderConfig(width=8), 20, queries=6, width=24, layers=4, heads=4, hidden=36)
-    pour(former, load_file(folder / "model.safetensors"), names, ours_only=("queries", "vision_norm", "project"))
-    hidden = former.encode(x["encoder_hidden_states"], image_mask=x["encoder_attention_mask"].bool(), queries=x["query_embeds"])
-    check_states(case, hidden, expected)
-    check(case, "last_hidden_state", hidden[-1], expected["last_hidden_state"])
-    loss = fixed_loss(hidden[-1])
-    loss.backward()
-    check(case, "grad.loss", loss, expected["grad.loss"])
-    check_grads(case, expected, (former, names))
-
-
-def test_blip2s_first_stage_is_the_authors_own_with_all_three_masks():
-    folder, case, x, expected = golden("blip2-lavis-stage1")
-    theirs = load_file(folder / "model.safetensors")
-    former = QFormer(DecoderConfig(width=8), 20, queries=5, width=24, layers=4, heads=4, hidden=36, vocab=60, positions=24)
-    heads, head_matrix = Stage1Heads(former, contrast=20), nn.Embedding(60, 24)         # not tied to the words in this case
-    names = qformer_names(4, "self", "Qformer.bert.encoder.layer.") | {"queries": "query_tokens", **{
-        f"{a}.{w}": f"{b}.{w}" for w in WB for a, b in (("vision_norm", "ln_vision"), ("norm", "Qformer.bert.embeddings.LayerNorm"),
-        ("words", "Qformer.bert.embeddings.word_embeddings"), ("positions", "Qformer.bert.embeddings.position_embeddings"))}}
-    head_names = {"temperature": "temp", "bias": "Qformer.cls.predictions.bias", **{f"{a}.{w}": f"{b}.{w}" for w in WB for a, b in (
-        ("image", "vision_proj"), ("text", "text_proj"), ("match", "itm_head"), ("transform", "Qformer.cls.predictions.transform.dense"),
-        ("norm", "Qformer.cls.predictions.transform.LayerNorm"))}}
-    matrix_names = {"weight": "Qformer.cls.predictions.decoder.weight"}
-    alone = ("Qformer.bert.embeddings.position_ids", "Qformer.cls", "itm_head", "temp", "text_proj", "vision_proj")
-    pour(former, theirs, names, ours_only=("project",), unused=alone)
-    pour(heads, theirs, head_names, unused=("Qformer.bert", "query_tokens", "ln_vision", "Qformer.cls.predictions.decoder"))
-    pour(head_matrix, theirs, matrix_names, unused=("",))
-
-    image, text, mask = former.vision_norm(x["image_features"]), x["text_input_ids"], x["text_attention_mask"].bool()
-    # ITC: queries and text do not see each other, so one pass with the mask equals two passes without
-    both = former.encode(image, text, "itc", mask)[-1]
-    q, t = former.encode(image)[-1], former.encode(None, text, "itc", mask)[-1]
-    for name, mine in (("query_last_hidden_state", q), ("query_last_hidden_state", both[:, :5]),
-                       ("text_last_hidden_state", t * mask[..., None]), ("text_last_hidden_state", both[:, 5:] * mask[..., None])):
-        check(case, name, mine, expected[name])
-    similar = heads.itc(q, t[:, 0])
-    check(case, "sim_i2t", similar, expected["sim_i2t"])
-    check(case, "sim_t2i", similar.T, expected["sim_t2i"])
-    own = torch.arange(3)
-    itc = (F.cross_entropy(similar, own, label_smoothing=0.1) + F.cross_entropy(similar.T, own, label_smoothing=0.1)) / 2
-    check(case, "loss_itc", itc, expected["loss_itc"])
-    # ITM: three matches, three wrong images, three wrong texts
-    next_one = (own + 1) % 3
-    pairs = [torch.cat(p) for p in ((image, image[next_one], image), (text, text, text[next_one]), (mask, mask, mask[next_one]))]
-    match = heads.itm(former.encode(pairs[0], pairs[1], "itm", pairs[2])[-1][:, :5])
-    check(case, "itm_logits", match, expected["itm_logits"])
-    itm = F.cross_entropy(match, torch.tensor([1] * 3 + [0] * 6))
-    check(case, "loss_itm", itm, expected["loss_itm"])
-    # ITG: the text reads the queries and its own past; its first token is [DEC]
-    ids = text.clone()
-    ids[:, 0] = 59
-    logits = heads.itg(former.encode(image, ids, "itg", mask)[-1][:, 5:], head_matrix)
-    check(case, "lm_logits", logits * mask[..., None], expected["lm_logits"])
-    labels = ids.masked_fill(~mask, IGNORE)
-    itg = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
-    check(case, "loss_lm", itg, expected["loss_lm"])
-    (itc + itm + itg).backward()
-    check_grads(case, expected, (former, names), (heads, head_names), (head_matrix, matrix_names))
-
-
 def test_zero_init_is_pefts_adaption_prompt():
     folder, case, x, expected = golden("adapter-peft")
     decoder = load_decoder(folder)
@@ -175,25 +99,9 @@ def test_zero_init_is_pefts_adaption_prompt():
     check(case, "generated_ids", decoder.generate(x["input_ids"][:, :5], 10, bridge=bridge), expected["generated_ids"])
 
 
-META_NAMES = {
-    "embed.weight": "tok_embeddings.weight", "lm_head.weight": "output.weight",
-    "layers.{i}.norm1.weight": "layers.{i}.attention_norm.weight", "layers.{i}.norm2.weight": "layers.{i}.ffn_norm.weight",
-    **{f"layers.{{i}}.attention.{p}.{w}": f"layers.{{i}}.attention.w{p}.{w}" for p in "qkvo" for w in WB},
-    **{f"layers.{{i}}.mlp.{p}.{w}": f"layers.{{i}}.feed_forward.w{n}.{w}" for p, n in (("gate", 1), ("down", 2), ("up", 3)) for w in WB},
-}
-
-
-def unravel(theirs: dict, heads: int) -> dict:
-    """Meta's rows of W_q and W_k hold RoPE's pairs side by side, (0,1)(2,3)…; ours hold all firsts, then all seconds."""
-    turn = lambda t: t.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-    return {name: turn(t) if ".attention.w" in name and name.split(".")[-2] in ("wq", "wk") else t for name, t in theirs.items()}
-
-
 def test_zero_init_is_the_authors_adapter_with_and_without_tanh():
     folder, case, x, expected = golden("adapter-llama-v1")
-    theirs, adapter = unravel(load_file(folder / "model.safetensors"), 4), load_file(folder / "adapter.safetensors")
-    decoder = Decoder(DecoderConfig(vocab_size=72, width=24, layers=4, heads=4, kv_heads=4, head_width=6, hidden=64, tied=False))
-    pour(decoder, theirs, expand(META_NAMES, 4), unused=("rope.freqs",))
+    decoder, adapter = load_decoder(folder), load_file(folder / "adapter.safetensors")
     bridge = ZeroInit(decoder.config, 20, prompts=5, adapted=3, version=0)
     with torch.no_grad():
         bridge.prompts.copy_(adapter["adapter_query.weight"].view(3, 5, 24))
@@ -213,13 +121,6 @@ def test_zero_init_is_the_authors_adapter_with_and_without_tanh():
         check(case, "inference_code_logits", decoder(x["input_ids"], bridge=bridge), expected["inference_code_logits"])
 
 
-OPENAI_NAMES = {        # CLIP's image tower as its authors store it
-    "cls": "class_embedding", "positions": "positional_embedding", "patch.weight": "conv1.weight",
-    **{f"{a}.{w}": f"{b}.{w}" for w in WB for a, b in (("pre_norm", "ln_pre"), ("post_norm", "ln_post"))},
-    **{f"blocks.{{i}}.{p}.{w}": f"transformer.resblocks.{{i}}.attn.in_proj_{w}[{n}/3]" for n, p in enumerate("qkv") for w in WB},
-    **{f"blocks.{{i}}.{a}.{w}": f"transformer.resblocks.{{i}}.{b}.{w}" for w in WB for a, b in (
-        ("o", "attn.out_proj"), ("norm1", "ln_1"), ("norm2", "ln_2"), ("up", "mlp.c_fc"), ("down", "mlp.c_proj"))},
-}
 V2_NAMES = {
     **{f"{a}.{w}": f"{b}.{w}" for w in WB for a, b in (("vision", "clip_proj"), ("vision_norm", "clip_proj_norm"),
                                                        ("project", "visual_proj"), ("project_norm", "visual_proj_norm"))},
@@ -230,17 +131,17 @@ V2_NAMES = {
 }
 
 
-def test_zero_init_is_the_authors_second_version_with_images():
+def test_zero_init_is_the_authors_second_version_with_images(tmp_path):
     folder, case, x, expected = golden("adapter-llama-v2-multimodal")
     adapter = load_file(folder / "adapter.safetensors")
     biases = {k.removeprefix("llama."): v for k, v in adapter.items() if k.startswith("llama.") and not k.endswith("gate")}
-    zero = {f"layers.{l}.attention.w{p}.bias": torch.zeros(24) for l in range(3) for p in "kv"}     # bias tuning leaves k and v alone
+    write_tensors(tmp_path / "both.safetensors", {**load_file(folder / "model.safetensors"), **biases})
     decoder = Decoder(DecoderConfig(vocab_size=72, width=24, layers=3, heads=4, kv_heads=4, head_width=6, hidden=64, tied=False,
-                                    attention_bias=True, mlp_bias=True))
-    pour(decoder, unravel({**load_file(folder / "model.safetensors"), **biases, **zero}, 4), expand(META_NAMES, 3))
-    clip = {k.removeprefix("clip.visual."): v for k, v in load_file(folder / "clip.safetensors").items()}
-    out = clip.pop("proj")                                                      # (Di, width of the shared space)
-    vit = pour(ViT(ViTConfig(image_size=28, patch=7, width=20, layers=2, heads=4, hidden=80)), clip, expand(OPENAI_NAMES, 2))
+                                    attention_bias="qo", mlp_bias=True))        # bias tuning leaves k and v alone
+    fill(decoder, Checkpoint(tmp_path), expand(META_NAMES, 3, H=4, G=4))
+    vit = load_vit(folder / "clip.safetensors", heads=4)
+    assert vit.config == ViTConfig(image_size=28, patch=7, width=20, layers=2, heads=4, hidden=80)
+    out = load_file(folder / "clip.safetensors")["clip.visual.proj"]            # (Di, width of the shared space)
     bridge = ZeroInit(decoder.config, 16, prompts=5, adapted=2, width=18, depth=2, heads=3, mlp=2)
     names = expand(V2_NAMES, 2)
     pour(bridge, adapter, names, ours_only=("gate",), unused=("llama.",))
@@ -346,7 +247,8 @@ def images(m: int, seed: int = 0) -> torch.Tensor:
 
 
 GATED = [("zero_init", dict(version=0)), ("zero_init", dict(version=1)), ("zero_init", dict(version=2)),
-         ("zero_init", dict(gate_per="layer", tanh=False)), ("flamingo", {}), ("flamingo", dict(act="squared_relu", norm_media=True))]
+         ("zero_init", dict(gate_per="layer", tanh=False)), ("flamingo", {}), ("flamingo", dict(act="squared_relu", norm_media=True)),
+         ("idefics", {}), ("idefics", dict(vector_gates=True, latents=0))]
 
 
 @pytest.mark.parametrize("gradients", [False, True, "of the bridge alone"])
@@ -381,14 +283,14 @@ def test_the_first_step_moves_the_gates_and_nothing_else(name, options):
         fixed_loss(vlm(tokens, features=images(1))).backward()
         for key, p in bridge.named_parameters():
             grad = torch.zeros(1) if p.grad is None else p.grad
-            if "gate" in key:
+            if key.endswith("gate"):
                 used = grad[bridge.first:] if name == "zero_init" else grad     # gates below the adapted layers do nothing
                 assert used.all(), key
             elif step == 0:
                 assert not grad.any(), key                                      # exactly zero: tanh(0) multiplies the branch
         with torch.no_grad():                                                   # one step on the gates alone...
             for key, p in bridge.named_parameters():
-                if "gate" in key:
+                if key.endswith("gate"):
                     p -= 0.1 * p.grad
     if name == "zero_init":
         assert all(p.any() for p in bridge.prompts.grad)                        # ...and every prompt matrix learns
@@ -683,7 +585,8 @@ def test_a_wrong_number_of_images_is_said_in_words():
 # 1e-4 below: float32 through four layers whose matrices have other shapes, on logits of order 1 to 10
 
 VARIANTS = [*[(name, {}) for name in SMALL], ("zero_init", dict(version=0)), ("zero_init", dict(version=1)),
-            ("flamingo", dict(see_all=True)), ("flamingo", dict(every=1, first=0, times=2))]
+            ("flamingo", dict(see_all=True)), ("flamingo", dict(every=1, first=0, times=2)),
+            ("idefics", dict(latents=0, qk_norm=False, vector_gates=True))]
 
 
 def rows_for(name: str) -> list:
@@ -710,7 +613,7 @@ def test_a_batch_is_its_rows(name, options, side, image_token):
     with torch.no_grad():
         logits, inputs = vlm(tokens, mask=mask, features=features), vlm.prepare(tokens, features, mask)[0]
         for i, (row, own) in enumerate(per_row(rows, features)):
-            if name in ("zero_init", "flamingo") and not image_token and row.shape[1] == len(own):
+            if name in ("zero_init", "flamingo", "idefics") and not image_token and row.shape[1] == len(own):
                 continue                                                        # its images dropped, no word is left
             alone = vlm(row, features=own)[0]
             torch.testing.assert_close(logits[i][inputs["mask"][i]], alone, atol=1e-4, rtol=1e-4)
@@ -839,7 +742,7 @@ def test_a_bridge_owns_all_of_its_parameters_and_the_decoder_none():
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("qfomer", {}, 'unknown bridge "qfomer"; did you mean "qformer"'), ("zzz", {}, "Known: linear, mlp, mapl, qformer, zero_init, flamingo"),
+    ("qfomer", {}, 'unknown bridge "qfomer"; did you mean "qformer"'), ("zzz", {}, "Known: linear, mlp, frozen, mapl, qformer, zero_init, flamingo"),
     ("mapl", dict(constant=3), 'mapl has no option "constant"; did you mean "constants"'),
     ("linear", dict(read_layer=1), 'did you mean "reads_layer"'), ("flamingo", dict(xyz=1), "Known: every, first"),
     ("zero_init", dict(adapted=5), "topmost 5 layers, but the decoder has 4"), ("zero_init", dict(adapted=0), "adapted=1..4"),
@@ -869,12 +772,6 @@ def without(module: nn.Module, *names: str) -> nn.Module:
     return module
 
 
-def stage1(vision_width: int) -> tuple:
-    former = QFormer(C7, vision_width, vocab=30523)
-    heads = Stage1Heads(former)
-    return without(former, "project"), heads
-
-
 text_former = lambda d, v: QFormer(width(d), v, vocab=30523)
 PUBLISHED = {       # what: (published, build); sources in reference/*.md
     "LLaVA 7B": (4_198_400, lambda: Linear(C7, 1024)), "LLaVA 13B": (5_248_000, lambda: Linear(C13, 1024)),
@@ -897,7 +794,8 @@ PUBLISHED = {       # what: (published, build); sources in reference/*.md
     "BERT layer, both": (2_363_904 + 2 * 4_723_968, lambda: QFormerLayer(768, 12, 3072, None, True, 0.0)),
     "with cross-attention g": (2_363_904 + 4_723_968 + 3_346_944, lambda: QFormerLayer(768, 12, 3072, 1408, False, 0.0)),
     "with cross-attention L": (2_363_904 + 4_723_968 + 2_757_120, lambda: QFormerLayer(768, 12, 3072, 1024, False, 0.0)),
-    "stage 1 g": (186_705_470, lambda: stage1(1408)), "stage 1 L": (183_165_758, lambda: stage1(1024)),
+    "stage 1 g": (186_705_470, lambda: Stage1(None, QFormer(None, 1408, vocab=30523))),
+    "stage 1 L": (183_165_758, lambda: Stage1(None, QFormer(None, 1024, vocab=30523))),
     "LLaMA-Adapter": (1_229_824, lambda: ZeroInit(C7, 768, version=0)),
     "LLaMA-Adapter V2": (61_731_584, lambda: ZeroInit(C7, 768, adapted=31)),
     "a visual block of V2": (7_087_872, lambda: EncoderBlock(768, 16, 3072, "gelu", 1e-5)),

@@ -422,7 +422,7 @@ def test_a_spec_opens_a_world():
     assert (world.name, world.split, world.seed) == ("shapes", "test", 3)
 
 
-@pytest.mark.parametrize("spec, near", [("shape", 'did you mean "shapes"'), ("emojis:val", 'did you mean "emoji"'), ("", "Known: shapes, emoji"),
+@pytest.mark.parametrize("spec, near", [("shape", 'did you mean "shapes"'), ("emojis:val", 'did you mean "emoji"'), ("", "Known: shapes, "),
                                         ("shapes:tset", 'did you mean "test"'), ("emoji:pair", 'did you mean "pairs"'), ("shapes:x", "Known: train, val")])
 def test_an_unknown_spec_names_the_nearest_and_the_known(spec, near):
     with pytest.raises(UserError) as e:
