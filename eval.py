@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from model import (VLM, Decoder, UserError, ViT, atomically, fetch, is_hub_name, load_decoder, load_vlm, nearest,
+from model import (VLM, Decoder, TiledViT, Tiles, UserError, ViT, atomically, fetch, is_hub_name, load_decoder, load_vlm, nearest,
                    print_licence, read_json, tower_folder, write_json)
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -739,6 +739,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--beams", type=int, default=1, help="beam width; 1 = greedy (default)")
     parser.add_argument("--image", help="a picture file to ask about")
     parser.add_argument("--prompt", help="the question; without it the picture is captioned")
+    parser.add_argument("--vlm", help="a published vision-language model (LLaVA, InstructBLIP, BLIP-2's first stage, IDEFICS, Llama 3.2 "
+                        "Vision), by its folder or its name on the hub: answer --prompt about --image")
+    parser.add_argument("--dtype", default="float32", help="of a published model: float32 (default) | bfloat16 | float16")
     parser.add_argument("--lm", help="a decoder, by its folder or its name on the hub: answer --prompt without any picture")
     parser.add_argument("--offline", action="store_true", help="never touch the network: names on the hub come from the local cache")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
@@ -755,12 +758,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.items < 1 or args.beams < 1:
         raise UserError("--items and --beams must be at least 1.")
 
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.dtype)
+    if dtype is None:
+        raise UserError(f'unknown --dtype "{args.dtype}"; known: float32, bfloat16, float16.')
+
+    if args.vlm:
+        if not args.image or not args.prompt:
+            raise UserError("--vlm needs --image FILE and --prompt TEXT: what to ask about which picture.")
+        print(ask(fetch(args.vlm), args.image, args.prompt, args.max_new_tokens, args.beams, device, dtype))
+        return
     if args.lm:
         if not args.prompt:
             raise UserError('--lm needs --prompt "…": what to ask the decoder.')
         folder = fetch(args.lm)
         print_licence(args.lm, folder, sys.stderr)      # not among the answers
-        tokenizer, decoder = data.load_tokenizer(folder), load_decoder(folder, device)
+        tokenizer, decoder = data.load_tokenizer(folder), load_decoder(folder, device, dtype)
         ids = data.Document(tokenizer).chat(args.prompt).tokens
         if data.IMAGE in ids:
             raise UserError('--lm asks a decoder alone, which sees no picture; leave "<image>" out of --prompt.')
@@ -793,6 +805,54 @@ def main(argv: list[str] | None = None) -> None:
     for name, rows in worlds.items():
         rows += last[name]
         print(f"{name}: {args.items} pictures a row; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n")
+
+
+ASKED = {               # model_type → how a question about a picture is written; elsewhere "<image>" opens a conversation
+    "llava": "<image>\n{}", "llava_llama": "<image>\n{}", "mllama": "<image>{}",
+    "idefics": "User:<fake_token_around_image><image><fake_token_around_image>{}<end_of_utterance>\nAssistant:",
+    "instructblip": "<image>{}",                        # the soft tokens come first, then <s> and the question alone
+}
+
+
+def ask(folder: Path, image: str, prompt: str, longest: int = 64, beams: int = 1, device=None, dtype=None) -> str:
+    """What a published model answers to a question about a picture file, in the form that it was trained with.
+
+    BLIP-2's first stage answers no question: it says how well the prompt, as a caption, fits the picture.
+    """
+    model, facts = load_vlm(folder, device, dtype), read_json(folder / "config.json")
+    print_licence(str(folder), folder, sys.stderr)
+    kind, tokenizer, processor = facts["model_type"], data.load_tokenizer(folder), data.load_processor(folder)
+    vit, like = model.vit, next(model.vit.parameters())
+    put = lambda pixels: pixels.to(like.device, like.dtype)
+    picture = [data.read_image(image)]
+    if isinstance(vit, TiledViT):
+        pixels, aspect, there = data.tile_pixels(picture, vit.config.image_size, processor=processor)
+        pixels = Tiles(put(pixels), aspect.to(like.device), there.to(like.device))
+    else:
+        pixels = put(data.to_pixels(picture, vit.config.image_size, processor))
+    with torch.no_grad():
+        if not isinstance(model, VLM):
+            ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt), tokenizer.eos]], device=like.device)
+            features = model.features(pixels)
+            cosine = model.itc(features, ids)[0, 0] * (model.temperature if model.full else 1)
+            return f"match: {model.itm(features, ids).softmax(-1)[0, 1]:.3f} (ITM: text and picture belong together), similarity: {cosine:.3f} (ITC: cosine)"
+        document, text = data.Document(tokenizer), {}
+        if kind in ("llava", "llava_llama", "mllama"):
+            document.chat(ASKED[kind].format(prompt))
+            if facts.get("mm_use_im_start_end") and {"<im_start>", "<im_end>"} <= tokenizer.special.keys():     # LLaVA v1
+                at = document.tokens.index(data.IMAGE)
+                document.tokens[at:at + 1] = [tokenizer.special["<im_start>"], data.IMAGE, tokenizer.special["<im_end>"]]
+        else:
+            for part in re.split(r"(<[a-z_]+>|\{\})", ASKED[kind]):             # what the user writes stays plain text
+                special = part == "<image>" or part in tokenizer.special
+                document.add(prompt, False) if part == "{}" else document.add(part, False, special)
+        if kind == "instructblip":                      # the Q-Former reads the question, too, in BERT's words
+            document.tokens = [data.IMAGE, *(t for t in document.tokens if t != data.IMAGE)]
+            words = data.load_tokenizer(folder / "qformer_tokenizer")
+            text = {"bridge_tokens": torch.tensor([[words.bos, *words.encode(prompt), words.eos]], device=like.device)}
+        stop = () if tokenizer.eos is None else (tokenizer.eos,)
+        ids = model.generate(torch.tensor([document.tokens], device=like.device), pixels, longest, beams=beams, stop=stop, **text)[0]
+    return tokenizer.decode(ids).strip()
 
 
 def open_run(run: str, device) -> tuple[VLM, data.Tokenizer, dict]:

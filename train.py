@@ -774,42 +774,54 @@ class Step(nn.Module):
         self.module, self.task = task.module, task
 
     def forward(self, **piece) -> Tensor:
-        return self.task.loss(**piece)
+        """The loss, which every parameter outside the decoder takes part in, if only with 0: a text without a picture leaves some of a
+        bridge's without a gradient, and processes that add up their gradients must all bring the same ones."""
+        absent = sum(p.sum() for n, p in self.module.named_parameters() if p.requires_grad and not n.startswith("decoder."))
+        return self.task.loss(**piece) + 0 * absent
 
 
 class Ranks:
     """The processes that torchrun started, or this one alone. Each reads its own slice of a batch; sums go over all of them."""
 
-    def __init__(self, device: str):
+    def __init__(self, s: Settings):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.first, self.sharded = self.rank == 0, False
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.first, self.sharded = self.rank == 0, s.shard
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
         self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and self.size > 1 else device)
-        if self.size > 1:
+        if s.shard and self.size == 1:
+            raise UserError("--shard slices parameters over processes; start several: torchrun --nproc-per-node 2 train.py …")
+        if self.size > 1 and not torch.distributed.is_initialized():            # once for all stages of a system
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+            atexit.register(torch.distributed.destroy_process_group)            # a day: the others wait while the first one evaluates
 
     def wrap(self, task: Task, s: Settings) -> nn.Module:
-        """The loss as a module: gradients averaged over processes (DDP), or everything that learns kept in slices (FSDP2)."""
-        if self.size > 1 and s.batch % (self.size * s.accumulate):
-            raise UserError(f"a batch of {s.batch} does not divide into {self.size} processes of {s.accumulate} pieces each; change --batch.")
+        """The loss as a module: gradients averaged over processes (DDP), or decoder layers and all that learns kept in slices (FSDP2)."""
         step, decoder = Step(task), getattr(task.module, "decoder", None)
         layers = decoder.layers if decoder is not None else []
         if s.compile:
             for layer in layers:
                 layer.compile()
-        if s.shard:
-            from torch.distributed.fsdp import fully_shard
-            if self.size == 1:
-                raise UserError("--shard slices parameters over processes; start several: torchrun --nproc-per-node 2 train.py …")
-            self.sharded = True
-            for part in (*layers, *([task.module.vit] if hasattr(task.module, "vit") else [])):
-                fully_shard(part)
-            fully_shard(step)
+        if s.shard:                                     # a layer is whole while it runs, the rest that learns during the whole step
+            mesh = torch.distributed.init_device_mesh(self.device.type, (self.size,))
+            for layer in layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(step, mesh=mesh, ignored_params={p for p in step.parameters() if not p.requires_grad})
         elif self.size > 1:
-            return nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
+            return nn.parallel.DistributedDataParallel(step)
         return step
+
+    @contextlib.contextmanager
+    def aside(self, forward: nn.Module):
+        """For what looks at the module beside the step, an evaluation say: no slices outside the layers, nothing compiled.
+        Every process must take part: layers in slices are put together where they run."""
+        with torch.compiler.set_stance("force_eager"):
+            if self.sharded:
+                forward.unshard()
+            yield
+            if self.sharded:
+                forward.reshard()
 
     def quiet(self, forward: nn.Module, on: bool):
         """No traffic for a piece that is not the last of its update."""
@@ -834,23 +846,31 @@ class Ranks:
             torch.distributed.all_reduce(loss)
         return loss.item() / self.size
 
-    def gather(self, task: Task) -> None:
-        """Slices become whole parameters again, in a module without FSDP2's hooks."""
+    def all(self, value) -> list:
+        """The value of every process, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def gather(self, task: Task, stored: torch.dtype) -> None:
+        """Slices become whole parameters again, on the first process, in a module without FSDP2's hooks."""
         if self.sharded:
-            whole = {n: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p for n, p in task.module.state_dict().items()}
+            tensors = host({n: p.detach() for n, p in task.module.named_parameters()}, self.first)
+        if self.sharded and self.first:
             task.module = task.build()
-            task.module.load_state_dict(whole)
+            task.freeze(task.trained, stored)
+            task.module.load_state_dict(tensors, strict=False)
             task.module.eval()
 
-    def leave(self) -> None:
+    def wait(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
 
 
 def alone(ranks: Ranks, s: Settings) -> None:
     if ranks.size > 1:
-        raise UserError(f"recipe {s.recipe} contrasts the pairs of one batch, so it runs in one process; start it without torchrun.")
+        raise UserError(f"recipe {s.recipe} draws or contrasts a batch as a whole, so it runs in one process; start it without torchrun.")
 
 
 def ahead(task: Task, step: int, s: Settings):

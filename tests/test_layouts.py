@@ -119,7 +119,7 @@ def test_what_would_be_another_function_is_refused_in_one_sentence(change, messa
 
 def test_what_changes_nothing_is_accepted():
     plain = decoder_config(LLAMA_2)
-    assert decoder_config({**LLAMA_2, "model_type": "mistral", "sliding_window": 4096}) == plain    # as wide as the context
+    assert decoder_config({**LLAMA_2, "model_type": "mistral", "sliding_window": 4096}) == plain   # the context's
     assert decoder_config({k: v for k, v in LLAMA_2.items() if k != "model_type"}) == plain      # inside another config
     assert decoder_config({**LLAMA_2, "rope_scaling": {"type": "default"}}) == plain
 
@@ -151,7 +151,7 @@ def meta_folder(path: Path, case: str, files: int = 1, suffix: str = "safetensor
             H = c.heads if "wq" in name else c.kv_heads
             t = t.view(H, 2, c.head_width // 2, -1).transpose(1, 2).reshape(t.shape)
         tensors[name] = t
-    tensors.setdefault("output.weight", tensors["tok_embeddings.weight"].clone())   # stored although tied, as Llama 3.2 1B
+    tensors.setdefault("output.weight", tensors["tok_embeddings.weight"].clone())   # though tied: Llama 3.2 1B
     tensors["rope.freqs"] = torch.ones(c.head_width // 2)
     for rank in range(files):
         def part(name, t):

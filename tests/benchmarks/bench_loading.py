@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_loading.py FOLDER [--dtype bf16 f16 f32] [--repeats 3]
 
 Each run is a process of its own, watched through Linux' /proc/self/status: VmHWM is the largest total ever resident,
-mapped files included; RssAnon, the part that belongs to the process alone, is sampled every millisecond. The model's size
-is the bytes of its parameters in the target dtype. A human's table first, one line of JSON last.
+mapped files included; RssAnon, the part that belongs to the process alone, is sampled every millisecond. The size is the
+bytes of the parameters in the target dtype. A human's table first, one line of JSON last.
 """
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("folder")
     args.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "f32"], help="dtypes to load into")
-    args.add_argument("--repeats", type=int, default=3, help="processes per dtype; largest peak and median time are shown")
+    args.add_argument("--repeats", type=int, default=3, help="processes per dtype: largest peak, median time")
     args.add_argument("--child", help=argparse.SUPPRESS)
     a = args.parse_args()
     if a.child:
         return child(a.folder, a.child)
     rows = {}
-    print(f"{a.folder} on {platform.machine()}, Python {platform.python_version()}; MB above the interpreter with imports\n")
+    print(f"{a.folder} on {platform.machine()}, Python {platform.python_version()}; MB above the bare imports\n")
     print("dtype    size   peak: own pages   with the file's pages   kept   seconds   peak/size")
     for dtype in a.dtype:
         command = [sys.executable, __file__, a.folder, "--child", dtype]
-        runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-                for _ in range(a.repeats)]
+        said = (subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout for _ in range(a.repeats))
+        runs = [json.loads(text.splitlines()[-1]) for text in said]
         row = {k: max(r[k] for r in runs) for k in ("size", "baseline", "anonymous", "total", "kept")}
         row["seconds"] = sorted(r["seconds"] for r in runs)[len(runs) // 2]
         row |= {"anonymous_ratio": row["anonymous"] / row["size"], "total_ratio": row["total"] / row["size"]}

@@ -1,9 +1,9 @@
-"""Writes tests/golden/{qwen2-bias, mistral-plain, llama-rope-linear}: tiny decoders, and what transformers makes of them.
+"""Writes tests/golden/{qwen2-bias, mistral-plain, llama-rope-linear}: tiny decoders and what transformers makes of them.
 
     pip install transformers; python tests/benchmarks/make_decoder_golden.py
 
-Weights are random; norm weights are not 1, biases are not 0. config.json is as the library writes it, config.hub.json as
-published checkpoints look.
+Weights are random; norm weights are not 1, biases are not 0. config.json is as the library writes it, config.hub.json
+as published checkpoints look.
 """
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ CASES = {               # case → (config class, model class, fields, RoPE, wha
         dict(use_sliding_window=False, sliding_window=32, max_window_layers=2),
         "biases on q, k and v, none on o; the published window is shorter than the context and not in use"),
     "mistral-plain": (
-        MistralConfig, MistralForCausalLM, dict(rms_norm_eps=1e-5, head_dim=10, sliding_window=None), dict(rope_theta=1000.0),
-        dict(sliding_window=None, head_dim=10), "no sliding window, as from version 0.2 on; heads × head_dim is not the width"),
+        MistralConfig, MistralForCausalLM, dict(rms_norm_eps=1e-5, head_dim=10, sliding_window=None),
+        dict(rope_theta=1000.0), dict(sliding_window=None, head_dim=10),
+        "no sliding window, as from version 0.2 on; heads × head_dim is not the width"),
     "llama-rope-linear": (
         LlamaConfig, LlamaForCausalLM, dict(rms_norm_eps=1e-5), dict(rope_theta=100.0, rope_type="linear", factor=4.0),
         dict(rope_scaling={"type": "linear", "factor": 4.0}), "positions divided by 4; the published key is `type`"),
