@@ -54,15 +54,16 @@ def byte_letters() -> dict[int, str]:
 
 
 class Tokenizer:
-    """Text ↔ ids, and the ids bos, eos, image (None = has none); four kinds follow, load_tokenizer sees which one a folder holds.
+    """Text ↔ ids, and the ids bos, eos, image (None = has none). Four kinds follow; load_tokenizer sees which one a folder holds.
 
-    special: text → id, never split. Only with special=True does encode recognise them in the text and decode spell them: what a
-    user types stays plain text. `place` is for the kind that puts a blank in front of a text and says what stands there: nothing
-    ("start"), a special token or a picture ("after"), or text that goes on ("more"). template: a key of TEMPLATES.
+    special: text → id, never split. Only with special=True does encode recognise them in the text and decode spell them:
+    what a user types stays plain text. `place` is for the kind that puts a blank in front of a text and says what stands
+    there: nothing ("start"), a special token ("after"), or text that goes on ("more"). template: a key of TEMPLATES.
     """
     template = "plain"
 
-    def __init__(self, plain, special: dict[str, int], bos: str | None = None, eos: str | None = None, image: str | None = None):
+    def __init__(self, plain, special: dict[str, int], bos: str | None = None, eos: str | None = None,
+                 image: str | None = None):
         self.special, self.known = special, set(plain).difference(special.values())     # known: the ids of plain text
         self.bos, self.eos, self.image = special.get(bos), special.get(eos), special.get(image)
         self.vocab_size = max({*self.known, *special.values()}) + 1
@@ -89,7 +90,7 @@ class Tokenizer:
 
 
 class ByteLevel(Tokenizer):
-    """Byte-level BPE through tiktoken: GPT-2, Llama-3, SmolLM2. ranks: bytes of a token → its id, which is also the order of merging."""
+    """Byte-level BPE through tiktoken: GPT-2, Llama-3, SmolLM2. ranks: bytes of a token → its id, also the order of merging."""
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], special: dict[str, int], **names):
         super().__init__(ranks.values(), special, **names)
@@ -159,7 +160,7 @@ def train_bpe(texts: list[str], vocab_size: int, special: list[str], **names) ->
 
 
 def merge(parts: list[str], order: dict[tuple[str, str], float]) -> list[str]:
-    """Join the pair of neighbours that comes first in `order`, the leftmost of equal ones, until no pair is in it; O(n log n)."""
+    """Join the neighbours that come first in `order`, the leftmost of equals, until no pair is in it; O(n log n)."""
     left, right, heap = [*range(-1, len(parts) - 1)], [*range(1, len(parts) + 1)], []
 
     def offer(i: int) -> None:                          # part i and the one to its right
@@ -184,26 +185,26 @@ class SentencePiece(Tokenizer):
     """SentencePiece BPE with byte fallback (1808.06226v1): LLaMA-1/2, Vicuna. A blank is written ▁ and merged like a letter; a
     character that is no piece is written in its bytes <0x00> … <0xFF>.
 
-    vocab: piece → id; order: two pieces → when they are joined. A text gets one blank in front, the dummy prefix, at the places that
-    `prefix` names; "lazy" among them: only where the text has none itself (Metaspace). Decoding takes it away.
+    vocab: piece → id; order: two pieces → when they are joined. A text gets one blank in front, the dummy prefix, at the
+    places that `prefix` names; "lazy" among them: only where the text has none itself (Metaspace). Decoding takes it away.
     """
-    ALWAYS, FIRST, NEVER = ("start", "after"), ("start",), ()   # also after special tokens ("legacy") · at the very start · nowhere
+    ALWAYS, FIRST, NEVER = ("start", "after"), ("start",), ()           # ALWAYS, also after special tokens, is "legacy"
 
-    def __init__(self, vocab: dict[str, int], order: dict, special: dict[str, int], prefix: tuple = ALWAYS, unk: str | None = "<unk>",
-                 **names):
+    def __init__(self, vocab: dict[str, int], order: dict, special: dict[str, int], prefix: tuple = ALWAYS,
+                 unk: str | None = "<unk>", **names):
         super().__init__(vocab.values(), {s: i for s, i in special.items() if s != unk}, **names)
         self.vocab, self.order, self.prefix = vocab, order, prefix
         self.bytes = [vocab[f"<0x{b:02X}>"] for b in range(256)]
         self.spelling = {i: " ⁇ ".encode() if piece == unk else piece.replace("▁", " ").encode() for piece, i in vocab.items()}
         self.spelling |= {i: bytes([b]) for b, i in enumerate(self.bytes)}
         self.blank = {i for piece, i in vocab.items() if piece.startswith("▁")}
-        # Where no piece holds a ▁ behind another character, no merge crosses that place: words are merged one by one, and remembered.
+        # where no piece holds a ▁ behind another character, no merge crosses that place: words can be merged one by one
         self.split = r"(?s:.+)" if any(re.search("[^▁]▁", a + b) for a, b in order) else r"▁*[^▁]+|▁+"
         self.word = functools.lru_cache(20_000)(self.merge_word)
 
     def merge_word(self, word: str) -> list[int]:
-        return [i for part in merge([*word], self.order)
-                for i in ([self.vocab[part]] if part in self.vocab else [self.bytes[b] for b in part.encode("utf-8", "replace")])]
+        ids = lambda part: [self.vocab[part]] if part in self.vocab else [self.bytes[b] for b in part.encode("utf-8", "replace")]
+        return [i for part in merge([*word], self.order) for i in ids(part)]
 
     def plain(self, text: str, place: str) -> list[int]:
         text = text.replace(" ", "▁")
@@ -221,8 +222,8 @@ codecs.register_error("replace-each-byte", lambda e: ("\ufffd" * (e.end - e.star
 
 
 class WordPiece(Tokenizer):
-    """BERT's tokenizer (1810.04805v2): lower case, accents off, punctuation and Chinese characters apart; then, from the left of a
-    word, the longest piece that is in the vocabulary, where ## stands before a piece inside the word.
+    """BERT's tokenizer (1810.04805v2): lower case, accents off, punctuation and Chinese characters apart; then, from the left
+    of a word, the longest piece that is in the vocabulary, where ## stands before a piece inside the word.
     """
     APART = ("\u4E00-\u9FFF\u3400-\u4DBF\uF900-\uFAFF\U00020000-\U0002A6DF\U0002A700-\U0002CEAF\U0002F800-\U0002FA1F"
              r"\p{P}$+<=>^`|~")
@@ -255,7 +256,7 @@ class WordPiece(Tokenizer):
 
 
 class ClipBPE(Tokenizer):
-    """CLIP's BPE (2103.00020v1): lower case, blanks dropped; the last letter of a word carries </w>, which is decoded as a blank."""
+    """CLIP's BPE (2103.00020v1): lower case, blanks dropped; the last letter of a word carries </w>, decoded as a blank."""
 
     def __init__(self, vocab: dict[str, int], order: dict, special: dict[str, int], **names):
         super().__init__(vocab.values(), special, **names)
@@ -283,15 +284,17 @@ USUAL = {"bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "image
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model's folder, from the first of these that is there: tokenizer.json (any of the four kinds), tokenizer.model
-    (SentencePiece, or Llama-3's ranks), vocab.txt (BERT), vocab.json with merges.txt (CLIP, GPT-2); with the settings beside it.
+    """The tokenizer of a model's folder, from the first of these that is there: tokenizer.json (any of the four kinds),
+    tokenizer.model (SentencePiece, or Llama-3's ranks), vocab.txt (BERT), vocab.json with merges.txt (CLIP, GPT-2); with the
+    settings beside it.
 
-    Tokens added to a vocabulary count as special, whatever their file says. A damaged or foreign file is a UserError that names it.
+    Tokens added to a vocabulary count as special, whatever their file says. A damaged or foreign file is a UserError.
     """
     folder = Path(folder)
     file = next((folder / name for name in READERS if (folder / name).exists()), None)
     if file is None:
-        raise UserError(f"{folder / 'tokenizer.json'}: no such file, nor {', '.join([*READERS][1:])}; give a folder that holds one.")
+        raise UserError(f"{folder / 'tokenizer.json'}: no such file, nor {', '.join([*READERS][1:])}; give a folder that "
+                        "holds one.")
     try:
         settings = {}
         for name in SETTINGS:
@@ -302,18 +305,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return tokenizer
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError):      # a field is missing, cut off, of another type
-        raise UserError(f"{file}: with the settings beside it no vocabulary that is known here (byte-level BPE, SentencePiece BPE with "
-                        "byte fallback, WordPiece, CLIP's BPE); get the files again, or another model.") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError):      # something is missing or cut off
+        raise UserError(f"{file}: with the settings beside it no vocabulary that is known here (byte-level BPE, SentencePiece "
+                        "BPE with byte fallback, WordPiece, CLIP's BPE); get the files again, or another model.") from None
 
 
-def special_tokens(settings: dict, vocab: dict[str, int], added: dict[str, int]) -> tuple[dict[str, int], dict[str, str | None]]:
-    """({text: id} of the added tokens and of those in the vocabulary that the settings name; which of them are bos, eos and image)."""
+def special_tokens(settings: dict, vocab: dict[str, int], added: dict[str, int]) -> tuple[dict[str, int], dict]:
+    """({text: id} of the added tokens and of those in the vocabulary that the settings name, {"bos": text, "eos", "image"})."""
     spelled = lambda token: token["content"] if isinstance(token, dict) else token
     named = {k: spelled(settings[f"{k}_token"]) for k in (*USUAL, "cls", "sep", "mask") if f"{k}_token" in settings}
     special = {**{t: vocab[t] for t in named.values() if t in vocab}, **settings.get("added", {}),
                **{spelled(t): int(i) for i, t in settings.get("added_tokens_decoder", {}).items()}, **added}
-    return special, {k: named[k] if k in named else next((t for t in usual if t in special), None) for k, usual in USUAL.items()}
+    usual = {k: next((t for t in texts if t in special), None) for k, texts in USUAL.items()}
+    return special, {k: named.get(k, usual[k]) for k in usual}
 
 
 def from_json(file: Path, settings: dict, data: dict) -> Tokenizer:
@@ -357,9 +361,11 @@ def from_json(file: Path, settings: dict, data: dict) -> Tokenizer:
 
 def read_vocab_txt(file: Path, settings: dict) -> Tokenizer:
     vocab = {line.rstrip("\r"): n for n, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"))}
-    own = [{"content": t, "id": vocab[t], "special": True} for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab]
+    names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    own = [{"content": t, "id": vocab[t], "special": True} for t in names if t in vocab]
     return from_json(file, settings, {
-        "added_tokens": own, "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]"}, "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "added_tokens": own, "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]"},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
         "normalizer": {"type": "BertNormalizer", "lowercase": settings.get("do_lower_case", True)}})
 
 
@@ -367,25 +373,30 @@ def read_vocab_json(file: Path, settings: dict) -> Tokenizer:
     vocab, lines = read_json(file), (file.parent / "merges.txt").read_text(encoding="utf-8").split("\n")
     own = [{"content": t, "id": vocab[t], "special": True} for t in ("<|startoftext|>", "<|endoftext|>") if t in vocab]
     merges = [line.split() for line in lines if line and not line.startswith("#version")]
-    return from_json(file, settings, {
-        "added_tokens": own, "model": {"vocab": vocab, "merges": merges, "end_of_word_suffix": "</w>" if "a</w>" in vocab else None}})
+    end = "</w>" if "a</w>" in vocab else None
+    return from_json(file, settings, {"added_tokens": own, "model": {"vocab": vocab, "merges": merges, "end_of_word_suffix": end}})
 
 
 def read_tokenizer_model(file: Path, settings: dict) -> Tokenizer:
-    """Llama-3's lines "base64 rank", or a SentencePiece model (sentencepiece_model.proto: the fields that a BPE of LLaMA's kind needs)."""
+    """Llama-3's lines "base64 rank", or a SentencePiece model (sentencepiece_model.proto: the fields that LLaMA's kind needs)."""
     raw = file.read_bytes()
     if re.match(rb"[\w+/]+=* \d+\s", raw):
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in raw.splitlines() if line)}
+        lines = (line.split() for line in raw.splitlines() if line)
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         reserved = [f"<|reserved_special_token_{n}|>" for n in range(251)]
-        own = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>", reserved[4], "<|eot_id|>"]
-        renamed = settings.get("added_tokens_decoder")                          # Llama-3.1 gave names to some of the reserved ones
-        special, names = special_tokens(settings, {}, {} if renamed else {t: len(ranks) + n for n, t in enumerate(own + reserved[5:])})
+        own = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>", reserved[4],
+               "<|eot_id|>", *reserved[5:]]
+        if settings.get("added_tokens_decoder"):        # Llama-3.1 gave names to some of the reserved ones
+            own = []
+        special, names = special_tokens(settings, {}, {t: len(ranks) + n for n, t in enumerate(own)})
         return ByteLevel(LLAMA3_SPLIT, ranks, special, **names)
     fields = [*protobuf(raw)]
     trainer, normalizer = ({k: v for n, message in fields if n == number for k, v in protobuf(message)} for number in (2, 3))
-    bpe, fallback, rules, dummy, collapse = trainer.get(3) == 2, trainer.get(35), normalizer.get(2), normalizer.get(3, 1), normalizer.get(4, 1)
-    if not (bpe and fallback) or rules or collapse:     # rules: of normalisation; collapse: several blanks into one
-        raise UserError(f"{file}: a SentencePiece model, but not BPE with byte fallback that leaves the text as it is; no other is known.")
+    bpe, fallback = trainer.get(3) == 2, trainer.get(35)
+    rules, dummy, collapse = normalizer.get(2), normalizer.get(3, 1), normalizer.get(4, 1)      # collapse: blanks into one
+    if not (bpe and fallback) or rules or collapse:
+        raise UserError(f"{file}: a SentencePiece model, but not BPE with byte fallback that leaves the text as it is; no other "
+                        "is known.")
     vocab, control, score = {}, {}, {}
     for i, piece in enumerate({1: b"", 3: 1, **dict(protobuf(message))} for n, message in fields if n == 1):
         text = piece[1].decode()
@@ -426,7 +437,7 @@ def protobuf(raw: bytes):
 READERS = {"tokenizer.json": lambda file, settings: from_json(file, settings, read_json(file)),
            "tokenizer.model": read_tokenizer_model, "vocab.txt": read_vocab_txt, "vocab.json": read_vocab_json}
 SETTINGS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
-TOKENIZER_FILES = (*READERS, "merges.txt", *SETTINGS, "chat_template.jinja", "chat_template.json")     # they go along with a decoder
+TOKENIZER_FILES = (*READERS, "merges.txt", *SETTINGS, "chat_template.jinja", "chat_template.json")     # of a decoder's folder
 
 
 def split_pattern(pre: dict | None, file: Path) -> str:
@@ -450,7 +461,7 @@ def split_pattern(pre: dict | None, file: Path) -> str:
 class Template:
     """How a family writes a conversation: {} is the text of a message, and what the model learns to say stands in ⟦ ⟧.
 
-    <s>, </s> and <|…|> in these strings are special tokens; in a message they are plain text, whereas "<image>" is a picture's place.
+    <s>, </s> and <|…|> in these strings are special tokens; in a message they are plain text, but "<image>" is a picture.
     """
     system: str
     user: str
@@ -466,7 +477,7 @@ class Template:
     def spans(self, messages: str | list[dict], answer: bool = True) -> list[tuple[str, bool, bool]]:
         """(text, learn, special) from left to right; special: the text is a special token or "<image>".
 
-        messages: a question, or turns {"role": system | user | assistant, "content"}; `answer` ends it where the assistant speaks next.
+        messages: a question, or turns {"role": system | user | assistant, "content"}; `answer`: end where the assistant speaks.
         """
         if answer and self.prompt:
             return self.prompt.spans(messages)
@@ -474,8 +485,8 @@ class Template:
         forms, spans = {"system": self.system, "user": self.user, "assistant": self.assistant}, []
         wrong = [m["role"] for m in messages if m["role"] not in forms]
         if wrong or not messages or messages[-1]["role"] == "system":
-            raise UserError(f"a conversation of {[m['role'] for m in messages]} cannot be written: it may begin with a system text, then "
-                            "user and assistant take turns.")
+            raise UserError(f"a conversation of {[m['role'] for m in messages]} cannot be written: it may begin with a system "
+                            "text, then user and assistant take turns.")
         if self.default and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.default})
         if self.inside and messages[0]["role"] == "system":
@@ -518,14 +529,18 @@ TEMPLATES = {
         "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n⟦{}<|im_end|>⟧\n",
         default="You are a helpful AI assistant named SmolLM, trained by Hugging Face", mark="<|im_start|>"),
     "llama3": Template(
-        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦{}<|eot_id|>⟧", begin="<|begin_of_text|>", mark="<|start_header_id|>", strip=True),
-    "llama2": Template("<<SYS>>\n{}\n<</SYS>>\n\n", "<s>[INST] {} [/INST]", "⟦ {} </s>⟧", mark="<<SYS>>", strip=True, inside=True),
-    "vicuna": VICUNA,                                   # LLaVA-1.5: the authors' "vicuna_v1"; transformers' pages leave out the system text
+        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦{}<|eot_id|>⟧",
+        begin="<|begin_of_text|>", mark="<|start_header_id|>", strip=True),
+    "llama2": Template("<<SYS>>\n{}\n<</SYS>>\n\n", "<s>[INST] {} [/INST]", "⟦ {} </s>⟧", mark="<<SYS>>", strip=True,
+                       inside=True),
+    "vicuna": VICUNA,                                   # LLaVA-1.5, in the authors' code "vicuna_v1"
     "llava_v1": replace(VICUNA, default=POLITE.format("human"), mark=""),
     # LLaVA's first release learns the "###" in front of a turn (it stops the answer before) and "### Assistant:" too
     "llava_v0": Template("{}\n\n", "⟦###⟧ Human: {}\n", "⟦### Assistant: {}\n⟧", end="⟦### ⟧", default=POLITE.format("human"),
-                         mark="###Human", prompt=Template("{}###", "Human: {}###", "Assistant:⟦ {}###⟧", default=POLITE.format("human"))),
+                         mark="###Human",
+                         prompt=Template("{}###", "Human: {}###", "Assistant:⟦ {}###⟧", default=POLITE.format("human"))),
     "alpaca": Template("{}\n\n", "{}", "⟦{}⟧"),         # LLaMA-Adapter: the whole prompt is the user's (alpaca_prompt); then the eos
     "plain": Template("{}\n", "{}", "⟦{}\n⟧"),           # LLaVA's first stage: <image>, caption, end of line; no eos
 }
@@ -536,7 +551,7 @@ def template_of(folder: Path, settings: dict, tokenizer: Tokenizer) -> str:
     """A key of TEMPLATES, by its mark in the published chat_template or, where there is none, among the special tokens."""
     read = lambda name: (folder / name).read_text(encoding="utf-8") if (folder / name).exists() else ""
     chat = json.dumps(settings.get("chat_template") or "").strip('"') + read("chat_template.jinja") + read("chat_template.json")
-    if not chat and re.search('"model_type": *"llava', read("config.json")):    # the authors' LLaVA folders hold no chat_template
+    if not chat and re.search('"model_type": *"llava', read("config.json")):    # the authors' folders hold no chat_template
         return "vicuna"
     chat = chat or " ".join(tokenizer.special)
     return next((name for name, t in TEMPLATES.items() if t.mark and t.mark in chat), "plain")
@@ -2086,7 +2101,7 @@ def read_turns(reply: str, kind: str, question: str = "") -> list[tuple[str, str
         turns = [] if re.search("===|Question:|Answer:", reply) else [(question, reply)]
     elif TURN.sub("", reply) or kind == "reasoning" and len(turns) > 1:
         turns = []
-    if not turns or not all(map(all, turns)) or "<image>" in reply:
+    if not turns or not all(map(all, turns)) or "<image>" in reply or reply == TEACHER_PROMPTS[kind][1]:      # small models copy it
         raise ValueError(f"{reply!r:.60} is no {kind} in the form asked for" if reply else "the reply did not come to its end")
     return turns
 

@@ -26,6 +26,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -238,7 +239,7 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
     s.lm, s.vit = pinned(s.lm), pinned(s.vit)
     if s.threads:
         torch.set_num_threads(s.threads)
-    ranks = Ranks(s.device)
+    ranks = Ranks(s)
     device = ranks.device
     dtype, why = pick_dtype(s.dtype, device)
     torch.manual_seed(s.seed)
@@ -250,12 +251,13 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
 
     # 2. data and 3. model: load, freeze, print the table ------------------------------------------------------------
     task = TASKS[recipe.task](s, recipe, ranks)
-    task.freeze(recipe.trained, frozen_dtype(s, dtype, device))
-    trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]
+    task.freeze(recipe.trained, stored := frozen_dtype(s, dtype, device))
     if ranks.first:
         print_modules(task.module)
     forward = ranks.wrap(task, s)
-    trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]        # sharding put slices in their place
+    trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]
+    if ranks.rank:
+        torch.manual_seed(s.seed + ranks.rank)          # equal weights so far; from here on each process drops out what it draws itself
 
     # 4. optimiser and schedule --------------------------------------------------------------------------------------
     optimizers = make_optimizers(task.module, trained, s)
@@ -265,8 +267,9 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
     # 5. resume ------------------------------------------------------------------------------------------------------
     step, smooth, spent = 0, None, 0.0
     if resume:
-        step, smooth, spent = load_state(out, trained, optimizers, mean)
-        rewind_log(out / "log.jsonl", step)
+        step, smooth, spent = load_state(ranks, out, trained, optimizers, mean)
+        if ranks.first:
+            rewind_log(out / "log.jsonl", step)
         say(f"resume   at step {step} of {out}")
     elif ranks.first:
         write_json(out / "config.json", {"settings": dataclasses.asdict(s)})
@@ -278,15 +281,18 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
     meter, start = Meter(s.steps, s.minutes), time.monotonic() - spent
     bar = tqdm(total=s.steps if not s.minutes else None, initial=step, disable=not (sys.stderr.isatty() and ranks.first), leave=False)
     while True:
-        progress = step / s.steps if not s.minutes else min(1.0, (time.monotonic() - start) / (60 * s.minutes))
+        progress = step / s.steps if not s.minutes else ranks.all(min(1.0, (time.monotonic() - start) / (60 * s.minutes)))[0]
         if progress >= 1:
             break
         if step and step % s.save_every == 0:
             save_state(ranks, out, trained, optimizers, mean, step, smooth, time.monotonic() - start)
         if s.check_every and step and step % s.check_every == 0:
             task.module.eval()
-            append(out / "log.jsonl", {"step": step, **(check := task.check())})
-            bar.write(f"check  {step:6d}  " + "  ".join(f"{k} {100 * v:.1f}" for k, v in check.items()), file=sys.stdout)
+            with ranks.aside(forward), torch.autocast(device.type, dtype, enabled=task.mixed):
+                check = task.check()
+            if ranks.first:
+                append(out / "log.jsonl", {"step": step, **check})
+                bar.write(f"check  {step:6d}  " + "  ".join(f"{k} {100 * v:.1f}" for k, v in check.items()), file=sys.stdout)
             task.module.train()
         rate = schedule(progress, s.warmup if s.warmup < 1 else s.warmup / s.steps, s.schedule)
         for o, peak in zip(optimizers, peaks):
@@ -313,7 +319,8 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
         if step == 0:
             say(f"step 0   loss {loss:.3f}   {task.expect}")
             say(f"gradient {parts}")
-            task.doctor(pieces, out) if ranks.first else None
+            with ranks.aside(forward):
+                task.doctor(pieces, scales, out)
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
@@ -323,17 +330,18 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
         # -----------------------------------------------------------------------------------------------------------
 
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-        meter.add(pieces)
+        meter.add(pieces, ranks.size)
         step += 1
         bar.update()
         if step == 20 and not s.minutes:
             say(meter.forecast(s.steps - step, device))
         if step % s.log_every == 0 or step == 1:
             spent = time.monotonic() - start
-            line = {"step": step, "loss": loss, "ema": smooth, "grad_norm": norm, "lr": s.lr * rate,
-                    **task.vitals(), **meter.rates(device)}
+            with ranks.aside(forward):
+                vitals, details = task.vitals(), task.details()
+            line = {"step": step, "loss": loss, "ema": smooth, "grad_norm": norm, "lr": s.lr * rate, **vitals, **meter.rates(device)}
             if ranks.first:
-                append(out / "log.jsonl", {**line, "seconds": spent, **task.details()})
+                append(out / "log.jsonl", {**line, "seconds": spent, **details})
                 bar.write(meter.line(line, progress if s.minutes else step / s.steps, spent), file=sys.stdout)
     bar.close()
     spent = time.monotonic() - start
@@ -344,18 +352,18 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
     with torch.no_grad():
         for n, p in trained if s.ema else ():
             p.copy_(mean[n])
-    ranks.gather(task)                                                          # slices become whole parameters again
+    ranks.gather(task, stored)                                                  # slices become whole parameters again
     if ranks.first:
         task.save(out, {"settings": dataclasses.asdict(s), "steps": step, "seconds": round(spent, 1),
                         "trained_parameters": sum(p.numel() for n, p in task.module.named_parameters() if p.requires_grad),
                         "training_examples": step * s.batch})
         print(f"\ntrained  {step} steps in {spent / 60:.1f} minutes")
-        with torch.autocast(device.type, dtype, enabled=task.mixed):
+        with eagerly(s), torch.autocast(device.type, dtype, enabled=task.mixed):
             task.report(out)
         with contextlib.suppress(UserError):                                    # without matplotlib a run has no curves, and says nothing
             draw_curves(out)
         print(f"files    {out}/   ({', '.join(sorted(p.name for p in out.iterdir()))})")
-    ranks.leave()
+    ranks.wait()
     return task.module
 
 
@@ -381,7 +389,7 @@ class Task:
     def ready(self, pieces: list[dict]) -> list[dict]:
         return [{k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in p.items()} for p in pieces]
 
-    def doctor(self, pieces: list[dict], out: Path) -> None:
+    def doctor(self, pieces: list[dict], scales: list[float], out: Path) -> None:
         pass
 
     def after_step(self) -> None:
@@ -401,10 +409,14 @@ class AnswerTask(Task):
         self.s, self.device, self.ranks, self.trained = s, ranks.device, ranks, recipe.trained
         self.sets = [(data.open_data(spec, s.seed, s.strict, s.share / 100), weight) for spec, weight in data_sets(s.data)]
         self.world = self.sets[0][0]                    # the one that is evaluated
+        if ranks.size > 1 and s.batch % (ranks.size * len(self.sets)):
+            sets = f" of {len(self.sets)} data sets" if len(self.sets) > 1 else ""
+            raise UserError(f"--batch {s.batch} does not divide among {ranks.size} processes{sets}; "
+                            f"make it a multiple of {ranks.size * len(self.sets)}.")
         self.tokenizer = data.load_tokenizer(resolve(s.lm))
         self.module = self.build()
         self.images = "vit" in recipe.trained           # pixels go into the step, not features
-        self.processor = self.module.processor = data.load_processor(resolve(f"{WEIGHTS}/vit" if s.vit == "random" else s.vit))
+        self.processor = self.module.processor
         self.cache = FeatureCache(s, self.module, ranks.rank) if s.cache and not self.images else None
         self.K = self.unfolded()
         for name in (s.lm, s.vit) if ranks.first and s.vit != "random" else ():
@@ -426,7 +438,9 @@ class AnswerTask(Task):
         bridge = make_bridge(s.bridge, decoder.config, vit.config.width, **options).to(self.device)
         if s.init:
             load_start(bridge, Path(s.init))
-        return VLM(vit, bridge, decoder, self.tokenizer.image)
+        vlm = VLM(vit, bridge, decoder, self.tokenizer.image)
+        vlm.processor = data.load_processor(resolve(f"{WEIGHTS}/vit" if s.vit == "random" else s.vit))
+        return vlm
 
     @torch.no_grad()
     def unfolded(self) -> int:
@@ -494,13 +508,14 @@ class AnswerTask(Task):
     def loss(self, tokens: Tensor, labels: Tensor, mask: Tensor | None, features: Tensor | None = None, pixels: Tensor | None = None, **_) -> Tensor:
         return self.module.loss(tokens, labels, pixels, mask, features)[0]
 
-    def doctor(self, pieces: list[dict], out: Path) -> None:
+    def doctor(self, pieces: list[dict], scales: list[float], out: Path) -> None:
         """What to look at before the evening is spent: is the image used, what is learned, which parts get a gradient?"""
         from PIL import Image
-        count, total = (sum(f(p) for p in pieces) for f in (lambda p: p["count"], lambda p: p["tokens"].numel()))
-        with torch.no_grad():
-            learned = [sum(p["count"] for p in pieces if p["set"] == m) for m in range(len(self.sets))]     # weighed as the loss is
-            blind = sum(p["weight"] * blind_loss(self.module, p).item() / max(learned[p["set"]], 1) for p in pieces)
+        blind = self.ranks.sum(sum(scale * blind_loss(self.module, p) for p, scale in zip(pieces, scales)))
+        counts = self.ranks.all((sum(p["count"] for p in pieces), sum(p["tokens"].numel() for p in pieces)))
+        count, total = map(sum, zip(*counts))
+        if not self.ranks.first:
+            return
         append(out / "log.jsonl", {"step": 0, "blind": blind})
         print(f"doctor   the decoder without any image: loss {blind:.3f}; {count:,} of {total:,} tokens are learned ({100 * count / total:.0f} %)")
         item = self.world.item(0, turns=self.s.turns)
@@ -785,7 +800,7 @@ class Ranks:
 
     def __init__(self, s: Settings):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.first, self.sharded = self.rank == 0, s.shard
+        self.s, self.first, self.sharded = s, self.rank == 0, s.shard
         device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
         self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and self.size > 1 else device)
         if s.shard and self.size == 1:
@@ -793,8 +808,8 @@ class Ranks:
         if self.size > 1 and not torch.distributed.is_initialized():            # once for all stages of a system
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-            atexit.register(torch.distributed.destroy_process_group)            # a day: the others wait while the first one evaluates
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                                 timeout=timedelta(days=1))     # the others wait while the first one evaluates
 
     def wrap(self, task: Task, s: Settings) -> nn.Module:
         """The loss as a module: gradients averaged over processes (DDP), or decoder layers and all that learns kept in slices (FSDP2)."""
@@ -804,6 +819,7 @@ class Ranks:
             for layer in layers:
                 layer.compile()
         if s.shard:                                     # a layer is whole while it runs, the rest that learns during the whole step
+            from torch.distributed.fsdp import fully_shard
             mesh = torch.distributed.init_device_mesh(self.device.type, (self.size,))
             for layer in layers:
                 fully_shard(layer, mesh=mesh)
@@ -814,9 +830,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def aside(self, forward: nn.Module):
-        """For what looks at the module beside the step, an evaluation say: no slices outside the layers, nothing compiled.
-        Every process must take part: layers in slices are put together where they run."""
-        with torch.compiler.set_stance("force_eager"):
+        """For what looks at the module beside the step, an evaluation say: slices outside the layers are put together meanwhile.
+        Every process must take part, because layers in slices are still put together where they run."""
+        with eagerly(self.s):
             if self.sharded:
                 forward.unshard()
             yield
@@ -860,12 +876,17 @@ class Ranks:
         if self.sharded and self.first:
             task.module = task.build()
             task.freeze(task.trained, stored)
-            task.module.load_state_dict(tensors, strict=False)
+            task.module.load_state_dict(tensors)
             task.module.eval()
 
     def wait(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()
+
+
+def eagerly(s: Settings):
+    """Layers compiled for training run as they are written: to generate is to meet a new length with every token."""
+    return torch.compiler.set_stance("force_eager") if s.compile else contextlib.nullcontext()
 
 
 def alone(ranks: Ranks, s: Settings) -> None:
@@ -976,7 +997,7 @@ def gradient_norms(trained) -> str:
     for n, p in trained:
         if p.grad is not None:
             name = ".".join(n.split(".")[:2])
-            norms[name] = norms.get(name, 0.0) + p.grad.float().square().sum().item()
+            norms[name] = norms.get(name, 0.0) + whole(p.grad.float().square().sum()).item()
     return "  ".join(f"{name} {math.sqrt(v):.2g}" for name, v in norms.items())
 
 
@@ -1033,6 +1054,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def host(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Copies on the CPU, slices put together one after the other; who does not keep them gets none."""
+    full = ((n, whole(t.detach())) for n, t in tensors.items())
+    return {n: t.to("cpu", copy=True) for n, t in full if keep}
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """A full tensor cut as `other` is."""
     if not hasattr(other, "full_tensor"):
@@ -1046,15 +1073,16 @@ def save_state(ranks: Ranks, out: Path, trained, optimizers, mean: dict, step: i
     for i, o in enumerate(optimizers):
         for j, state in o.state_dict()["state"].items():
             tensors.update({f"optimizer.{i}.{j}.{k}": v for k, v in state.items() if isinstance(v, Tensor)})
-    tensors = {n: whole(t.detach()).cpu().clone() for n, t in tensors.items()}
-    tensors["random"] = torch.get_rng_state()
-    if ranks.device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(ranks.device)
+    tensors = host(tensors, ranks.first)
+    on_gpu = {"cuda": torch.cuda.get_rng_state(ranks.device)} if ranks.device.type == "cuda" else {}
+    random = ranks.all({"cpu": torch.get_rng_state(), **on_gpu})
+    tensors.update({f"random.{rank}.{k}": state for rank, states in enumerate(random) for k, state in states.items()})
     if ranks.first:
         write_tensors(out / "state.safetensors", tensors, {"step": str(step), "smooth": repr(smooth), "spent": repr(spent)})
 
 
-def load_state(out: Path, trained, optimizers, mean: dict) -> tuple[int, float | None, float]:
+def load_state(ranks: Ranks, out: Path, trained, optimizers, mean: dict) -> tuple[int, float | None, float]:
+    """What save_state wrote, into its places; the number of processes may be another one."""
     file = out / "state.safetensors"
     if not file.exists():
         raise UserError(f"{file}: no state was saved before this run ended; start it again without --resume.")
@@ -1075,9 +1103,9 @@ def load_state(out: Path, trained, optimizers, mean: dict) -> tuple[int, float |
                 value, owner = checkpoint.get(name), owners[int(rest[1])]
                 state.setdefault(int(rest[1]), {})[rest[2]] = like(value, owner) if value.shape == owner.shape else value
         o.load_state_dict({**o.state_dict(), "state": state})
-    torch.set_rng_state(checkpoint.get("random"))
-    if "random.cuda" in checkpoint.where:
-        torch.cuda.set_rng_state(checkpoint.get("random.cuda"), trained[0][1].device)
+    for kind, restore in (("cpu", torch.set_rng_state), ("cuda", lambda state: torch.cuda.set_rng_state(state, ranks.device))):
+        if (name := f"random.{ranks.rank}.{kind}") in checkpoint.where:
+            restore(checkpoint.get(name))
     facts = checkpoint.files[file].metadata()
     return int(facts["step"]), None if facts["smooth"] == "None" else float(facts["smooth"]), float(facts["spent"])
 
@@ -1152,10 +1180,11 @@ class Meter:
         self.tokens = self.learned = self.images = 0
         self.since = self.begin = time.monotonic()
 
-    def add(self, pieces: list[dict]) -> None:
-        self.tokens += sum(p["tokens"].numel() for p in pieces)
-        self.learned += sum(p["count"] for p in pieces)
-        self.images += sum(len(p["tokens"]) for p in pieces)
+    def add(self, pieces: list[dict], processes: int) -> None:
+        """Of one process; the others have read as many rows, of about this length."""
+        self.tokens += processes * sum(p["tokens"].numel() for p in pieces)
+        self.learned += processes * sum(p["count"] for p in pieces)
+        self.images += processes * sum(len(p["tokens"]) for p in pieces)
 
     def forecast(self, left: int, device: torch.device) -> str:
         """After 20 steps: how long the rest takes, and on a GPU how much memory it needs."""
@@ -1337,7 +1366,11 @@ def run(main_function) -> None:
     """A user's mistake is one sentence on stderr and exit code 2; anything else is a bug and shows its traceback."""
     try:
         main_function()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except UserError as e:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(3)                               # said once: where the first process says the same, torchrun ends this one by then
         print(str(e), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -65,7 +65,9 @@ def test_a_teacher_gets_the_rules_an_example_with_its_reply_and_the_picture():
         system, first, reply, last = data.teacher_messages(kind, "a red ring", question)
         assert [m["role"] for m in (system, first, reply, last)] == ["system", "user", "assistant", "user"]
         assert first["content"].startswith(data.EXAMPLE) and last["content"].startswith("a red ring") and question in last["content"]
-        assert data.read_turns(reply["content"], kind, "?")                    # the example keeps the rules itself
+        assert data.read_turns(reply["content"].replace("yellow", "red").replace("rains", "snows"), kind, "?")    # it keeps the rules itself,
+        with pytest.raises(ValueError):                                         # but is no reply about another picture
+            data.read_turns(reply["content"], kind, "?")
 
 
 # --- what a teacher by rules says is true -------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def folder_with(tmp_path, *files, **texts):
 
 
 LLAMA = GOLDEN / "sentencepiece-llama-style"
+MODEL = (LLAMA / "tokenizer.model").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,14 @@ def test_a_token_that_is_added_later_gets_the_next_id(tmp_path):
     n = t.vocab_size
     assert (t.add("[DEC]"), t.vocab_size, t.add("[DEC]"), t.vocab_size) == (n, n + 1, n, n + 1)
     assert t.encode("[DEC]a", special=True) == [n, *t.encode("a")] and t.decode([n, *t.encode("a")]) == "a"
+    assert t.add("[DEC]2") == n + 1 and t.encode("[DEC]2[DEC]", special=True) == [n + 1, n]     # the longest name counts
+
+
+def test_an_added_token_that_is_a_word_of_the_vocabulary_stays_a_word(tmp_path):
+    content, the = expected(LLAMA.name, "tokenizer.json"), expected(LLAMA.name, "tokenizer.json")["model"]["vocab"]["▁a"]
+    content["added_tokens"] += [{"id": the, "content": "▁a", "special": False}, {"id": 640, "content": "<image>", "special": False}]
+    t = load_tokenizer(folder_with(tmp_path, tokenizer_json=content))
+    assert t.decode(t.encode("b a", special=True)) == "b a" and t.image == 640 and t.vocab_size == 641
 
 
 def test_llama_3_1_s_names_of_reserved_tokens_are_used(tmp_path):
@@ -121,6 +130,13 @@ def test_the_pad_token_stays_a_word(tmp_path):
     clip = GOLDEN / "clip-bpe-style" / "old"
     t = load_tokenizer(folder_with(tmp_path, clip / "vocab.json", clip / "merges.txt", tokenizer_config_json={"pad_token": "!"}))
     assert "!" not in t.special and t.decode(t.encode("a!", special=True)) == "a !"
+
+
+def test_a_piece_whose_letters_are_no_pieces_is_found(tmp_path):
+    """As in SentencePiece, where two neighbours are joined if the result is a piece, whatever they are."""
+    piece = b"\n\x04" + "юэ".encode() + b"\x15\x00\x00\x00\xbf"                # piece "юэ", score −0.5, type normal
+    t = load_tokenizer(folder_with(tmp_path, tokenizer_model=MODEL + b"\n" + bytes([len(piece)]) + piece))
+    assert not {"ю", "э"} & t.vocab.keys() and t.encode("aюэ эю") == [263, 640, 531, 212, 144, 212, 145]
 
 
 # --- text comes back ----------------------------------------------------------------------------------------------
@@ -351,7 +367,6 @@ def test_a_conversation_that_cannot_be_written_is_refused_in_one_sentence(smol):
 
 # --- files that cannot be read ------------------------------------------------------------------------------------
 
-MODEL = (LLAMA / "tokenizer.model").read_bytes()
 JSON = expected(LLAMA.name, "tokenizer.json")
 BERT = json.loads((GOLDEN / "wordpiece-bert-style" / "new" / "tokenizer.json").read_text())
 CLIP = (GOLDEN / "clip-bpe-style" / "old" / "vocab.json").read_bytes()

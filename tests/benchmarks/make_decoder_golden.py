@@ -1,4 +1,4 @@
-"""Writes tests/golden/{qwen2-bias, mistral-plain, llama-rope-linear}: tiny decoders and what transformers makes of them.
+"""Writes tests/golden/{qwen2-bias, mistral-plain, llama-rope-linear}: tiny decoders, what transformers makes of them.
 
     pip install transformers; python tests/benchmarks/make_decoder_golden.py
 
