@@ -2044,7 +2044,46 @@ class ShapesPages(Shapes):
         return Item(None, [], [], f"{self.split}-{index}", "", [p.image for p in parts], [], [(n, text(p)) for n, p in enumerate(parts)])
 
 
-WORLDS = {"shapes": Shapes, "shapes-words": ShapesWords, "shapes-pages": ShapesPages, "emoji": Emoji}
+class ShapesChoices(Shapes):
+    """Multiple choice in ScienceQA's form: the lecture says how to find out, the solution what is there; `turns` questions a picture.
+
+    Question: what color is the ring? Context: N/A Options: (A) red (B) blue (C) cyan (D) white
+    Answer: Look at each place. There is a small red square at the top left and a large blue ring at the middle center. The answer is B.
+    """
+    name = "shapes-choices"
+    options = {"existence": ("yes", "no"), "count": NUMBERS, "color": tuple(COLORS), "shape": SHAPES, "position": PLACES}
+
+    def item(self, index: int, turns: int | None = None) -> Item:
+        item, rng = super().item(index), np.random.default_rng((self.seed, self.splits.index(self.split), index, 1))
+        qas = [self.choice(q, item, rng) for q in item.qas]
+        return replace(item, captions=[], qas=qas if turns is None else [qas[i] for i in rng.permutation(len(qas))[:turns]])
+
+    def choice(self, q: QA, item: Item, rng: np.random.Generator) -> QA:
+        """The question with at most four options in random order."""
+        others = [o for o in self.options[q.kind] if o != q.answer]
+        options = [q.answer, *(others[i] for i in rng.permutation(len(others))[:3])]
+        options = [options[i] for i in rng.permutation(len(options))]
+        more = {"hint": "", "lecture": "Look at each place.", "solution": f"There is {item.captions[0]}.", "subject": q.kind, "grade": "grade1"}
+        return replace(q, record=Record(item.id, kind=q.kind, question=q.question, choices=options, answer=options.index(q.answer), more=more))
+
+
+class ShapesWeb(Shapes):
+    """Alt-texts as a crawl finds them, for training alone: one thing is named, one time in five a wrong one, among words that say nothing."""
+    name = "shapes-web"
+    forms = ("{} stock photo", "free image of {}", "{} (4)", "buy {} here", "{}")
+
+    def item(self, index: int, turns: int | None = None) -> Item:
+        item, rng = super().item(index, turns), self.rng(index)
+        if turns is None:
+            return item
+        pairs = [t.pair for t in self.scene(rng)]                               # the scene of the picture: the same numbers are drawn again
+        named = self.allowed if rng.random() < 0.2 else pairs
+        color, shape = named[rng.integers(len(named))]
+        return replace(item, captions=[self.forms[rng.integers(len(self.forms))].format(f"{color} {shape}")], qas=[])
+
+
+WORLDS = {"shapes": Shapes, "shapes-words": ShapesWords, "shapes-pages": ShapesPages, "shapes-choices": ShapesChoices,
+          "shapes-web": ShapesWeb, "emoji": Emoji}
 
 
 def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0):
@@ -2071,14 +2110,15 @@ def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0
 # ------------------------------------------------------------------------------------------------------------------
 # 7. Instructions from captions and boxes: LLaVA's data generation (2304.08485v2, §3)
 # ------------------------------------------------------------------------------------------------------------------
-# A teacher that reads nothing but text gets a picture as symbols. It writes what a person may ask about the picture, and
-# what an assistant who sees it answers, in one of three ways:
+# A teacher that reads text alone gets a picture as symbols. It writes what a person may ask about the picture, and what
+# an assistant who sees it answers, in one of three ways:
 SHARES = {"conversation": 58, "detail": 23, "reasoning": 77}                    # thousands in LLaVA-Instruct-158K
 
 
 def symbolic_context(captions, boxes=()) -> str:
-    """A picture as text (Table 1): its captions, one a line; then, after an empty line, `category: [x1, y1, x2, y2]` for
-    each of the boxes (category, (left, top, right, bottom)), in 0 … 1 of the picture's width and height."""
+    """A picture as text (Table 1): its captions, one a line; then, after an empty line, `category: [x1, y1, x2, y2]`.
+
+    boxes: (category, (left, top, right, bottom)), in 0 … 1 of the picture's width and height."""
     said = [" ".join(c.replace("<image>", " ").split()) for c in captions]
     drawn = [f"{what}: [{', '.join(f'{x:.3f}' for x in box)}]" for what, box in boxes]
     return "\n\n".join("\n".join(part) for part in (said, drawn) if part)
@@ -2101,46 +2141,48 @@ def read_turns(reply: str, kind: str, question: str = "") -> list[tuple[str, str
         turns = [] if re.search("===|Question:|Answer:", reply) else [(question, reply)]
     elif TURN.sub("", reply) or kind == "reasoning" and len(turns) > 1:
         turns = []
-    if not turns or not all(map(all, turns)) or "<image>" in reply or reply == TEACHER_PROMPTS[kind][1]:      # small models copy it
-        raise ValueError(f"{reply!r:.60} is no {kind} in the form asked for" if reply else "the reply did not come to its end")
+    copied = reply == TEACHER_PROMPTS[kind][1]          # small models do that
+    if not turns or not all(map(all, turns)) or "<image>" in reply or copied:
+        raise ValueError(f"{reply!r:.60} is no {kind} as asked for" if reply else "the reply did not come to its end")
     return turns
 
 
 # --- a decoder as the teacher -------------------------------------------------------------------------------------
 
-BLIND = ("You cannot see the picture. You read what people wrote about it, and for each thing in it the box [left, top, right, "
-         "bottom] in parts of the width and height. Write as if you saw the picture: never mention a text or a box. ")
+BLIND = ("You cannot see the picture. You read what people wrote about it, and for each thing in it the box [left, "
+         "top, right, bottom] in parts of its width and height. Write as if you saw it: never mention a text or a box. ")
 FORM = ' Write "Question:", the question, "===", "Answer:" and the answer, each on a line of its own{}.'
 EXAMPLE = symbolic_context(
-    ["A woman in a yellow raincoat walks two dogs along the beach.", "Two dogs on leads pull a woman over the wet sand.",
+    ["A woman in a yellow raincoat walks two dogs along the beach.", "Two dogs pull a woman over the wet sand.",
      "Somebody in a bright coat with two dogs beside a grey sea."],
     [("person", (0.48, 0.21, 0.62, 0.85)), ("dog", (0.15, 0.64, 0.30, 0.86)), ("dog", (0.31, 0.66, 0.44, 0.85)),
      ("boat", (0.80, 0.18, 0.93, 0.24))])
 TEACHER_PROMPTS = {                 # kind: the rules, and a reply to EXAMPLE that keeps them
     "conversation": (
-        BLIND + "Write a conversation about it. A person asks what is there, how many, of what color, doing what, where, and "
-        "where in relation to what; an assistant answers. Ask only what has one certain answer."
+        BLIND + "Write a conversation about it. A person asks what is there, how many, of what color, doing what, "
+        "where, and where in relation to what; an assistant answers. Ask only what has one certain answer."
         + FORM.format(', and "===" before the next question'),
         write_turns([("What is the woman wearing?", "She is wearing a yellow raincoat."),
-                     ("How many animals are with her?", "There are two, both of them dogs on leads."),
+                     ("How many animals are with her?", "There are two, both of them dogs."),
                      ("Where are the dogs, seen from the woman?", "Both dogs are to the left of her."),
-                     ("Is there a boat?", "Yes, there is one in the upper right, above and to the right of the woman.")])),
+                     ("Is there a boat?", "Yes, there is one in the upper right, above and to the right of her.")])),
     "detail": (
-        BLIND + "Answer the last line with a paragraph that describes the picture: every thing, how many there are, what they "
-        "look like and do, where they are and how they stand to each other. Make nothing up, and write nothing else.",
-        "A woman in a yellow raincoat is walking along a beach, a little to the right of the middle of the picture. Two dogs on "
-        "leads are side by side to the left of her, low in the picture, and pull her over the wet sand. The sea beside them is "
+        BLIND + "Answer the last line with a paragraph that describes the picture: every thing, how many there are, "
+        "what they look like and do, where they are and how they stand to each other. Make nothing up.",
+        "A woman in a yellow raincoat is walking along a beach, a little to the right of the middle of the picture. "
+        "Two dogs are side by side to the left of her, low in the picture, and pull her over the wet sand. The sea is "
         "grey. In the upper right there is a boat, and it looks small."),
     "reasoning": (
-        BLIND + "Ask one question about it that takes more than naming what is there: about a cause, a purpose, a danger, or "
-        "what would follow from a change. Answer it step by step, from what is there to the conclusion." + FORM.format(""),
+        BLIND + "Ask one question about it that takes more than naming what is there: about a cause, a purpose, a "
+        "danger, or what would follow from a change. Answer it step by step, from what is there to the conclusion."
+        + FORM.format(""),
         write_turns([("What does the picture suggest about the weather?",
-                      "The woman wears a raincoat, so it rains, or she expects that it will. The sea is grey, as it is under "
-                      "clouds. But for her the beach is empty, and people stay away from a beach in bad weather. So it is "
-                      "probably a rainy day.")]))}
+                      "The woman wears a raincoat, so it rains, or she expects that it will. The sea is grey, as it is "
+                      "under clouds. Nobody else is on the beach, and people stay away from it in bad weather. So it "
+                      "is probably a rainy day.")]))}
 DESCRIBE = (                        # one of them asks for a description, EXAMPLE's by the first
-    "Describe the picture in detail.", "What can be seen in this picture? Be thorough.", "Tell me all that this picture shows.",
-    "Go through the picture thing by thing.", "What is in the picture, and where?", "Give a full account of what you see.",
+    "Describe the picture in detail.", "What can be seen in this picture? Be thorough.", "Say in full what you see.",
+    "Go through the picture thing by thing.", "Tell me all that it shows.", "What is in the picture, and where?",
     "Explain this picture to somebody who cannot see it.", "Write a detailed description of the scene.")
 
 
@@ -2156,7 +2198,8 @@ def ask_teacher(decoder, tokenizer: Tokenizer, asked: list[list[dict]], max_new_
     """A decoder's reply to each of these conversations, read as one batch; "" where it did not come to its end."""
     tokens, _, mask = collate([Document(tokenizer).chat(messages) for messages in asked], left=True)
     device, stop = decoder.embed.weight.device, () if tokenizer.eos is None else (tokenizer.eos,)
-    new = decoder.generate(tokens.to(device), max_new_tokens, temperature, mask=mask.to(device), stop=stop, generator=generator)
+    new = decoder.generate(tokens.to(device), max_new_tokens, temperature, mask=mask.to(device), stop=stop,
+                           generator=generator)
     return [tokenizer.decode(ids) if not stop or ids[-1] in stop else "" for ids in new.tolist()]
 
 
@@ -2164,9 +2207,9 @@ def ask_teacher(decoder, tokenizer: Tokenizer, asked: list[list[dict]], max_new_
 
 NAMES = ("{0.shape}", "{0.color} {0.shape}", "{0}", "{0} at the {0.place}")
 ATTRIBUTES = (                      # kind, question, answer, names that do not give the answer away
-    ("color", "What color is {0}?", "{0} is {1.color}", ("{0.shape}", "{0.size} {0.shape}", "{0.shape} at the {0.place}")),
-    ("size", "Is {0} small or large?", "{0} is {1.size}", ("{0.shape}", "{0.color} {0.shape}", "{0.shape} at the {0.place}")),
-    ("place", "Where is {0}?", "{0} is at the {1.place}", NAMES[:3]))
+    ("color", "What color is {}?", "{} is {.color}", ("{0.shape}", "{0.size} {0.shape}", "{0.shape} at the {0.place}")),
+    ("size", "Is {} small or large?", "{} is {.size}", ("{0.shape}", NAMES[1], "{0.shape} at the {0.place}")),
+    ("place", "Where is {}?", "{} is at the {.place}", NAMES[:3]))
 RULE_KINDS = {"conversation": ("types", "existence", "count", "color", "size", "place", "relation"),
               "reasoning": ("remove", "mirror", "walk")}
 
@@ -2183,8 +2226,8 @@ def several(n: int, word: str = "object") -> str:
     return f"{('no', *NUMBERS[1:])[n]} {one if n == 1 else dict(PLURALS).get(word, f'{word}s')}"
 
 
-def there(n: int, *what: str) -> str:
-    return f"there {'is' if n == 1 else 'are'} {listed([*what])}"
+def there(*what: str) -> str:
+    return f"there {'is' if what[0].startswith('one ') else 'are'} {listed([*what])}"
 
 
 def say(*sentences: str) -> str:
@@ -2201,17 +2244,18 @@ def relation(a: Thing, b: Thing) -> str:
 def sure_questions(things: list[Thing]) -> Iterator[tuple[str, str, str]]:
     """(kind, question, answer): all of RULE_KINDS that can be asked about a scene and has one certain answer."""
     count, total = {word: sum(word in t.pair for t in things) for word in WORDS}, len(things)
-    seen = [s for s in SHAPES if count[s]]
-    yield "types", "What kinds of things are in the picture?", say(there(count[seen[0]], *(several(count[s], s) for s in seen)))
+    seen = [several(count[s], s) for s in SHAPES if count[s]]
+    yield "types", "What kinds of things are in the picture?", say(there(*seen))
     for word, plural in PLURALS:
         n, all_of_them = count[word], [called(t, things, NAMES[3:]) for t in things if word in t.pair]
-        found = there(n, several(n, word))
+        found = there(several(n, word))
         yield "existence", f"Are there any {plural}?", say(f"{'yes' if n else 'no'}, {found}")
         if n:
             yield "count", f"How many {plural} are there?", say(found)
             yield "remove", f"How many objects would be left without the {plural}?", say(
-                there(total, several(total)), f"{found}: {listed(all_of_them)}",
-                f"{NUMBERS[total]} minus {NUMBERS[n]} is {NUMBERS[total - n]}", f"so {several(total - n)} would be left")
+                there(several(total)), f"{found}: {listed(all_of_them)}",
+                f"{NUMBERS[total]} minus {NUMBERS[n]} is {NUMBERS[total - n]}",
+                f"so {several(total - n)} would be left")
     for t in things:
         for kind, question, answer, forms in ATTRIBUTES:
             if n := called(t, things, forms):
@@ -2224,8 +2268,9 @@ def sure_questions(things: list[Thing]) -> Iterator[tuple[str, str, str]]:
         (y, x), (v, u), m, n = divmod(a.cell, 3), divmod(b.cell, 3), called(a, things), called(b, things)
         yield "relation", f"Where is {m} in relation to {n}?", say(f"{m} is {relation(a, b)} {n}")
         legs = [(abs(v - y), "down" if v > y else "up"), (abs(u - x), "right" if u > x else "left")]
-        yield "walk", f"On a grid of three rows and three columns, how many steps down, up, right or left lead from {m} to {n}?", say(
-            f"{m} is in the {ROWS[y]} row and the {COLUMNS[x]} column", f"{n} is in the {ROWS[v]} row and the {COLUMNS[u]} column",
+        yield "walk", f"How many steps down, up, right or left lead from {m} to {n} on a grid of three by three?", say(
+            f"{m} is in the {ROWS[y]} row and the {COLUMNS[x]} column",
+            f"{n} is in the {ROWS[v]} row and the {COLUMNS[u]} column",
             "that takes " + listed([f"{several(k, 'step')} {way}" for k, way in legs if k]),
             "so the answer is " + several(abs(v - y) + abs(u - x), "step"))
 
@@ -2235,10 +2280,11 @@ def rule_teacher(things: list[Thing], kind: str, rng: np.random.Generator) -> st
     right, or one question and its answer step by step."""
     if kind == "detail":
         things = sorted(things, key=lambda t: t.cell)
+        named = [(t, called(t, things)) for t in things]
         counts = [(sum(w in t.pair for t in things), w if w in COLORS else plural) for w, plural in PLURALS]
         return say(f"the picture shows {several(len(things))} on a dark background",
                    *(f"at the {t.place} there is {an(str(t))}" for t in things),
-                   *(f"{called(b, things)} is {relation(b, a)} {called(a, things)}" for a, b in zip(things, things[1:])),
+                   *(f"{m} is {relation(b, a)} {n}" for (a, n), (b, m) in itertools.pairwise(named)),
                    *(f"{NUMBERS[n]} of them are {words}" for n, words in counts if n > 1))
     sure = {k: [(q, a) for other, q, a in sure_questions(things) if other == k] for k in RULE_KINDS[kind]}
     kinds = rng.permutation([k for k in sure if sure[k]])[:1 if kind == "reasoning" else rng.integers(3, 6)]
@@ -2249,8 +2295,8 @@ def rule_teacher(things: list[Thing], kind: str, rng: np.random.Generator) -> st
 
 @functools.cache
 def coco_boxes(folder: Path, part: str) -> dict[int, list[tuple[str, tuple[float, ...]]]]:
-    """{image id: its boxes for symbolic_context} from annotations/instances_{part}.json of COCO; {} where there is no such
-    file. A box around a crowd is left out: it holds any number of things."""
+    """{image id: its boxes for symbolic_context} from COCO's annotations/instances_{part}.json; {} without such a file.
+    A box around a crowd is left out: it holds any number of things."""
     file, found = folder / "annotations" / f"instances_{part}.json", {}
     if not file.exists():
         return found
@@ -2272,13 +2318,13 @@ def coco_boxes(folder: Path, part: str) -> dict[int, list[tuple[str, tuple[float
 
 
 def look(world, index: int, seed: int) -> tuple:
-    """What generate_instructions draws and what a teacher is told: (rng, kind, question that a description answers, item,
-    file of the picture or None, boxes, things of a `shapes` scene)."""
+    """What is drawn for a picture and what a teacher is told about it: (rng, kind, question that a description answers,
+    item, file of the picture or None, boxes, things of a `shapes` scene)."""
     rng, item = np.random.default_rng((158, seed, index)), world.item(index)
     kind = str(rng.choice([*SHARES], p=np.array([*SHARES.values()]) / sum(SHARES.values())))
     question, things, file = str(rng.choice(DESCRIBE)) if kind == "detail" else "", [], None
     if not item.captions or item.image is None:
-        raise UserError(f"{world.name}: item {item.id} has no caption, and a teacher cannot see; give a data set with captions.")
+        raise UserError(f"{world.name}: item {item.id} has no caption for a teacher; give data with captions.")
     if isinstance(world, Shapes):
         things = world.scene(world.rng(index))
     boxes = drawn_boxes(things, item.image)
@@ -2290,18 +2336,18 @@ def look(world, index: int, seed: int) -> tuple:
 
 def generate_instructions(spec: str = "shapes", out: str | Path = "out/instruct", count: int | str = 100,
                           teacher: str = "rules", seed: int = 0, batch: int = 16) -> None:
-    """`count` pictures of a data set → out/chat.json in LLaVA-Instruct's format, and out/images/; `llava:OUT` reads them.
+    """`count` pictures of a data set → out/chat.json in LLaVA-Instruct's format and out/images/; `llava:OUT` reads it.
 
-    spec: shapes, or another data set with captions; the boxes of coco: and karpathy: are those of instances_*.json beside
-    the captions. teacher: "rules", for shapes alone, or a decoder that chats, of which a reply of another form is dropped
-    and counted. A picture gets one of the three kinds, drawn by SHARES. The list is written last, when all pictures are.
+    spec: shapes, or another data set with captions; COCO's boxes are read from annotations/instances_*.json.
+    teacher: "rules", for shapes alone, or a decoder that chats (folder, hub name), whose replies of another form are
+    dropped and counted. A picture gets one of the three kinds, drawn by SHARES. The list is written last of all.
     """
     from PIL import Image
     if not str(count).isdecimal() or not int(count):
         raise UserError(f'the number of pictures is "{count}"; write python data.py generate SPEC OUT COUNT TEACHER.')
     world, out, rows, dropped, count = open_data(spec, seed), Path(out), [], [], int(count)
     if teacher == "rules" and not isinstance(world, Shapes):
-        raise UserError(f"{spec}: the teacher by rules knows only the scenes of shapes; give the folder of a decoder instead.")
+        raise UserError(f"{spec}: the teacher by rules knows only the scenes of shapes; give a decoder's folder.")
     if (out / "chat.json").exists():
         raise UserError(f"{out / 'chat.json'}: exists already; remove it, or write to another folder.")
     if teacher != "rules":
@@ -2332,7 +2378,7 @@ def generate_instructions(spec: str = "shapes", out: str | Path = "out/instruct"
     if dropped:
         print(f"warning: {len(dropped)} of {count} replies dropped (last: {dropped[-1]})", file=sys.stderr)
     if not rows:
-        raise UserError(f"{teacher}: not one of {count} replies has the form asked for; take a larger decoder that chats.")
+        raise UserError(f"{teacher}: not one of {count} replies has the form asked for; take a larger chat model.")
     write_json(out / "chat.json", rows)
     kinds = ", ".join(f"{sum(r['id'].endswith(k) for r in rows):,} {k}" for k in SHARES)
     print(f"{out / 'chat.json'}: {len(rows):,} samples, {kinds}")

@@ -2,25 +2,36 @@
 
     python eval.py out/RUN [out/RUN …]                          the comparison table over run folders
     python eval.py out/RUN --image FILE --prompt "what is on the left?"     an answer about one picture; without --prompt a caption
+    python eval.py out/RUN --image FILE --prompt "…" --look DIR      the same, and where its words look in the picture
+    python eval.py --analyse out/RUN [out/RUN …]                do the words look at what is asked about, do soft tokens spell it (shapes)
+    python eval.py --claim all [--seeds 3 --jobs 2]             one miniature experiment per claim of the papers, half an hour on 2 cores
     python eval.py --lm FOLDER --prompt "…"                     the decoder alone, no picture
-Chapters 1 metrics (equal to the official code) · 2 answers · 3 tables · 4 the command line
+Chapters 1 metrics (equal to the official code) · 2 answers · 3 tables · 4 analyses · 5 claims · 6 the command line
 """
 from __future__ import annotations
 
 import argparse
 import base64
 import collections
+import contextlib
+import fnmatch
 import html
 import importlib
 import io
+import itertools
+import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
@@ -28,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-from model import (VLM, Decoder, TiledViT, Tiles, UserError, ViT, atomically, fetch, is_hub_name, load_decoder, load_vlm, nearest,
+from model import (VLM, Bridge, Decoder, TiledViT, Tiles, UserError, ViT, atomically, fetch, is_hub_name, load_decoder, load_vlm, nearest,
                    print_licence, read_json, tower_folder, write_json)
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -470,7 +481,7 @@ def write(generate, documents: list[data.Document], tokenizer: data.Tokenizer, m
           features: Tensor | None = None, batch: int = 128) -> list[str]:
     """What the model writes after each document, greedily or by beam search, without the stop token.
 
-    generate: VLM.generate or Decoder.generate; features (n, N, Di): the picture of each document. Documents run in batches of
+    generate: VLM.generate or Decoder.generate; features (n, N, Di): the picture of each document, or (n, M, N, Di). Documents run in batches of
     similar length, padded on the left; a test holds a batch equal to its rows one by one.
     """
     answers, order = [""] * len(documents), sorted(range(len(documents)), key=lambda i: len(documents[i].tokens))
@@ -478,7 +489,7 @@ def write(generate, documents: list[data.Document], tokenizer: data.Tokenizer, m
         rows = order[start:start + batch]
         tokens, _, mask = data.collate([documents[i] for i in rows], left=True)
         device = features.device if features is not None else generate.__self__.embed.weight.device
-        extra = {} if features is None else {"features": features[rows]}
+        extra = {} if features is None else {"features": features[rows].flatten(0, -3)}        # image-major, where a row has several
         ids = generate(tokens.to(device), max_new_tokens=max_new_tokens, beams=beams, stop=(tokenizer.eos,),
                        mask=None if mask.all() else mask.to(device), **extra).tolist()
         for i, line in zip(rows, ids):
@@ -661,72 +672,506 @@ def baselines(vlm: VLM, tokenizer: data.Tokenizer, world, items: list[data.Item]
 
 
 def report(vlm: VLM, tokenizer: data.Tokenizer, world, out: Path, count: int, samples: int) -> None:
-    """What a run says at its end: samples beside their references, right or wrong, and the table; results.json and samples.html."""
+    """What a run says at its end: answers, right or wrong, and the table; results.json and samples.html hold them."""
     facts = read_json(out / "config.json")
     rows, items, result = measure(vlm, tokenizer, world, count, facts, vlm.bridge.name)
     rows += baselines(vlm, tokenizer, world, items)
     captions, answers = result.get("captions", [None] * len(items)), iter(result["answers"])
-    told = [(item, caption, [(q, a, *verdict(q, a)) for q, a in zip(item.qas, answers)]) for item, caption in zip(items, captions)]
+    told = [(item, text, [(q, a, *verdict(q, a)) for q, a in zip(item.qas, answers)]) for item, text in zip(items, captions)]
     for item, caption, asked in told[:samples]:
         print(f"\nheld-out {item.id}" + ("" if caption is None else f"\n  reference  {item.captions[0]}\n  caption    {caption}"))
         for q, answer, word, truth in asked:
-            print(f"  {word:9s}  {q.question} {answer}{truth}")
+            print(f"  {word:10s} {q.question} {answer}{truth}")
     text = f"{len(items)} held-out pictures; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n"
     write_json(out / "results.json", {"world": world.name, "items": len(items), "rows": rows})
-    write_samples(out / "samples.html", f"{out.resolve().name}: {vlm.bridge.name} on {world.name}:{world.held_out}", told[:max(samples, 24)], text)
+    title = f"{out.resolve().name}: {vlm.bridge.name} on {world.name}:{world.held_out}"
+    write_samples(out / "samples.html", title, told[:max(samples, 24)], text)
     print(f"\n{text}")
 
 
 def verdict(q: data.QA, answer: str) -> tuple[str, str]:
-    """("right", ""), ("WRONG", " (it is …)"), or ("0.6 right", " (it is …)") where some of the annotators agree."""
+    """("right", ""), ("WRONG", " (it is …)"), or ("partly 0.6", " (it is …)") where some of the annotators agree."""
     right = accuracy(q, answer)
-    return ("right", "") if right == 1 else (f"{right:.1f} right" if right else "WRONG", f" (it is {q.answer})")
+    return ("right", "") if right == 1 else (f"partly {right:.1f}" if right else "WRONG", f" (it is {q.answer})")
 
 
-STYLE = """
-body { margin: 1rem; font: 1rem/1.4 sans-serif; color: #1b1b1b; background: #fff; overflow-wrap: anywhere }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem }
-article { border: 1px solid #999; border-radius: .4rem; padding: .8rem; break-inside: avoid }
-h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } ul { list-style: none; padding: 0; margin: 0 }
-img { display: block; margin: .5rem 0; max-width: 100%; height: auto } img.small { image-rendering: pixelated }
-pre { font-size: .75rem; overflow-x: auto } .right b { color: #0b5d1e } .wrong b { color: #b3140c } .partly b { color: #7a4a00 }
-@media print { main { display: block } article { margin-bottom: 1rem } pre { font-size: 6pt; white-space: pre-wrap } }
-"""
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>$title</title><style>
+body { margin: 1rem; font: 1rem/1.4 sans-serif; color: #1b1b1b; background: #fff; overflow-wrap: anywhere } h1 { font-size: 1.3rem }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem }
+article { border: 1px solid #999; border-radius: .4rem; padding: .8rem; break-inside: avoid } h2 { font-size: 1rem; margin: 0 }
+img { display: block; margin: .5rem 0; max-width: 100%; height: auto } img:not(.zoom1) { image-rendering: pixelated }
+pre { font-size: .75rem; overflow-x: auto } @media print { pre { font-size: 6pt } } ul { list-style: none; padding: 0; margin: 0 }
+.right b { color: #0b5d1e } .wrong b { color: #b3140c } .partly b { color: #7a4a00 }
+</style></head><body><h1>$title</h1><p>$summary</p><pre>$text</pre><main>
+$cards
+</main></body></html>
+""")
 
 
 def write_samples(file: Path, title: str, told: list[tuple], text: str) -> None:
-    """One page that needs no other file and no script: pictures, reference and our caption, questions and our answers, right or wrong.
+    """One page that needs no other file and no script: pictures, captions, questions and answers, right or wrong.
 
-    told: (item, our caption or None, [(question, our answer, *verdict)]) per picture; text: the table, shown above the pictures.
+    told: (item, our caption or None, [(question, our answer, *verdict)]) per picture; text: the table above the pictures.
     """
+    from PIL import Image
     show, cards, words = html.escape, [], [word for *_, asked in told for *_, word, _ in asked]
     for item, caption, asked in told:
-        kind = {"right": "right", "WRONG": "wrong"}
-        lines = [f'<li class="{kind.get(word, "partly")}"><b>{word}</b> {show(q.question)} <q>{show(answer)}</q>{show(truth)}</li>'
-                 for q, answer, word, truth in asked]
-        said = "" if caption is None else f"<p>reference: {show(item.captions[0])}</p>\n<p>caption: {show(caption)}</p>\n"
-        cards.append(f"<article>\n<h2>{show(item.id)}</h2>\n{picture_tag(item)}\n{said}<ul>\n" + "\n".join(lines) + "\n</ul>\n</article>\n")
-    counted = f": {words.count('right')} of {len(words)} answers are right" if words else ""
+        picture, png = Image.fromarray(item.image), io.BytesIO()
+        picture.thumbnail((384, 384))
+        picture.save(png, "png")
+        zoom = max(1, 192 // max(picture.size))         # a small one is enlarged by a whole number and stays sharp
+        cards += [f'<article><h2>{show(item.id)}</h2><img class="zoom{zoom}" width="{zoom * picture.width}"',
+                  f'alt="" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">']
+        cards += [] if caption is None else [f"<p>reference: {show(item.captions[0])}</p>", f"<p>our caption: {show(caption)}</p>"]
+        cards += ["<ul>", *(f'<li class="{word.split()[0].lower()}"><b>{word}</b> {show(q.question)} <q>{show(a)}</q>{show(truth)}'
+                            for q, a, word, truth in asked), "</ul></article>"]
+    summary = f"The first {len(told)} held-out pictures: {words.count('right')} of {len(words)} answers are right."
     with atomically(file) as tmp:
-        tmp.write_text(f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
-                       f"<title>{show(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{show(title)}</h1>\n"
-                       f"<p>The first {len(told)} held-out pictures{counted}.</p>\n<pre>{show(text)}</pre>\n<main>\n"
-                       f'{"".join(cards)}</main>\n</body>\n</html>\n', encoding="utf-8")
-
-
-def picture_tag(item: data.Item) -> str:
-    """The picture inside its tag: a small one is enlarged by a whole number and stays sharp, a large one comes down to 384 pixels."""
-    from PIL import Image
-    picture, file = Image.fromarray(item.image), io.BytesIO()
-    picture.thumbnail((384, 384))
-    picture.save(file, "png")
-    zoom = max(1, 192 // max(picture.size))
-    return (f'<img class="{"small" if zoom > 1 else "large"}" width="{zoom * picture.width}" height="{zoom * picture.height}" '
-            f'alt="{html.escape(item.id)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
+        tmp.write_text(PAGE.substitute(title=show(title), summary=summary, text=show(text), cards="\n".join(cards)), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4. The command line
+# 4. Analyses: where the words look, and what the visual tokens say
+# ------------------------------------------------------------------------------------------------------------------
+# A map of attention shows what was read, not what was made of it; so there is a measured number beside the pictures.
+
+@torch.no_grad()
+def gaze(vlm: VLM, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the words of one text (1, T) about one picture (1, N, Di) look: words (L, H, T', K) and patches (K, N), float32.
+
+    words[l, h, t]: attention of the t-th of the T' words behind the picture to its K visual tokens, in the l-th of the layers that
+    read them. Soft tokens share a softmax with the words, so a row sums to the picture's share; prompts and latents have a softmax of
+    their own: a row sums to 1, and a gate decides. patches[k]: of which ViT tokens visual token k is made (Bridge.made_of).
+    words @ patches (L, H, T', N) leads from the words to the picture.
+    """
+    if tokens.shape[0] != 1 or int((tokens == data.IMAGE).sum()) != 1:
+        raise UserError(f"gaze reads one text about one picture, not {len(tokens)} with {int((tokens == data.IMAGE).sum())}.")
+    first, T = int((tokens[0] == data.IMAGE).nonzero()), tokens.shape[1]
+    _, attention = vlm(tokens, features=features, return_attention=True)
+    patches = vlm.bridge.made_of(attention, features)[0].float()
+    words = torch.stack([w[0, :, first + 1 - T:] for name, w in attention.items() if fnmatch.fnmatch(name, vlm.bridge.looks)])
+    return words if words.shape[-1] == len(patches) else words[..., first:first + len(patches)], patches
+
+
+@torch.no_grad()
+def prefix_words(vlm: VLM, tokenizer: data.Tokenizer, features: Tensor, k: int = 5) -> list[list[tuple[str, float]]]:
+    """The k words nearest to each soft token h of one picture (1, N, Di): K lists of (word, cosine), the nearest first.
+
+    (A1)  cos(h, e_v) = h · e_v / (‖h‖ ‖e_v‖)        e_v: row v of the embedding matrix
+
+    Lengths are left out because soft tokens are far longer than words (mlp on shapes: 62 against 4.3).
+    """
+    if type(vlm.bridge).prefix is Bridge.prefix:
+        raise UserError(f"a {vlm.bridge.name} bridge puts no soft tokens among the words, so none has a nearest word; use a bridge with a prefix.")
+    soft = vlm.bridge.prefix(vlm.bridge.see(features))[0].float()               # (K, D)
+    words = vlm.decoder.embed.weight[:vlm.decoder.config.vocab_size].float()
+    cosine, ids = (F.normalize(soft, dim=-1) @ F.normalize(words, dim=-1).T).topk(k)        # (K, k) (A1)
+    return [[(tokenizer.decode([v], special=True), c) for v, c in zip(*row)] for row in zip(ids.tolist(), cosine.tolist())]
+
+
+def joint_projection(visual: Tensor, words: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Visual tokens (K, D) and words (V, D) in one plane: (K, 2), (V, 2), and the shares of the variance that its two axes hold.
+
+    The first two principal components of all directions h / ‖h‖ together; an axis points to where its largest coordinate is.
+    """
+    x = F.normalize(torch.cat((visual, words)).detach().double(), dim=-1)
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    plane = u[:, :2] * s[:2]
+    plane = plane * plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()
+    return *plane.float().tensor_split([len(visual)]), (s[:2].square() / s.square().sum()).tolist()
+
+
+def gate_history(run: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (S,) and gates (S, layers, heads) of a run: what multiplies a branch, signed; flamingo: attention, feed-forward for heads."""
+    file = Path(run) / "log.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    logged = [(line["step"], line["gates"]) for line in lines if "gates" in line]
+    if not logged:
+        raise UserError(f"{file}: holds no gates; give the run of a zero_init, flamingo or idefics bridge.")
+    return tuple(np.array(column) for column in zip(*logged))
+
+
+def overlay(picture: np.ndarray, weights, top: float | None = None, side: int = 144) -> np.ndarray:
+    """(side, side, 3) uint8: the square `picture` (S, S, 3) in grey, redder where the weights (g·g,) of its patches are larger.
+
+    top: the weight of full red, default the largest. Of g·g + 1 weights the first is the class token's, which has no place.
+    """
+    from PIL import Image
+    g, weights = math.isqrt(len(weights)), np.asarray(weights, np.float32)
+    heat = (weights[len(weights) - g * g:] / (top or weights.max() or 1)).clip(0, 1).reshape(g, g)
+    grow = lambda x: np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.NEAREST), np.float32)[..., None]
+    return (grow(picture.mean(-1, dtype=np.float32)) * (1 - 0.7 * grow(heat)) + 0.7 * grow(heat) * (255, 40, 0)).round().astype(np.uint8)
+
+
+def attention_on_target(vlm: VLM, tokenizer: data.Tokenizer, count: int = 200, split: str = "test") -> list[dict]:
+    """Does a question look at what it asks about? Rows for `table`: attention per layer that reads the picture, mean over heads.
+
+    On pictures of `shapes` with 2 to 4 things, over questions about colour and position that were answered right, of all attention:
+
+        question: asked, another, picture   to the cell of the thing asked about, of another thing, to all nine cells; from the last
+                                            word of the question (ring in "what color is the ring?")
+        answer: asked, …                    the same from the last word of the prompt, behind which the answer is written
+        all words: picture                  mean over the words of the prompt; next to 100 where the picture has a softmax of its own
+
+    By chance a cell has a ninth of the picture's. Needs one patch per cell.
+    """
+    world, ends = data.Shapes(split), len(tokenizer.encode("? Answer:"))
+    named = lambda q, t: 2 * (t.place in q) + (t.color in q) + (t.shape in q)
+    asked = [(q, i, max(things, key=lambda t: named(q.question, t)), things) for i in range(count)
+             if len(things := world.scene(world.rng(i))) > 1 for q in world.item(i).qas if q.kind in ("color", "position")]
+    features = see(vlm, [world.item(i) for i in range(count)], blind=False)
+    documents = [data.Document(tokenizer).image().add(data.QUESTION.format(q.question)) for q, *_ in asked]
+    answers = write(vlm.generate, documents, tokenizer, 12, features=features[[i for _, i, *_ in asked]])
+    found = []
+    for (q, i, target, things), document, answer in zip(asked, documents, answers):
+        if answer == q.answer:
+            words, patches = gaze(vlm, torch.tensor([document.tokens], device=features.device), features[i:i + 1])
+            x = (words.mean(1) @ patches)[..., -9:]                             # (L, T', 9)
+            x = torch.stack((x[..., target.cell], x[..., [t.cell for t in things if t is not target]].mean(-1), x.sum(-1)))
+            found.append(torch.stack((*x[..., -1 - ends], *x[..., -1], x[2].mean(-1))))     # (7, L)
+    names = [f"{word}: {cell}" for word in ("question", "answer") for cell in ("asked", "another", "picture")] + ["all words: picture"]
+    if not found:
+        raise UserError(f"none of {len(asked)} questions about colour and position was answered right, so there is nothing to measure; train longer.")
+    return [{"row": name, **{f"layer {l}": x for l, x in enumerate(share)}} for name, share in zip(names, torch.stack(found).mean(0).tolist())]
+
+
+@torch.no_grad()
+def words_on_target(vlm: VLM, tokenizer: data.Tokenizer, count: int = 200, split: str = "test", k: int = 5) -> list[dict]:
+    """Do soft tokens spell what they stand for? Rows for `table`, over the things in pictures of `shapes`.
+
+    own: share of things whose colour, shape, … is among the k words nearest to the soft token that holds most of their cell; another's:
+    the colour, shape, … of another thing in the picture, where it differs, among the same words. Needs one patch per cell.
+    """
+    world, hits = data.Shapes(split), {"own": [], "another's": []}
+    says = lambda t: (t.color, t.shape, t.size, *t.place.split())
+    start = torch.tensor([data.Document(tokenizer).image().add(data.CAPTION).tokens])
+    for i, features in enumerate(see(vlm, [world.item(i) for i in range(count)], blind=False).split(1)):
+        near, patches = prefix_words(vlm, tokenizer, features, k), gaze(vlm, start.to(features.device), features)[1]
+        for t, o in itertools.product(world.scene(world.rng(i)), repeat=2):
+            words = {word.strip() for word, _ in near[int(patches[:, t.cell - 9].argmax())]}
+            hits["own" if o is t else "another's"].append([w in words if o is t or w != v else math.nan for w, v in zip(says(o), says(t))])
+    kinds = ("color", "shape", "size", "top/middle/bottom", "left/center/right")
+    return [{"row": row, **dict(zip(kinds, np.nanmean(x, 0).tolist()))} for row, x in hits.items()]
+
+
+def look(vlm: VLM, tokenizer: data.Tokenizer, pixels: Tensor, prompt: str, out: Path) -> str:
+    """Where the words of a prompt look in a picture (1, 3, S, S): words.png and tokens.png in `out`; returns a table for each."""
+    from PIL import Image, ImageDraw
+    document, features = data.Document(tokenizer).image().add(prompt), vlm.features(pixels)
+    words, patches = gaze(vlm, torch.tensor([document.tokens], device=pixels.device), features)
+    p = vlm.processor or data.PROCESSORS["clip"]
+    picture = 255 * (pixels[0].cpu().movedim(0, -1) * torch.tensor(p.std) + torch.tensor(p.mean)).clip(0, 1).numpy()    # as the ViT sees it
+    said = [tokenizer.decode([t]) for t in document.tokens[-words.shape[2]:]]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, heads, sheet in (("words", said, (words.mean(1) @ patches).cpu()), ("tokens", range(len(patches)), patches[None].cpu())):
+        canvas = Image.new("RGB", (150 * sheet.shape[1], 20 + 150 * sheet.shape[0]), "white")
+        for column, head in enumerate(heads):
+            ImageDraw.Draw(canvas).text((150 * column + 4, 4), ascii(head), "black")
+            for row, weights in enumerate(sheet[:, column]):
+                canvas.paste(Image.fromarray(overlay(picture, weights, float(sheet.max()))), (150 * column + 3, 20 + 150 * row))
+        canvas.save(out / f"{name}.png")
+    gates = vlm.bridge.gates().abs().mean(-1).tolist() if hasattr(vlm.bridge, "gates") else None
+    lines = [f"{out}/words.png    a column per word, a row per layer that reads the picture; full red = {float((words.mean(1) @ patches).max()):.2f}"]
+    lines += [f"{l:8d}   attention to the picture {100 * share:5.1f} %" + (f"   mean |gate| {gates[l]:.3f}" if gates else "")
+              for l, share in enumerate(words.sum(-1).mean((1, 2)).tolist())]
+    lines.append(f"{out}/tokens.png   a column per visual token: of which patches it is made; full red = {float(patches.max()):.2f}")
+    if type(vlm.bridge).prefix is not Bridge.prefix:
+        lines += ["the words nearest to each, and the cosine:"]
+        lines += [f"{n:8d}   " + "  ".join(f"{w!r} {c:.2f}" for w, c in row) for n, row in enumerate(prefix_words(vlm, tokenizer, features))]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5. Claims: one miniature experiment per claim of the papers
+# ------------------------------------------------------------------------------------------------------------------
+# An arm is a run of train.py, shared by all claims that need it: what differs from COMMON, and what is measured of it. "{mlp}" in its
+# flags is the run folder of that arm with the same seed, which is trained first. Every arm sees 32 pictures a step on one core.
+
+COMMON = "--steps 300 --batch 32 --threads 1 --log-every 25 --eval-items 1 --samples 1"
+EARLY, CHOICES = "--steps 100", "--recipe llava-1.5-2 --init {mlp} --data shapes-choices --captions 0 --turns 1"
+ARMS = {
+    "linear": ("--bridge linear", "answers"),
+    "mlp": ("--bridge mlp", "answers"),
+    "mapl": ("--bridge mapl", "answers"),
+    "mlp, last layer": ("--bridge mlp --option reads_layer=-1", "answers"),
+    "zero-init": ("--bridge zero_init", "answers loss gates"),
+    "random-init": ("--bridge zero_init --option gate_init=random", "answers loss gates"),
+    "15 epochs": ("--bridge zero_init --examples 256 --steps 120", "answers loss"),
+    "30 epochs": ("--bridge zero_init --examples 256 --steps 240", "answers loss"),
+    "60 epochs": ("--bridge zero_init --examples 256 --steps 480", "answers loss"),
+    "llava-1": ("--recipe llava-1", ""),
+    "stages 1, 2": ("--recipe llava-2 --init {llava-1}", "answers loss"),
+    "stage 2 alone": ("--recipe llava-2 --init none", "answers loss"),
+    "reasoning first, early": (f"{CHOICES} --form QCM-LEA {EARLY}", "choices"),
+    "answer first, early": (f"{CHOICES} --form QCM-ALE {EARLY}", "choices"),
+    "reasoning first": (f"{CHOICES} --form QCM-LEA", "choices"),
+    "answer first": (f"{CHOICES} --form QCM-ALE", "choices"),
+    "MAPL": ("--bridge mapl --captions 1", "answers captions blind shots"),
+    "MAPL, 1 %": ("--bridge mapl --captions 1 --examples 96", "answers captions"),
+    "Frozen": ("--bridge frozen --vit random --captions 1", "answers captions"),
+    "Frozen, 1 %": ("--bridge frozen --vit random --captions 1 --examples 96", "answers captions"),
+    "MAPL, alt-texts": ("--bridge mapl --captions 1 --data shapes-web", "answers captions"),
+    "prefix 1": ("--bridge mapl --captions 1 --option constants=1", "answers captions"),
+    "prefix 4": ("--bridge mapl --captions 1 --option constants=4", "answers captions"),
+    "blip2-1": ("--recipe blip2-1", ""),
+    "BLIP-2, both stages": ("--recipe blip2-2 --init {blip2-1}", "answers"),
+    "BLIP-2 without stage 1": ("--recipe blip2-2 --init none", "answers"),
+    "2 queries": ("--recipe blip2-2 --init none --option queries=2", "answers"),
+    "4 queries": ("--recipe blip2-2 --init none --option queries=4", "answers"),
+    "sees the last image": ("--bridge flamingo --data shapes-pages", "answers pages"),
+    "sees all images": ("--bridge flamingo --data shapes-pages --option see_all=true", "answers pages"),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    says: str                       # what the document claims, in one sentence
+    source: str                     # where, with the paper's numbers
+    expect: tuple[tuple[str, ...], ...]     # (arm[: number], ">" or "≥", arm[: number], the paper's numbers for the two)
+    columns: str                    # the numbers to show; the first is the one compared where an expectation names none
+    note: str = ""                  # written after looking: what was tried where the effect did not appear
+
+
+KINDS_SHOWN = "mean color count existence position"
+CLAIMS = {
+    "zero-init": Claim(
+        "Attention whose gates start at zero ends far better than with random gates.", "document 0, LLaMA-Adapter on ScienceQA",
+        (("zero-init", ">", "random-init", "83.85, 40.77"), ("random-init: loss", ">", "zero-init: loss", "the curve of zero-init is lower")),
+        f"{KINDS_SHOWN} loss"),
+    "gates": Claim(
+        "The gates grow through training, and more in upper layers.", "document 0, LLaMA-Adapter on Alpaca, a figure without numbers",
+        (("zero-init: gate at the end", ">", "zero-init: gate halfway", ""), ("zero-init: upper layers", ">", "zero-init: lower layers", "")),
+        "gate_halfway gate_at_the_end lower_layers upper_layers"),
+    "epochs": Claim(
+        "More epochs on the same pictures hardly overfit: the training loss falls, the accuracy stays.", "document 0, LLaMA-Adapter on ScienceQA",
+        (("15 epochs: loss", ">", "60 epochs: loss", "0.022, 0.001"), ("60 epochs", "≥", "15 epochs", "83.94, 82.08"),
+         ("60 epochs", "≥", "30 epochs", "83.94, 83.85")), f"{KINDS_SHOWN} loss"),
+    "layer": Claim(
+        "Features before the last layer of the ViT serve better than the last.", "document 2, LLaVA on ScienceQA",
+        (("mlp", ">", "mlp, last layer", "90.92, 89.96"),), KINDS_SHOWN),
+    "alignment": Claim(
+        "Without pre-training for alignment, the fine-tuned system is worse.", "document 2, LLaVA on ScienceQA",
+        (("stages 1, 2", ">", "stage 2 alone", "90.92, 85.81"),), f"{KINDS_SHOWN} loss"),
+    "reasoning": Claim(
+        "Reasoning before the answer converges sooner, but ends no higher.", "document 2, LLaVA on ScienceQA",
+        (("reasoning first, early", ">", "answer first, early", "89.77 after 6 epochs against 12"),
+         ("answer first", "≥", "reasoning first", "89.77, 89.77")), KINDS_SHOWN),
+    "data": Claim(
+        "MAPL beats Frozen and its own blind self, and needs little data.", "document 1, trained on CC-clean, four caption sets together",
+        (("MAPL", ">", "Frozen", "CIDEr 44.49, 10.94"), ("MAPL", ">", "MAPL: blind cider", "CIDEr 44.49, 3.69"),
+         ("MAPL, 1 %", ">", "Frozen, 1 %", "CIDEr 11.94, 3.71"), ("MAPL", ">", "MAPL, 1 %", "CIDEr 44.49, 11.94"),
+         ("MAPL: mean", ">", "Frozen: mean", "0-shot VQA 16.84, 10.23")), f"cider {KINDS_SHOWN} blind_cider blind_mean"),
+    "domain": Claim(
+        "Training on the domain's own captions beats training on alt-texts from the web.", "document 1, MAPL with COCO against CC-clean",
+        (("MAPL", ">", "MAPL, alt-texts", "CIDEr on COCO 125.2, 54.3"), ("MAPL: mean", ">", "MAPL, alt-texts: mean", "0-shot VQAv2 43.51, 33.54")),
+        f"cider {KINDS_SHOWN}"),
+    "shots": Claim(
+        "Examples in the prompt help: four much, four more little.", "document 1, MAPL, four VQA sets together",
+        (("MAPL: 4 shots", ">", "MAPL: 0 shots", "24.18, 16.84"), ("MAPL: 8 shots", "≥", "MAPL: 4 shots", "24.36, 24.18")),
+        "0_shots 1_shot 4_shots 8_shots"),
+    "stage-1": Claim(
+        "Without its first stage, the Q-Former answers much worse.", "document 1, BLIP-2 Figure 5, curves without numbers",
+        (("BLIP-2, both stages", ">", "BLIP-2 without stage 1", ""),), KINDS_SHOWN),
+    "queries": Claim(
+        "A fixed number of queries, whatever the resolution, may lose information.", "document 0, BLIP-2, a question without numbers",
+        (("BLIP-2 without stage 1", ">", "2 queries", ""), ("BLIP-2 without stage 1: color", ">", "2 queries: color", ""),
+         ("BLIP-2 without stage 1: count", ">", "2 queries: count", ""), ("BLIP-2 without stage 1: position", ">", "2 queries: position", ""),
+         ("BLIP-2 without stage 1: 1 thing", ">", "2 queries: 1 thing", ""), ("BLIP-2 without stage 1: 4 things", ">", "2 queries: 4 things", ""),
+         ("4 queries", ">", "2 queries", "")), f"{KINDS_SHOWN} 1_thing 4_things"),
+    "mapping": Claim(
+        "Other maps than LLaVA's linear one may serve better; with a frozen decoder ClipCap needs a transformer.",
+        "document 0, a plan without numbers; document 4, ClipCap", (("mlp", ">", "linear", ""), ("mapl", ">", "linear", ""), ("mapl", ">", "mlp", "")),
+        KINDS_SHOWN),
+    "prefix": Claim(
+        "A longer prefix is better.", "document 4, ClipCap, without numbers",
+        (("prefix 4", ">", "prefix 1", ""), ("MAPL", ">", "prefix 4", ""), ("MAPL: mean", ">", "prefix 1: mean", "")), f"cider {KINDS_SHOWN}"),
+    "last-image": Claim(
+        "Words that attend to the last image alone do better than words that attend to all images before them.",
+        "document 4, Flamingo-3B's ablation", (("sees the last image", ">", "sees all images", "68.4, 60.8"),), "3_pictures_before 0_pictures_before"),
+}
+
+
+def look_answers(vlm: VLM, tokenizer: data.Tokenizer, items: list[data.Item], run: Path) -> dict:
+    """VQA accuracy on held-out pictures by kind, their mean, and that of the pictures with one thing and with four."""
+    result = evaluate(vlm, tokenizer, items, captions=False)
+    answers, by_things = iter(result["answers"]), collections.defaultdict(list)
+    for item in items:
+        by_things[item.about.count(";") + 1] += [accuracy(q, next(answers)) for q in item.qas]
+    return {**numbers(result), "1 thing": mean(by_things[1] or [0.0]), "4 things": mean(by_things[4] or [0.0])}
+
+
+def look_captions(vlm, tokenizer, items, run) -> dict:
+    return {"cider": evaluate(vlm, tokenizer, [replace(item, qas=[]) for item in items])["cider"]}
+
+
+def look_blind(vlm, tokenizer, items, run) -> dict:
+    result = evaluate(vlm, tokenizer, items, blind=True)
+    return {"blind mean": result["mean"], "blind cider": result["cider"]}
+
+
+def look_loss(vlm, tokenizer, items, run) -> dict:
+    """The running mean of the training loss at the end, in nats per learned token."""
+    from train import read_log
+    return {"loss": [line["ema"] for line in read_log(run / "log.jsonl") if "ema" in line][-1]}
+
+
+def look_gates(vlm, tokenizer, items, run) -> dict:
+    """Mean |gate| over heads: of all layers halfway and at the end, and at the end of the lower and upper half of the adapted layers."""
+    gates = np.abs(gate_history(run)[1]).mean(-1)                                               # (logged steps, layers)
+    lower, upper = np.array_split(gates[-1], 2)
+    halves = {"lower layers": lower, "upper layers": upper, "gate halfway": gates[len(gates) // 2], "gate at the end": gates[-1]}
+    return {name: float(g.mean()) for name, g in halves.items()}
+
+
+def look_choices(vlm, tokenizer, items, run) -> dict:
+    """ScienceQA's accuracy by kind of question, in the form that the run was trained on."""
+    form, items = read_json(run / "config.json")["settings"]["form"], items_of(data.open_data("shapes-choices"), "test", len(items))
+    asked = [(n, q) for n, item in enumerate(items) for q in item.qas]
+    prompts = [data.Document(tokenizer).image().add("\n" + data.scienceqa_text(q.record, form)[0]) for _, q in asked]
+    texts = write(vlm.generate, prompts, tokenizer, 96, 1, see(vlm, items, False)[[n for n, _ in asked]])
+    hits = collections.defaultdict(list)
+    for (_, q), text in zip(asked, texts):
+        hits[q.kind].append(float(scienceqa_choice(text, len(q.record.choices)) == q.record.answer))
+    return {**(kinds := {kind: mean(h) for kind, h in hits.items()}), "mean": mean(list(kinds.values()))}
+
+
+def look_shots(vlm, tokenizer, items, run) -> dict:
+    return {f"{n} shot{'s' * (n != 1)}": fewshot(vlm, tokenizer, items, n) for n in (0, 1, 4, 8)}
+
+
+def look_pages(vlm, tokenizer, items, run) -> dict:
+    return {f"{n} pictures before": fewshot(vlm, tokenizer, items, n) for n in (0, 3)}
+
+
+def fewshot(vlm: VLM, tokenizer: data.Tokenizer, items: list[data.Item], shots: int) -> float:
+    """Mean VQA accuracy with `shots` other pictures, each with a question and its answer, before the picture that is asked about.
+
+    The examples are drawn anew for each question, from pictures that hold no held-out pair.
+    """
+    others, rng = items_of(data.open_data("shapes"), "val", len(items)), np.random.default_rng(0)
+    seen, held, asked, documents, pictures = see(vlm, others, False), see(vlm, items, False), [], [], []
+    for n, item in enumerate(items):
+        for q in item.qas:
+            d, drawn = data.Document(tokenizer), rng.integers(len(others), size=shots)
+            for example in (others[i] for i in drawn):
+                told = example.qas[rng.integers(len(example.qas))]
+                d.image().turn(data.QUESTION.format(told.question), told.answer)
+            documents.append(d.image().add(data.QUESTION.format(q.question)))
+            pictures.append(torch.cat((seen[drawn], held[n:n + 1])))                    # (shots + 1, N, Di)
+            asked.append(q)
+    return by_kind(asked, write(vlm.generate, documents, tokenizer, 12, 1, torch.stack(pictures)))["mean"]
+
+
+LOOKS = {"answers": look_answers, "captions": look_captions, "blind": look_blind, "loss": look_loss, "gates": look_gates,
+         "choices": look_choices, "shots": look_shots, "pages": look_pages}
+
+
+def run_arm(arm: str, seed: int, out: Path, flags: list[str], looks: list[str], count: int = 200) -> dict:
+    """Train an arm unless its finished run lies in its folder, look at it, and keep what was seen there: {look: {number's name: number}}."""
+    import train
+    run = Path(arm_folder(out, arm, seed))
+    done = read_json(run / "seen.json") if (run / "seen.json").exists() else {}
+    if done.get("flags") != flags:
+        run.mkdir(parents=True, exist_ok=True)
+        with open(run / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            train.main(flags)
+        done = {"flags": flags, "seconds": (config := read_json(run / "config.json"))["seconds"], "steps": config["steps"]}
+        write_json(run / "seen.json", done)
+    if missing := [name for name in looks if name not in done]:
+        torch.set_num_threads(1)
+        vlm, tokenizer, _ = open_run(str(run), "cpu")
+        items = items_of(data.open_data("shapes"), "test", count)               # the same pictures for every seed
+        for name in missing:
+            done[name] = LOOKS[name](vlm, tokenizer, items, run)
+        write_json(run / "seen.json", done)
+    return done
+
+
+def arm_folder(out: Path, arm: str, seed: int) -> str:
+    return str(Path(out) / f"{re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')}-s{seed}")
+
+
+def arm_flags(arm: str, seed: int, out: Path, arms=None, common: str = COMMON) -> list[str]:
+    """The command line of an arm's run."""
+    own = [arm_folder(out, word[1:-1], seed) if word[0] == "{" else word for word in (arms or ARMS)[arm][0].split()]
+    return [*common.split(), *own, "--seed", str(seed), "--out", arm_folder(out, arm, seed)]
+
+
+def judge(left: list[float], right: list[float], relation: str = ">") -> str:
+    """The verdict on "left > right", numbers of several seeds each: "shown", "opposite" or "not shown".
+
+    With d = difference of the means and e = its standard error √(s²_left / n_left + s²_right / n_right):
+    "shown" where d > 2 e, "opposite" where d < −2 e, else "not shown". "≥" (no worse) is "shown" unless it is "opposite".
+    Three seeds make 2 e a weak test (about one false alarm in ten): read the size of d beside it.
+    """
+    if min(len(left), len(right)) < 2:
+        return "not shown"
+    d, e = mean(left) - mean(right), math.sqrt(np.var(left, ddof=1) / len(left) + np.var(right, ddof=1) / len(right))
+    return "opposite" if d < -2 * e else "shown" if d > 2 * e or relation == "≥" else "not shown"
+
+
+def arms_of(claim: Claim) -> list[str]:
+    return list(dict.fromkeys(side.split(": ")[0] for left, _, right, _ in claim.expect for side in (left, right)))
+
+
+def claim_report(name: str, claim: Claim, seen: dict[tuple[str, int], dict], seeds: int) -> tuple[str, list[str]]:
+    """The claim, its table (mean ± standard deviation over seeds) and its verdicts as text; the verdicts."""
+    def values(arm: str, number: str) -> list[float]:
+        found = [x[number] for s in range(seeds) for x in seen[arm, s].values() if isinstance(x, dict) and number in x]
+        return [v if number in ("loss", "cider", "blind cider") or "gate" in number or "layers" in number else 100 * v for v in found]
+
+    columns, verdicts = [c.replace("_", " ") for c in claim.columns.split()], []
+    rows = [["", *columns]]
+    for arm in arms_of(claim):
+        cells = [values(arm, c) for c in columns]
+        form = lambda v: f"{mean(v):.{1 if mean(v) > 15 or max(v) == 0 else 2}f} ± {np.std(v, ddof=len(v) > 1):.{1 if mean(v) > 15 else 2}f}" if v else ""
+        rows.append([arm, *map(form, cells)])
+    used = [i for i in range(len(rows[0])) if i == 0 or any(row[i] for row in rows[1:])]
+    widths = [max(len(row[i]) for row in rows) for i in used]
+    lines = ["    " + "  ".join(row[i].ljust(w) if i == 0 else row[i].rjust(w) for i, w in zip(used, widths)).rstrip() for row in rows]
+    for left, relation, right, paper in claim.expect:
+        sides = [values(*(side if ": " in side else f"{side}: {columns[0]}").split(": ")) for side in (left, right)]
+        verdicts.append(judge(*sides, relation))
+        paper = f"   (document: {paper})" if paper else ""
+        lines.append(f"    {verdicts[-1]:9s}  {left} {relation} {right}: {mean(sides[0]):.4g} against {mean(sides[1]):.4g}{paper}")
+    note = [f"    {claim.note}"] if claim.note else []
+    return "\n".join([f"{name}: {claim.says} ({claim.source})", *lines, *note]), verdicts
+
+
+def run_claims(names: list[str], seeds: int = 3, jobs: int = 2, out: str | Path = "out/claims", file: str | Path = "weights/claims.txt",
+               claims=None, arms=None, common: str = COMMON, count: int = 200) -> str:
+    """Train and look at every arm of these claims with seeds 0 … seeds−1, `jobs` runs at a time, and write the report.
+
+    Finished runs in `out` are kept, so that the command goes on where it was stopped. claims and arms: tables, default CLAIMS and ARMS.
+    """
+    claims, arms = claims or CLAIMS, arms or ARMS
+    needed = {arm for name in names for arm in arms_of(claims[name])}
+    before = {arm: re.findall("{(.*?)}", arms[arm][0]) for arm in arms}         # what must be trained first
+    needed |= {b for arm in needed for b in before[arm]}
+    seen: dict[tuple[str, int], dict] = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else contextlib.nullcontext() as pool:
+        for seed, later in itertools.product(range(seeds), (False, True)):
+            ready = [arm for arm in arms if arm in needed and bool(before[arm]) == later]
+            work = [(arm, seed, Path(out), arm_flags(arm, seed, out, arms, common), arms[arm][1].split(), count) for arm in ready]
+            for arm, done in zip(ready, (pool.map if pool else map)(run_arm, *zip(*work)) if work else ()):
+                seen[arm, seed] = done
+                print(f"seed {seed}: {arm}: {done['steps']} steps, {done['seconds'] / 60:.1f} minutes", flush=True)
+    reports = {name: claim_report(name, claims[name], seen, seeds) for name in names}
+    minutes = sum(done["seconds"] for done in seen.values()) / 60
+    head = (f"python eval.py --claim {'all' if len(names) == len(claims) else ' '.join(names)}: seeds 0 to {seeds - 1}, {len(seen)} runs, "
+            f"{minutes:.0f} minutes of training on one core each; every run: {common}\n"
+            f"Mean ± standard deviation over seeds; accuracy in %, CIDEr, loss in nats per learned token; {count} held-out pictures of `shapes`.\n"
+            "The documents' numbers are of other data and models: compare the direction. The verdicts are computed (eval.judge).")
+    summary = [f"    {name:12s}{', '.join(verdicts)}" for name, (_, verdicts) in reports.items()]
+    text = "\n".join([head, "", *summary, "", *(f"{text}\n" for text, _ in reports.values())])
+    with atomically(Path(file)) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6. The command line
 # ------------------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
@@ -739,6 +1184,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--beams", type=int, default=1, help="beam width; 1 = greedy (default)")
     parser.add_argument("--image", help="a picture file to ask about")
     parser.add_argument("--prompt", help="the question; without it the picture is captioned")
+    parser.add_argument("--look", metavar="DIR", help="with --image: also write to DIR where the words look, and print the words nearest to visual tokens")
+    parser.add_argument("--analyse", action="store_true", help="how much attention rests on the thing asked about, and whether soft tokens spell "
+                        "what they stand for, on held-out pictures of shapes")
+    parser.add_argument("--claim", nargs="+", metavar="NAME", help="train and judge miniatures of the papers' claims, and write weights/claims.txt: "
+                        f"all, or some of {', '.join(CLAIMS)}")
+    parser.add_argument("--seeds", type=int, default=3, help="of --claim: runs per arm (default 3)")
+    parser.add_argument("--jobs", type=int, default=2, help="of --claim: runs at a time, one core each (default 2)")
     parser.add_argument("--vlm", help="a published vision-language model (LLaVA, InstructBLIP, BLIP-2's first stage, IDEFICS, Llama 3.2 "
                         "Vision), by its folder or its name on the hub: answer --prompt about --image")
     parser.add_argument("--dtype", default="float32", help="of a published model: float32 (default) | bfloat16 | float16")
@@ -757,6 +1209,15 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"              # read by model.fetch and by the hub's own library
     if args.items < 1 or args.beams < 1:
         raise UserError("--items and --beams must be at least 1.")
+
+    if args.claim:
+        names = list(CLAIMS) if args.claim == ["all"] else args.claim
+        if wrong := [name for name in names if name not in CLAIMS]:
+            raise UserError(f'unknown claim "{wrong[0]}"; {nearest(wrong[0], ["all", *CLAIMS])}')
+        if args.seeds < 1 or args.jobs < 1:
+            raise UserError("--seeds and --jobs must be at least 1.")
+        print(run_claims(names, args.seeds, args.jobs))
+        return
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(args.dtype)
     if dtype is None:
@@ -788,6 +1249,18 @@ def main(argv: list[str] | None = None) -> None:
         prompt = data.QUESTION.format(args.prompt) if args.prompt else data.CAPTION
         document = data.Document(tokenizer).image().add(prompt)
         print(write(vlm.generate, [document], tokenizer, args.max_new_tokens, args.beams, vlm.features(pixels))[0])
+        if args.look:
+            print(look(vlm, tokenizer, pixels, prompt, Path(args.look)))
+        return
+    if args.look:
+        raise UserError("--look needs --image FILE: the picture to look at.")
+    if args.analyse:
+        for run in args.runs:
+            vlm, tokenizer, _ = open_run(run, device)
+            rows = attention_on_target(vlm, tokenizer, args.items)
+            print(f"{Path(run).name}: of all attention, in %; by chance a cell has a ninth of the picture's\n{table(rows)}\n")
+            if type(vlm.bridge).prefix is not Bridge.prefix:
+                print(f"among the 5 words nearest to the soft token of a thing, in %\n{table(words_on_target(vlm, tokenizer, args.items))}\n")
         return
     worlds, last = {}, {}
     for run in args.runs if args.saved else ():

@@ -273,7 +273,8 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
         say(f"resume   at step {step} of {out}")
     elif ranks.first:
         write_json(out / "config.json", {"settings": dataclasses.asdict(s)})
-        (out / "log.jsonl").unlink(missing_ok=True)
+        for name in ("log.jsonl", "loss.png", "gates.png", "samples.html", "results.json"):     # of an earlier run in this folder
+            (out / name).unlink(missing_ok=True)
 
     # 6. the loop ----------------------------------------------------------------------------------------------------
     task.module.train()
@@ -530,9 +531,11 @@ class AnswerTask(Task):
         return self.module.bridge.vitals()
 
     def details(self) -> dict:
-        bridge, L = self.module.bridge, self.module.decoder.config.layers
-        layers = lambda: list(range(bridge.first, L, getattr(bridge, "every", 1)))      # a row of the gates each
-        return {"gates": bridge.gates().tolist(), "layers": layers()} if hasattr(bridge, "gates") else {}
+        bridge = self.module.bridge
+        if not hasattr(bridge, "gates"):
+            return {}
+        layers = range(bridge.first, self.module.decoder.config.layers, getattr(bridge, "every", 1))
+        return {"gates": bridge.gates().tolist(), "layers": list(layers)}       # a row of gates per layer
 
     def save(self, out: Path, facts: dict) -> None:
         folders = {}
@@ -817,7 +820,7 @@ class Ranks:
         layers = decoder.layers if decoder is not None else []
         if s.compile:
             for layer in layers:
-                layer.compile()
+                layer.compile(dynamic=True)
         if s.shard:                                     # a layer is whole while it runs, the rest that learns during the whole step
             from torch.distributed.fsdp import fully_shard
             mesh = torch.distributed.init_device_mesh(self.device.type, (self.size,))
@@ -1086,7 +1089,7 @@ def load_state(ranks: Ranks, out: Path, trained, optimizers, mean: dict) -> tupl
     file = out / "state.safetensors"
     if not file.exists():
         raise UserError(f"{file}: no state was saved before this run ended; start it again without --resume.")
-    for rest in out.glob(".*.safetensors.*"):                                   # a save that was killed half way
+    for rest in (*out.glob(".*.safetensors.*"), *out.glob(".tmp*")) if ranks.first else ():     # a save that was killed half way
         rest.unlink(missing_ok=True)
     checkpoint = Checkpoint(file)
     with torch.no_grad():
@@ -1124,52 +1127,50 @@ def read_log(file: Path) -> list[dict]:
 
 
 def draw_curves(out: Path) -> None:
-    """loss.png and, of a gated bridge, gates.png: log.jsonl as pictures. Needs matplotlib."""
+    """log.jsonl as pictures: loss.png and, of a gated bridge, gates.png. Needs matplotlib."""
     try:
         from matplotlib import colormaps
-        from matplotlib.figure import Figure            # without pyplot: no window, nothing shared with whoever imports this file
+        from matplotlib.figure import Figure            # not pyplot: no window, no state shared with a caller
+        from matplotlib.ticker import LogLocator
     except ImportError:
         raise UserError("curves are drawn by matplotlib, which is not installed; pip install matplotlib.") from None
     s, log = read_json(out / "config.json")["settings"], read_log(out / "log.jsonl")
-    lines, blind = [x for x in log if "loss" in x], [x["blind"] for x in log if "blind" in x]
+    lines = [x for x in log if "loss" in x]
     if not lines:
-        raise UserError(f"{out}/log.jsonl: no step is logged yet, so there is nothing to draw; wait for the first line of the run.")
+        raise UserError(f"{out}/log.jsonl: no step is logged, so nothing can be drawn; wait for the run's first line.")
     steps, across = [x["step"] for x in lines], f"step (one update: batch of {s['batch']})"
-
-    def save(figure: Figure, name: str) -> None:
+    figures = {"loss.png": (loss := Figure((8, 5.5), layout="constrained"))}
+    top, below = loss.subplots(2, sharex=True, height_ratios=(3, 1))
+    top.plot(steps, [x["loss"] for x in lines], ".-", color="tab:blue", alpha=0.3, label="loss of one batch")
+    top.plot(steps, [x["ema"] for x in lines], color="tab:blue", linewidth=2, label="running mean, over about 50 steps")
+    for x in [x for x in log if "blind" in x][-1:]:
+        top.axhline(x["blind"], color="tab:red", linestyle="--", label="blind: the decoder without images, at step 0")
+    per = " per learned token" if RECIPES[s["recipe"]].task in ("answer", "lm") else ""
+    top.set(ylabel=f"loss (nats{per})", yscale="log")
+    top.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}", minor_formatter="")
+    top.legend()
+    below.plot(steps, [x["lr"] for x in lines], color="tab:green")
+    below.set(xlabel=across, ylabel="learning rate")
+    if "gates" in lines[-1]:
+        heads, layers = s["bridge"] == "zero_init", lines[-1]["layers"]
+        values = np.abs([x["gates"] for x in lines])    # (lines, layers, H), or (…, attention and feed-forward)
+        parts = [("attention", values)] if heads else zip(("cross-attention", "feed-forward"), np.split(values, 2, 2))
+        figures["gates.png"] = gates = Figure((10, 4.2), layout="constrained")
+        axes = gates.subplots(1, 2, sharey=not heads)
+        for axis, (title, part) in zip(axes, parts):
+            axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(layers))))
+            lined = axis.plot(steps, part.mean(-1), ".-")                       # a line per layer
+            axis.set(title=title, xlabel=across, ylabel="|gate|, 0 = shut" + heads * ", mean over heads", ylim=(0, None))
+        gates.legend(lined, [f"layer {n}" for n in layers], loc="outside left center", ncols=1 + len(layers) // 17)
+        if heads:
+            rows, columns = (range(0, n, 1 + n // 16) for n in values.shape[1:])        # a number each, or at every second or third
+            gates.colorbar(axes[1].imshow(values[-1], aspect="auto", vmin=0), label="|gate|")
+            axes[1].set(title=f"after step {steps[-1]}", xlabel="head", ylabel="layer", xticks=columns, yticks=rows)
+            axes[1].set_yticklabels([layers[n] for n in rows])
+    for name, figure in figures.items():
         figure.suptitle(f"{out.resolve().name}: {s['bridge'] or s['recipe']} on {s['data']}")
         with atomically(out / name) as tmp:
             figure.savefig(tmp, format="png", dpi=120)
-    figure = Figure((8, 5.5), layout="constrained")
-    top, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    top.plot(steps, [x["loss"] for x in lines], ".-", color="tab:blue", alpha=0.3, label="loss of the step's batch")
-    top.plot(steps, [x["ema"] for x in lines], color="tab:blue", linewidth=2, label="running mean (0.98 old + 0.02 new)")
-    if blind:
-        top.axhline(blind[-1], color="tab:red", linestyle="--", label="blind: the decoder without any image")
-    unit = "nats per learned token" if RECIPES[s["recipe"]].task in ("answer", "lm") else "nats"
-    top.set(ylabel=f"loss ({unit})", yscale="log")
-    top.yaxis.set_major_formatter("{x:g}")
-    below.plot(steps, [x["lr"] for x in lines], color="tab:green")
-    below.set(xlabel=across, ylabel="learning rate")
-    top.legend()
-    save(figure, "loss.png")
-    if "gates" not in lines[-1]:
-        return
-    layers, gates = lines[-1]["layers"], np.abs([x["gates"] for x in lines])    # (lines, layers, H, or attention and feed-forward)
-    heads = s["bridge"] == "zero_init"
-    panels = {"attention, mean over heads": gates} if heads else dict(zip(("cross-attention", "feed-forward"), np.split(gates, 2, 2)))
-    figure = Figure((10, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=not heads)
-    for axis, (title, panel) in zip(axes, panels.items()):
-        for n, layer in enumerate(layers):
-            axis.plot(steps, panel[:, n].mean(-1), ".-", color=colormaps["viridis"](0.9 * n / len(layers)), label=f"layer {layer}")
-        axis.set(title=title, xlabel=across, ylabel="|gate| (0 = shut)", ylim=(0, None))
-        axis.legend(ncols=math.ceil(len(layers) / 8), fontsize="small")
-    if heads:
-        image = axes[1].imshow(gates[-1], aspect="auto", vmin=0)
-        axes[1].set(title=f"after step {steps[-1]}", xlabel="head", ylabel="layer", xticks=range(gates.shape[2]), yticks=range(len(layers)), yticklabels=layers)
-        figure.colorbar(image, ax=axes[1], label="|gate|")
-    save(figure, "gates.png")
 
 
 class Meter:

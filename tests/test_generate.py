@@ -1,5 +1,6 @@
-"""Claim: LLaVA's data generation makes, of captions and boxes, a data set that the `llava` reader opens; whatever the teacher by rules says
-of a scene is true, worked out again from the scene; and what a decoder writes is kept only in the form that was asked for."""
+"""Claim: LLaVA's data generation makes, of captions and boxes, a data set that the `llava` reader opens; whatever the
+teacher by rules says of a scene is true, worked out again from the scene; and what a decoder writes is kept only in the
+form that was asked for."""
 from __future__ import annotations
 
 import json
@@ -51,7 +52,8 @@ def test_boxes_lie_apart_and_agree_with_the_places_in_the_captions():
 
 
 def test_the_symbols_of_a_picture_are_its_captions_and_then_its_boxes():
-    text = data.symbolic_context([" A dog\nruns. ", "A <image> dog"], [("dog", (0, 0.25, 1 / 3, 1)), ("ball", (0.5, 0.5, 0.625, 0.75))])
+    boxes = [("dog", (0, 0.25, 1 / 3, 1)), ("ball", (0.5, 0.5, 0.625, 0.75))]
+    text = data.symbolic_context([" A dog\nruns. ", "A <image> dog"], boxes)
     assert text == "A dog runs.\nA dog\n\ndog: [0.000, 0.250, 0.333, 1.000]\nball: [0.500, 0.500, 0.625, 0.750]"
     assert data.symbolic_context(["A dog."]) == "A dog."
     things = [data.Thing("red", "square", "large", 4)]
@@ -64,9 +66,10 @@ def test_a_teacher_gets_the_rules_an_example_with_its_reply_and_the_picture():
         question = data.DESCRIBE[2] if kind == "detail" else ""
         system, first, reply, last = data.teacher_messages(kind, "a red ring", question)
         assert [m["role"] for m in (system, first, reply, last)] == ["system", "user", "assistant", "user"]
-        assert first["content"].startswith(data.EXAMPLE) and last["content"].startswith("a red ring") and question in last["content"]
-        assert data.read_turns(reply["content"].replace("yellow", "red").replace("rains", "snows"), kind, "?")    # it keeps the rules itself,
-        with pytest.raises(ValueError):                                         # but is no reply about another picture
+        assert first["content"].startswith(data.EXAMPLE) and last["content"].startswith("a red ring")
+        assert question in last["content"]
+        assert data.read_turns(reply["content"].replace("wom", "m").replace("rains", "snows"), kind, "?")   # its form is right,
+        with pytest.raises(ValueError):                                         # but it is no reply about another picture
             data.read_turns(reply["content"], kind, "?")
 
 
@@ -76,10 +79,14 @@ NUMBER = {w: n for n, w in enumerate(("no", "one", "two", "three", "four"))} | {
 ROW, COLUMN = ["top", "middle", "bottom"], ["left", "center", "right"]
 
 
+def where(t) -> str:
+    return f"{ROW[t.cell // 3]} {COLUMN[t.cell % 3]}"
+
+
 def the(phrase: str, things) -> data.Thing:
     """The one thing that "the small red ring at the top left" can mean: every word of it must fit."""
     name, _, place = phrase.lower().removeprefix("the ").partition(" at the ")
-    fits = [t for t in things if set(name.split()) <= {t.color, t.shape, t.size} and place in ("", f"{ROW[t.cell // 3]} {COLUMN[t.cell % 3]}")]
+    fits = [t for t in things if set(name.split()) <= {t.color, t.shape, t.size} and place in ("", where(t))]
     assert len(fits) == 1, f"{phrase} is {len(fits)} of {things}"
     return fits[0]
 
@@ -96,7 +103,8 @@ def counted(claim: str, things) -> list[data.Thing]:
     """Checks "there are two rings"; returns the rings."""
     verb, number, what = re.fullmatch(r"there (is|are) (no|one|two|three|four) (.+)", claim.lower()).groups()
     found = group(what, things)
-    assert len(found) == NUMBER[number] and (verb == "is") == (number == "one") == (not what.endswith("s") or what.endswith("ss")), (claim, things)
+    singular = not what.endswith("s") or what.endswith("ss")
+    assert len(found) == NUMBER[number] and (verb == "is") == (number == "one") == singular, (claim, things)
     return found
 
 
@@ -122,7 +130,7 @@ def check_conversation(question: str, answer: str, things) -> str:
         return "types"
     if m := re.fullmatch(r"Are there any (.+)\?", question):
         yes, claim = answer.split(", ")
-        assert counted(claim, things) == group(m[1], things) and (yes == "Yes") == bool(group(m[1], things)) and yes in ("Yes", "No")
+        assert counted(claim, things) == group(m[1], things) and yes == ("Yes" if group(m[1], things) else "No")
         return "existence"
     if m := re.fullmatch(r"How many (.+) are there\?", question):
         assert counted(answer, things) == group(m[1], things)
@@ -136,11 +144,10 @@ def check_conversation(question: str, answer: str, things) -> str:
             assert predicate.endswith(" " + other)
             related(about, predicate.removesuffix(" " + other), the(other, things))
             return "relation"
-        expected = {"color": about.color, "size": about.size, "place": f"at the {ROW[about.cell // 3]} {COLUMN[about.cell % 3]}"}
+        expected = {"color": about.color, "size": about.size, "place": f"at the {where(about)}"}
         kind = "color" if color else "size" if size else "place"
         assert predicate == expected[kind]
-        mentioned = {"color": color, "size": size, "place": place}[kind].split()
-        assert not {about.color if kind == "color" else about.size if kind == "size" else "at"} & set(mentioned)     # nothing given away
+        assert expected[kind] not in (color or size or place)                   # the question gives nothing away
         return kind
     raise AssertionError(question)
 
@@ -166,7 +173,8 @@ def check_reasoning(question: str, answer: str, things) -> str:
         assert the(subject, things) == t and place == at(t) and len(steps) == 3
         assert steps[2] == f"So it would be at the {ROW[t.cell // 3]} {swapped}"
         return "mirror"
-    m = re.fullmatch(r"On a grid of three rows and three columns, how many steps down, up, right or left lead from (.+) to (.+)\?", question)
+    form = r"How many steps down, up, right or left lead from (.+) to (.+) on a grid of three by three\?"
+    m = re.fullmatch(form, question)
     ends = [the(name, things) for name in m.groups()]
     for t, step in zip(ends, steps):
         subject, place = step.split(" is ", 1)
@@ -196,7 +204,8 @@ def check_detail(text: str, things) -> None:
             assert len(group(m[2], things)) == NUMBER[m[1].lower()] > 1
             shared.add(m[2])
         else:
-            subject, words, other = re.fullmatch("(The .+?) is ((?:above|below|to|the|left|right|of|and| )+) (the .+)", s).groups()
+            form = "(The .+?) is ((?:above|below|to|the|left|right|of|and| )+) (the .+)"
+            subject, words, other = re.fullmatch(form, s).groups()
             related(the(subject, things), words, the(other, things))
     assert sorted(placed, key=lambda t: t.cell) == placed and set(placed) == set(things) and len(placed) == len(things)
     alike = {w for t in things for w in (t.color, t.shape) if sum(w in o.pair for o in things) > 1}
@@ -233,14 +242,15 @@ def test_every_description_of_hundreds_of_scenes_is_right():
 def test_the_checks_above_refuse_what_is_false():
     things = [data.Thing("red", "ring", "small", 0), data.Thing("blue", "cross", "large", 4)]
     questions = {k: (q, a) for k, q, a in data.sure_questions(things)}
-    lies = {"color": ("What color is the ring?", "The ring is blue."), "count": ("How many rings are there?", "There are two rings."),
-            "existence": ("Are there any rings?", "No, there is one ring."), "place": ("Where is the ring?", "The ring is at the top right."),
-            "relation": ("Where is the ring in relation to the cross?", "The ring is above the cross."),
-            "types": ("What kinds of things are in the picture?", "There is one ring.")}
-    for question, answer in lies.values():
+    for question, answer in (("What color is the ring?", "The ring is blue."), ("Is the ring small or large?", "The ring is large."),
+                             ("How many rings are there?", "There are two rings."), ("Are there any rings?", "No, there is one ring."),
+                             ("Where is the ring?", "The ring is at the top right."),
+                             ("Where is the ring in relation to the cross?", "The ring is above the cross."),
+                             ("What kinds of things are in the picture?", "There is one ring.")):
         with pytest.raises(AssertionError):
             check_conversation(question, answer, things)
-    for kind, false in (("walk", ("two steps.", "three steps.")), ("remove", ("one object would", "two objects would")), ("mirror", ("So it would be at the middle center", "So it would be at the middle right"))):
+    for kind, false in (("walk", ("two steps.", "three steps.")), ("remove", ("one object would", "two objects would")),
+                        ("mirror", ("be at the middle center", "be at the middle right"))):
         question, answer = questions[kind]
         check_reasoning(question, answer, things)
         with pytest.raises(AssertionError):
@@ -291,17 +301,19 @@ def test_the_reader_of_llava_opens_what_was_written_and_lessons_come_of_it(tmp_p
 
 
 def test_the_seed_decides_and_the_size_of_a_batch_does_not(tmp_path):
-    one, again, small, other = (made(tmp_path / n, "shapes", 40, seed=s, batch=b) for n, s, b in (("a", 1, 16), ("b", 1, 16), ("c", 1, 7), ("d", 2, 16)))
+    runs = (("a", 1, 16), ("b", 1, 16), ("c", 1, 7), ("d", 2, 16))
+    one, again, small, other = (made(tmp_path / n, "shapes", 40, seed=s, batch=b) for n, s, b in runs)
     assert one == again == small != other
 
 
 REPLIES = {
-    "conversation": "Question:\nWhat is it?\n===\nAnswer:\nA ring.\n===\nQuestion: Where?\n===\nAnswer: On the left,\nat the top.\n===",
+    "conversation": "Question:\nWhat is it?\n===\nAnswer:\nA ring.\n===\nQuestion: Where?\n===\nAnswer: On the left,\nhigh up.\n===",
     "detail": "A ring.\n\nIt is red.", "reasoning": "Question:\nWhy?\n\n===\n\nAnswer:\nOne.\nTwo."}
 
 
 def test_a_reply_is_read_into_turns():
-    assert data.read_turns(REPLIES["conversation"], "conversation") == [("What is it?", "A ring."), ("Where?", "On the left,\nat the top.")]
+    talk = [("What is it?", "A ring."), ("Where?", "On the left,\nhigh up.")]
+    assert data.read_turns(REPLIES["conversation"], "conversation") == talk
     assert data.read_turns(REPLIES["reasoning"], "reasoning") == [("Why?", "One.\nTwo.")]
     assert data.read_turns(REPLIES["detail"], "detail", "Describe it.") == [("Describe it.", "A ring.\n\nIt is red.")]
     turns = [("a?", "b"), ("c?", "d")]
@@ -310,9 +322,10 @@ def test_a_reply_is_read_into_turns():
 
 @pytest.mark.parametrize("kind, reply", [
     *(("conversation", bad) for bad in (
-        "", "It is a ring.", "Question:\nWhat?", "Question:\nWhat?\n===\nAnswer:\n", "Question:\n===\nAnswer:\nA ring.", "Question: a?\nAnswer: b",
-        "Answer:\nA ring.\n===\nQuestion:\nWhat?", "Question: a?\n===\nAnswer: b\n===\nQuestion: c?", "Sure!\nQuestion: a?\n===\nAnswer: b",
-        "Question: a?\n===\nQuestion: b?\n===\nAnswer: c", "Question: a <image>?\n===\nAnswer: b", "Question: a?\n===\nAnswer: b\n===\nBye!")),
+        "", "It is a ring.", "Question:\nWhat?", "Question:\nWhat?\n===\nAnswer:\n", "Question:\n===\nAnswer:\nA ring.",
+        "Question: a?\nAnswer: b", "Answer:\nA ring.\n===\nQuestion:\nWhat?", "Question: a?\n===\nAnswer: b\n===\nQuestion: c?",
+        "Sure!\nQuestion: a?\n===\nAnswer: b", "Question: a?\n===\nQuestion: b?\n===\nAnswer: c",
+        "Question: a <image>?\n===\nAnswer: b", "Question: a?\n===\nAnswer: b\n===\nBye!")),
     ("reasoning", "Question: a?\n===\nAnswer: b\n===\nQuestion: c?\n===\nAnswer: d"), ("reasoning", "b"), ("detail", " \n"),
     ("detail", "Question: a?\n===\nAnswer: b"), ("detail", "A <image>.")])
 def test_a_reply_of_another_form_is_refused(kind, reply):
@@ -323,7 +336,7 @@ def test_a_reply_of_another_form_is_refused(kind, reply):
 # --- decoders as teachers -----------------------------------------------------------------------------------------
 
 class Stub:
-    """A teacher that has read its prompts: the last picture of each is in `asked`, and its reply has the form of the rules."""
+    """A teacher that reads its prompts: what they say of the picture is in `asked`; its replies keep the rules."""
     embed = types.SimpleNamespace(weight=torch.zeros(1))
 
     def __init__(self, broken: int = 0):
@@ -360,7 +373,8 @@ def test_a_decoder_is_asked_about_captions_and_boxes_and_its_replies_are_written
     assert "3 of 20 replies dropped (last: train-2:" in capsys.readouterr().err
     for i, asked in enumerate(teacher.asked):
         item = world.item(i)
-        assert asked.startswith(data.symbolic_context(item.captions, data.drawn_boxes(world.scene(world.rng(i)), item.image)))
+        boxes = data.drawn_boxes(world.scene(world.rng(i)), item.image)
+        assert asked.startswith(data.symbolic_context(item.captions, boxes))
     for row in rows:
         kind = row["id"].split("-")[-1]
         assert row["conversations"][-1]["value"] == data.read_turns(REPLIES[kind], kind, "?")[-1][1]
@@ -378,9 +392,9 @@ def test_not_one_usable_reply_is_a_sentence_and_leaves_no_list(stub, tmp_path):
 
 def test_the_bundled_decoder_replies_in_a_batch_as_alone_and_a_cut_reply_is_none():
     decoder, tokenizer = data.load_decoder(ROOT / "weights/decoder"), data.load_tokenizer(ROOT / "weights/decoder")
-    asked = [[{"role": "user", "content": text}] for text in ("a small red ring at the top left\nQuestion: what color is the ring? Answer:",
-                                                             "a large blue square at the top left and a small red cross at the bottom right\n"
-                                                             "Question: where is the red cross? Answer:")]
+    asked = [[{"role": "user", "content": text}] for text in (
+        "a small red ring at the top left\nQuestion: what color is the ring? Answer:",
+        "a large blue square at the top left and a small red cross at the bottom right\nQuestion: where is the red cross? Answer:")]
     together = data.ask_teacher(decoder, tokenizer, asked, 20, temperature=0)
     assert together == [data.ask_teacher(decoder, tokenizer, [a], 20, temperature=0)[0] for a in asked]
     assert [t.strip() for t in together] == ["red", "bottom right"]
@@ -409,7 +423,7 @@ def test_the_boxes_of_coco_are_parts_of_the_picture_and_broken_ones_are_counted(
     assert boxes.keys() == {123456, 42}
     assert boxes[123456] == [("person", (0, 0.25, 0.5, 0.75)), ("traffic light", (0.5, 0, 1, 1))]      # cut at the edge; no crowd
     assert boxes[42] == [("traffic light", (0.25, 0.5, 0.75, 0.75))]
-    assert "5 boxes skipped" in capsys.readouterr().err                         # no area, outside, no such category or image, no bbox
+    assert "5 boxes skipped" in capsys.readouterr().err     # no area, outside, no such category or image, no bbox
     assert data.coco_boxes(coco, "train2014") == {}
     (coco / "annotations" / "instances_train2017.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(UserError, match="instances_train2017.json"):
@@ -452,8 +466,10 @@ def test_mistakes_are_one_sentence_each(coco, stub, tmp_path):
 
 
 def test_the_command_line_generates_and_explains(tmp_path):
-    run = lambda *args: subprocess.run([sys.executable, ROOT / "data.py", *args], cwd=tmp_path, capture_output=True, text=True)
+    program = [sys.executable, ROOT / "data.py"]
+    run = lambda *args: subprocess.run([*program, *args], cwd=tmp_path, capture_output=True, text=True)
     done = run("generate", "shapes", "made", "12")
-    assert done.returncode == 0 and "made/chat.json: 12 samples" in done.stdout and len([*(tmp_path / "made/images").iterdir()]) == 12
+    assert done.returncode == 0 and "made/chat.json: 12 samples" in done.stdout
+    assert len([*(tmp_path / "made/images").iterdir()]) == 12
     wrong = run("generate", "shapes", "made", "12")
     assert wrong.returncode == 2 and "exists already" in wrong.stderr and "Traceback" not in wrong.stderr
