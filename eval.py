@@ -677,11 +677,11 @@ def report(vlm: VLM, tokenizer: data.Tokenizer, world, out: Path, count: int, sa
     rows, items, result = measure(vlm, tokenizer, world, count, facts, vlm.bridge.name)
     rows += baselines(vlm, tokenizer, world, items)
     captions, answers = result.get("captions", [None] * len(items)), iter(result["answers"])
-    told = [(item, text, [(q, a, *verdict(q, a)) for q, a in zip(item.qas, answers)]) for item, text in zip(items, captions)]
-    for item, caption, asked in told[:samples]:
-        print(f"\nheld-out {item.id}" + ("" if caption is None else f"\n  reference  {item.captions[0]}\n  caption    {caption}"))
-        for q, answer, word, truth in asked:
-            print(f"  {word:10s} {q.question} {answer}{truth}")
+    told = [(item, text, [verdict(q, a) for q, a in zip(item.qas, answers)]) for item, text in zip(items, captions)]
+    for item, text, asked in told[:samples]:
+        print(f"\nheld-out {item.id}" + ("" if text is None else f"\n  reference  {item.captions[0]}\n  caption    {text}"))
+        for word, line in asked:
+            print(f"  {word:10s} {line}")
     text = f"{len(items)} held-out pictures; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n"
     write_json(out / "results.json", {"world": world.name, "items": len(items), "rows": rows})
     title = f"{out.resolve().name}: {vlm.bridge.name} on {world.name}:{world.held_out}"
@@ -690,45 +690,42 @@ def report(vlm: VLM, tokenizer: data.Tokenizer, world, out: Path, count: int, sa
 
 
 def verdict(q: data.QA, answer: str) -> tuple[str, str]:
-    """("right", ""), ("WRONG", " (it is …)"), or ("partly 0.6", " (it is …)") where some of the annotators agree."""
+    """("right", "is it red? yes"), ("WRONG", "is it red? no (it is yes)"); "partly 0.6" where some annotators agree."""
     right = accuracy(q, answer)
-    return ("right", "") if right == 1 else (f"partly {right:.1f}" if right else "WRONG", f" (it is {q.answer})")
+    word = "right" if right == 1 else f"partly {right:.1f}" if right else "WRONG"
+    return word, f"{q.question} {answer}" + ("" if right == 1 else f" (it is {q.answer})")
 
 
 PAGE = Template("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>$title</title><style>
-body { margin: 1rem; font: 1rem/1.4 sans-serif; color: #1b1b1b; background: #fff; overflow-wrap: anywhere } h1 { font-size: 1.3rem }
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>$title</title>
+<style>body { margin: 1rem; font: 1rem/1.4 sans-serif; color: #1b1b1b; background: #fff; overflow-wrap: anywhere }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem }
-article { border: 1px solid #999; border-radius: .4rem; padding: .8rem; break-inside: avoid } h2 { font-size: 1rem; margin: 0 }
-img { display: block; margin: .5rem 0; max-width: 100%; height: auto } img:not(.zoom1) { image-rendering: pixelated }
-pre { font-size: .75rem; overflow-x: auto } @media print { pre { font-size: 6pt } } ul { list-style: none; padding: 0; margin: 0 }
+article { border: 1px solid #999; border-radius: .4rem; padding: .8rem; break-inside: avoid } h2 { font-size: 1rem }
+img { max-width: 100% } img:not(.zoom1) { image-rendering: pixelated } ul { list-style: none; padding: 0 }
 .right b { color: #0b5d1e } .wrong b { color: #b3140c } .partly b { color: #7a4a00 }
-</style></head><body><h1>$title</h1><p>$summary</p><pre>$text</pre><main>
-$cards
-</main></body></html>
+pre { font-size: .75rem; overflow-x: auto } @media print { pre { font-size: 6pt } }</style></head>
+<body><h1>$title</h1><p>$summary</p><pre>$table</pre><main>$cards</main></body></html>
 """)
 
 
-def write_samples(file: Path, title: str, told: list[tuple], text: str) -> None:
-    """One page that needs no other file and no script: pictures, captions, questions and answers, right or wrong.
-
-    told: (item, our caption or None, [(question, our answer, *verdict)]) per picture; text: the table above the pictures.
-    """
+def write_samples(file: Path, title: str, told: list[tuple], table: str) -> None:
+    """One page that needs no other file and no script; told: (item, our caption or None, verdicts) per picture."""
     from PIL import Image
-    show, cards, words = html.escape, [], [word for *_, asked in told for *_, word, _ in asked]
+    show, cards, words = html.escape, [], [word for *_, asked in told for word, _ in asked]
     for item, caption, asked in told:
         picture, png = Image.fromarray(item.image), io.BytesIO()
         picture.thumbnail((384, 384))
         picture.save(png, "png")
         zoom = max(1, 192 // max(picture.size))         # a small one is enlarged by a whole number and stays sharp
-        cards += [f'<article><h2>{show(item.id)}</h2><img class="zoom{zoom}" width="{zoom * picture.width}"',
-                  f'alt="" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">']
-        cards += [] if caption is None else [f"<p>reference: {show(item.captions[0])}</p>", f"<p>our caption: {show(caption)}</p>"]
-        cards += ["<ul>", *(f'<li class="{word.split()[0].lower()}"><b>{word}</b> {show(q.question)} <q>{show(a)}</q>{show(truth)}'
-                            for q, a, word, truth in asked), "</ul></article>"]
-    summary = f"The first {len(told)} held-out pictures: {words.count('right')} of {len(words)} answers are right."
+        cards += [f'<article><h2>{show(item.id)}</h2><img class="zoom{zoom}" width="{zoom * picture.width}" alt="{show(item.id)}"',
+                  f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">']
+        if caption is not None:
+            cards.append(f"<p>reference: {show(item.captions[0])}</p><p>our caption: {show(caption)}</p>")
+        lines = [f'<li class="{word.split()[0].lower()}"><b>{word}</b> {show(line)}</li>' for word, line in asked]
+        cards += ["<ul>", *lines, "</ul></article>"]
+    summary = f"{len(told)} held-out pictures" + (f"; {words.count('right')} of {len(words)} answers are right" if words else "")
     with atomically(file) as tmp:
-        tmp.write_text(PAGE.substitute(title=show(title), summary=summary, text=show(text), cards="\n".join(cards)), encoding="utf-8")
+        tmp.write_text(PAGE.substitute(title=show(title), summary=summary, table=show(table), cards="\n".join(cards)), "utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------------

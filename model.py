@@ -979,8 +979,9 @@ def next_token_loss(decoder: Decoder, labels: Tensor, **inputs) -> tuple[Tensor,
 # 7. Weights on disk
 # ------------------------------------------------------------------------------------------------------------------
 
-# ours → theirs; {i} counts layers; "name[1/3]" is the second third of the rows of a fused matrix, "name[rope/H]" has the rows
-# of each of H heads reordered from Meta's RoPE to ours, "name[T]" is transposed.
+# ours → theirs; {i} counts layers. "name[1/3]" is the second third of the rows of a fused matrix; "name[rope/H]" has the rows of each
+# of H heads reordered from Meta's RoPE to ours; "name[zero]" is zeros of that shape, "name[rows/n]" (m·n, …) seen as
+# (m, n, …); "a & b" has the rows of b after those of a.
 DECODER_NAMES = {       # Hugging Face Llama, below "model."; the head stands beside it
     "embed.weight": "embed_tokens.weight",
     "norm.weight": "norm.weight",
@@ -1129,8 +1130,6 @@ class Checkpoint:
         if not part or not tensor.ndim:
             return tensor
         what, _, n = part.rstrip("]").partition("/")
-        if what == "T":
-            return tensor.T.contiguous()
         if what == "zero":
             return torch.zeros_like(tensor)
         if what == "rows":

@@ -1160,10 +1160,10 @@ def draw_curves(out: Path) -> None:
         for axis, (title, part) in zip(axes, parts):
             axis.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(layers))))
             lined = axis.plot(steps, part.mean(-1), ".-")                       # a line per layer
-            axis.set(title=title, xlabel=across, ylabel="|gate|, 0 = shut" + heads * ", mean over heads", ylim=(0, None))
+            axis.set(title=title, xlabel=across, ylabel="|gate|, 0 = shut" + heads * "; mean of heads", ylim=(0, None))
         gates.legend(lined, [f"layer {n}" for n in layers], loc="outside left center", ncols=1 + len(layers) // 17)
         if heads:
-            rows, columns = (range(0, n, 1 + n // 16) for n in values.shape[1:])        # a number each, or at every second or third
+            rows, columns = (range(0, n, 1 + n // 16) for n in values.shape[1:])        # at most 16 numbers
             gates.colorbar(axes[1].imshow(values[-1], aspect="auto", vmin=0), label="|gate|")
             axes[1].set(title=f"after step {steps[-1]}", xlabel="head", ylabel="layer", xticks=columns, yticks=rows)
             axes[1].set_yticklabels([layers[n] for n in rows])
