@@ -29,10 +29,10 @@ from model import (ACTIVATIONS, CLIP_DEFAULTS, DECODER_NAMES, EVA_NAMES, IGNORE,
 
 
 def rolled(x: Tensor, weights: Tensor, source: Tensor) -> Tensor:
-    """Attention rollout (2005.00928v2, §3): x ← ½ x + ½ A · source, A (·, T, S) the mean over heads of weights (·, H, T, S).
+    """Attention rollout (2005.00928v2, §3): x ← ½ x + ½ A · source, A the mean of weights (·, H, T, S) over heads.
 
-    x (·, T, N): of which ViT tokens each of T vectors is made, half from its residual stream and half from what it reads. A reading
-    aid: values, norms and feed-forwards are left out, and so is that a ViT token has itself looked at its neighbours.
+    x (·, T, N): of which ViT tokens each of T vectors is made, half from its residual stream, half from what it reads.
+    A reading aid: it knows no values, norms or feed-forwards, nor that a ViT token has itself looked at its neighbours.
     """
     return (x + weights.mean(1) @ source) / 2
 
@@ -101,7 +101,7 @@ class Frozen(Bridge):
         return self.map(visual.mean(1)).unflatten(-1, (self.tokens, -1))        # (ΣM, n, D)   (R1)
 
     def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
-        return features.new_ones(len(features), self.tokens, features.shape[1]) / features.shape[1]
+        return torch.full((len(features), self.tokens, features.shape[1]), 1 / features.shape[1], device=features.device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -148,10 +148,11 @@ class MAPL(Bridge):
         return self.up(x[:, -len(self.const):])                                 # (ΣM, K, D)   (M4)
 
     def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
-        x = torch.eye(features.shape[1] + len(self.const), features.shape[1], device=features.device)      # constants hold no patch
+        K, N = len(self.const), features.shape[1]
+        x = torch.eye(N + K, N, device=features.device)                         # the constants hold no patch yet
         for l in range(len(self.blocks)):
             x = rolled(x, attention[f"bridge.blocks.{l}"], x)
-        return F.normalize(x[:, -len(self.const):], p=1, dim=-1)
+        return F.normalize(x[:, -K:], p=1, dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -307,9 +308,9 @@ class QFormer(Bridge):
 
     def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
         Q, patches = len(self.queries), torch.eye(features.shape[1], device=features.device)
-        x = features.new_zeros(Q, features.shape[1])
+        x = torch.zeros_like(patches[:1]).expand(Q, -1)                         # the queries hold no patch yet
         for l, layer in enumerate(self.layers):
-            x = rolled(x, attention[f"bridge.layers.{l}.attention"][..., :Q, :Q], x)        # of the text nothing is counted
+            x = rolled(x, attention[f"bridge.layers.{l}.attention"][..., :Q, :Q], x)        # without the text
             x = x if layer.cross is None else rolled(x, attention[f"bridge.layers.{l}.cross"], patches)
         return F.normalize(x, p=1, dim=-1)
 
@@ -509,7 +510,8 @@ class ZeroInit(Bridge):
     def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
         """What is added to prompt k; in version 1 the class token, in version 0 nothing."""
         Q, N = self.prompts.shape[1], features.shape[1]
-        x = torch.eye(Q + N, N, device=features.device).roll(Q, 0).expand(len(features), -1, -1)        # queries hold no patch
+        x = torch.eye(Q + N, N, device=features.device).roll(Q, 0)              # the queries hold no patch yet
+        x = x.expand(len(features), -1, -1)
         for l in range(len(self.blocks) if self.version == 2 else 0):
             x = rolled(x, attention[f"bridge.blocks.{l}"], x)
         return F.normalize(x[:, :Q], p=1, dim=-1) if self.version != 1 else x[:, Q:Q + 1].expand(-1, Q, -1)

@@ -3,7 +3,7 @@
     python eval.py out/RUN [out/RUN …]                          the comparison table over run folders
     python eval.py out/RUN --image FILE --prompt "what is on the left?"     an answer about one picture; without --prompt a caption
     python eval.py out/RUN --image FILE --prompt "…" --look DIR      the same, and where its words look in the picture
-    python eval.py --analyse out/RUN [out/RUN …]                do the words look at what is asked about, do soft tokens spell it (shapes)
+    python eval.py --analyse out/RUN [out/RUN …]                do questions look at what they ask about? (shapes)
     python eval.py --claim all [--seeds 3 --jobs 2]             one miniature experiment per claim of the papers, half an hour on 2 cores
     python eval.py --lm FOLDER --prompt "…"                     the decoder alone, no picture
 Chapters 1 metrics (equal to the official code) · 2 answers · 3 tables · 4 analyses · 5 claims · 6 the command line
@@ -14,7 +14,9 @@ import argparse
 import base64
 import collections
 import contextlib
+import csv
 import fnmatch
+import functools
 import html
 import importlib
 import io
@@ -28,6 +30,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import zlib
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -478,18 +483,19 @@ def save_predictions(kind: str, rows: list[tuple], path: str | Path) -> None:
 
 @torch.no_grad()
 def write(generate, documents: list[data.Document], tokenizer: data.Tokenizer, max_new_tokens: int = 48, beams: int = 1,
-          features: Tensor | None = None, batch: int = 128) -> list[str]:
+          features: Tensor | None = None, batch: int = 128, pictures: list[list[int]] | None = None) -> list[str]:
     """What the model writes after each document, greedily or by beam search, without the stop token.
 
-    generate: VLM.generate or Decoder.generate; features (n, N, Di): the picture of each document, or (n, M, N, Di). Documents run in batches of
-    similar length, padded on the left; a test holds a batch equal to its rows one by one.
+    generate: VLM.generate or Decoder.generate; features (n, N, Di): the picture of each document, or (n, M, N, Di); or pictures says
+    which rows of it stand in each. Documents run in batches of similar length, padded on the left; a test holds a batch equal to its rows one by one.
     """
     answers, order = [""] * len(documents), sorted(range(len(documents)), key=lambda i: len(documents[i].tokens))
     for start in range(0, len(order), batch):
         rows = order[start:start + batch]
         tokens, _, mask = data.collate([documents[i] for i in rows], left=True)
         device = features.device if features is not None else generate.__self__.embed.weight.device
-        extra = {} if features is None else {"features": features[rows].flatten(0, -3)}        # image-major, where a row has several
+        picked = rows if pictures is None else [p for i in rows for p in pictures[i]]
+        extra = {} if features is None else {"features": features[picked].flatten(0, -3)}      # image-major, where a row has several
         ids = generate(tokens.to(device), max_new_tokens=max_new_tokens, beams=beams, stop=(tokenizer.eos,),
                        mask=None if mask.all() else mask.to(device), **extra).tolist()
         for i, line in zip(rows, ids):
@@ -618,6 +624,175 @@ def probe(vit: ViT, layer: int = -2, train: int = 3000, test: int = 1500) -> dic
     return result
 
 
+# --- protocols: how a paper asks, with and without examples -------------------------------------------------------
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a paper words what stands after a picture, and how its examples end."""
+    question: str                           # {}: the question
+    caption: str = ""
+    first: str = ""                         # said once, before the first question
+    answer: str = " {}"                     # of an example
+    stop: bool = True                       # an example ends with <|endofchunk|>, or the stop token of a tokenizer that has none
+    between: str = ""                       # … and then with this
+    bare: int = 0                           # zero-shot shows so many examples, their pictures left out
+    rules: tuple[str, str] = ("", "")       # of `tidy`: for answers, for captions
+    chat: bool = False                      # a conversation, as the model's own template writes it
+
+
+PROTOCOLS = {
+    "ours": Protocol(data.QUESTION, data.CAPTION),                              # what train.py teaches
+    "mapl": Protocol("Question: {} Answer:", "", "Please answer the question. ", " {}.", stop=False, rules=("mapl", "mapl")),
+    "flamingo": Protocol("Question: {} Answer:", "Output:", bare=2, rules=("flamingo", "flamingo")),
+    "openflamingo": Protocol("Question:{} Short answer:", "Output:", answer="{}", between="\n", bare=2,
+                             rules=("openflamingo-vqa", "openflamingo-caption")),
+    "blip2": Protocol("Question: {} Short answer:", "a photo of", rules=("blip2", "blip2")),
+    "llava": Protocol("{}\nAnswer the question using a single word or phrase.", "Describe the image concisely.", answer="{}",
+                      rules=("llava", "llava"), chat=True),
+    "scienceqa": Protocol("\n{}", data.CAPTION),                                # {}: the problem as scienceqa_text words it
+    "mme": Protocol(data.QUESTION.format("{} Please answer yes or no."), data.CAPTION),
+}
+
+
+def prompt(tokenizer: data.Tokenizer, protocol: str, item: data.Item, question: data.QA | None = None, support: list[data.Item] = (),
+           form: str = "QCM-LEA") -> data.Document:
+    """What is asked about an item (for a caption, without a question) after examples that bring their own first question and answer.
+
+        mapl, one example:   <image>Please answer the question. Question: is it red? Answer: yes.<image>Question: is it blue? Answer:
+
+    A picture stands before its text. MAPL's wording with examples is not published: the instruction once is our reading of the one
+    prompt that is. form: of scienceqa_text.
+    """
+    p, d, said = PROTOCOLS[protocol], data.Document(tokenizer), []
+    for n, (seen, q) in enumerate([*((other, question and other.qas[0]) for other in support), (item, question)]):
+        text, told = p.caption, next(iter(seen.captions), "")
+        if q is not None:
+            if protocol == "scienceqa" and not (q.record and q.record.choices):
+                raise UserError('the protocol "scienceqa" asks multiple choice, and these questions have no choices; take another.')
+            text, told = data.scienceqa_text(q.record, form) if protocol == "scienceqa" else (q.question, q.answer)
+            text = p.first * (n == 0) + p.question.format(text.removesuffix(" Please answer yes or no.") if protocol == "mme" else text)
+        said.append((seen.image is not None, text, p.answer.format(told)))
+    if p.chat:
+        turns = [turn for pictured, text, told in said for turn in (("user", "<image>\n" * pictured + text), ("assistant", told))]
+        return d.chat([{"role": role, "content": text} for role, text in turns[:-1]])
+    for n, (pictured, text, told) in enumerate(said):
+        (d.image() if pictured else d).add(text)
+        if n < len(support):
+            d.add(told).ids([tokenizer.special.get("<|endofchunk|>", tokenizer.eos)] * p.stop).add(p.between)
+    return d
+
+
+def dice(seed: int, item: data.Item) -> np.random.Generator:
+    """Random numbers that belong to an item, whatever else is asked and in which order."""
+    return np.random.default_rng((seed, zlib.crc32(item.id.encode())))
+
+
+def shots(train, item: data.Item, k: int, seed: int = 0, pool: int = 2048) -> list[data.Item]:
+    """k examples for an item, each with one of its questions, among the first 2,048 items of the training split (as OpenFlamingo draws them);
+    never the item itself or its picture. The first four of eight are the four."""
+    rng, found, pool = dice(seed, item), [], min(pool, len(train)) if isinstance(train, data.Files) else pool
+    for other in (train.item(int(i)) for i in rng.permutation(pool)) if k else ():
+        same = other.image is not None and item.image is not None and np.array_equal(other.image, item.image)
+        if other.id != item.id and not same:
+            asked = [q for q in other.qas if q.answer]
+            found.append(replace(other, qas=[asked[rng.integers(len(asked))]] if asked else []))
+        if len(found) == k:
+            break
+    if len(found) < k:
+        raise UserError(f"the training split of {train.name} has {len(found)} other items, too few for {k} examples.")
+    return found
+
+
+def multiple_choice(items: list[data.Item], seed: int = 0) -> Iterator[tuple[int, data.QA]]:
+    """ScienceQA's form of a question of each item: the answer among up to three others to questions of its kind, in random order."""
+    known = collections.defaultdict(set)
+    for item in items:
+        for q in item.qas:
+            known[q.kind].add(q.answer)
+    for n, item in enumerate(items):
+        rng = dice(seed, item)
+        for q in item.qas[n % len(item.qas):][:1] if item.qas else ():
+            if others := rng.permutation(sorted(known[q.kind] - {q.answer}))[:3].tolist():
+                options = rng.permutation([q.answer, *others]).tolist()
+                yield n, replace(q, record=data.Record(item.id, question=q.question, choices=options, answer=options.index(q.answer)))
+
+
+def yes_no_pairs(items: list[data.Item], seed: int = 0) -> Iterator[tuple[int, data.QA]]:
+    """MME's form of a question of each picture of `shapes`, whose kind is the task: one whose answer is Yes, then one whose answer is No.
+
+    The bundled decoder was taught no sentence for counts and places but "how many …" and "where is …"; it meets these two here first.
+    """
+    named = sorted({q.question[:-1].split(maxsplit=3)[3] for item in items for q in item.qas if q.kind == "existence"})
+    for n, item in enumerate(items):
+        rng, there = dice(seed, item), re.findall(r"(?:small|large) ((\w+) (\w+)) at the (\w+ \w+)", item.about)
+        pairs = [pair for pair, *_ in there]
+        pick = lambda options: options[int(rng.integers(len(options)))]
+        q = item.qas[n % len(item.qas)]
+        words, yes, form = q.question[:-1].split(), q.answer, "is there {}?"
+        if q.kind == "existence":                       # about the pairs that the other pictures are asked about
+            yes = " ".join(words[3:]) if yes == "yes" else pick([p for p in pairs if p in named] or pairs)
+            no = " ".join(words[3:]) if q.answer == "no" else pick([p for p in named if p not in pairs])
+        elif q.kind == "color":
+            shape = next(s for _, c, s, place in there if c == yes and (s == words[-1] or q.question.endswith(f"at the {place}?")))
+            yes, no = f"{yes} {shape}", pick([p for c in data.COLORS if (p := f"{c} {shape}") not in pairs])
+        else:
+            no = pick([a for a in (data.NUMBERS if q.kind == "count" else data.PLACES) if a != yes])
+            form = f"is the number of {' '.join(words[2:-2])} {{}}?" if q.kind == "count" else f"is {' '.join(words[2:])} at the {{}}?"
+        for a, truth in ((yes, "Yes"), (no, "No")):
+            yield n, data.QA(q.kind, form.format(data.an(a) if q.kind in ("existence", "color") else a), truth)
+
+
+@torch.no_grad()
+def likelihoods(vlm: VLM, documents: list[data.Document], features: Tensor, pictures: list[list[int]], batch: int = 128) -> list[float]:
+    """log p of what each document learns, given what stands before it; pictures: the rows of `features` in each."""
+    found = []
+    for at in range(0, len(documents), batch):
+        tokens, labels, mask = (x.to(features.device) for x in data.collate(documents[at:at + batch]))
+        inputs, labels = vlm.prepare(tokens, features[sum(pictures[at:at + batch], [])], None if mask.all() else mask, labels)
+        keep = labels[:, 1:] != data.IGNORE
+        logits = vlm.decoder.head(vlm.decoder.states(**inputs)[-1][:, :-1][keep])
+        loss = F.cross_entropy(logits.float(), labels[:, 1:][keep], reduction="none")
+        found += loss.new_zeros(len(tokens)).index_add(0, keep.nonzero()[:, 0], -loss).tolist()
+    return found
+
+
+class Exam:
+    """A model before a data set: each picture is seen once, each text written once and kept in `file`, a line of JSON each."""
+
+    def __init__(self, vlm: VLM, tokenizer: data.Tokenizer, blind: bool = False, beams: int = 1, file: Path | None = None, about: str = ""):
+        self.vlm, self.tokenizer, self.blind, self.beams, self.file, self.about = vlm, tokenizer, blind, beams, file, about
+        size = vlm.vit.config.image_size
+        self.features = vlm.features(next(vlm.vit.parameters()).new_zeros(0, 3, size, size)).detach()
+        self.rows, self.known = {}, {}                                          # picture → row of the features, key → text
+        for line in file.read_bytes().split(b"\n") if file and file.exists() else ():
+            with contextlib.suppress(ValueError):                               # the line that a crash cut short
+                self.known.update([json.loads(line)])
+
+    def look(self, shown: list[list[data.Item]]) -> list[list[int]]:
+        """Rows of the features: the pictures of each prompt."""
+        names = [[(hash(i.image.tobytes()), i) for i in items if i.image is not None] for items in shown]
+        if new := {name: i for row in names for name, i in row if name not in self.rows}:
+            self.features = torch.cat((self.features, see(self.vlm, [*new.values()], self.blind)))
+            self.rows |= {name: len(self.rows) + n for n, name in enumerate(new)}
+        return [[self.rows[name] for name, _ in row] for row in names]
+
+    def texts(self, keys: list[str], documents: list[data.Document], shown: list[list[data.Item]], longest: int, part: int = 512) -> list[str]:
+        """What is written after each document, or with longest 0 the log p of what it learns; kept `part` by `part` under its key."""
+        keys = [f"{self.about}, {key}" for key in keys]
+        todo = sorted((n for n, key in enumerate(keys) if key not in self.known), key=lambda n: len(documents[n].tokens))
+        for rows in (todo[i:i + part] for i in range(0, len(todo), part)):
+            asked, pictures = [documents[n] for n in rows], self.look([shown[n] for n in rows])
+            told = (write(self.vlm.generate, asked, self.tokenizer, longest, self.beams, self.features, pictures=pictures) if longest
+                    else map(repr, likelihoods(self.vlm, asked, self.features, pictures)))
+            new = dict(zip((keys[n] for n in rows), told))
+            self.known |= new
+            if self.file:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with self.file.open("ab") as f:
+                    f.write(b"".join(b"\n" + json.dumps(pair).encode() for pair in new.items()))
+        return [self.known[key] for key in keys]
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 3. Tables
 # ------------------------------------------------------------------------------------------------------------------
@@ -679,7 +854,9 @@ def report(vlm: VLM, tokenizer: data.Tokenizer, world, out: Path, count: int, sa
     captions, answers = result.get("captions", [None] * len(items)), iter(result["answers"])
     told = [(item, text, [verdict(q, a) for q, a in zip(item.qas, answers)]) for item, text in zip(items, captions)]
     for item, text, asked in told[:samples]:
-        print(f"\nheld-out {item.id}" + ("" if text is None else f"\n  reference  {item.captions[0]}\n  caption    {text}"))
+        print(f"\nheld-out {item.id}")
+        if text is not None:
+            print(f"  reference  {item.captions[0]}\n  caption    {text}")
         for word, line in asked:
             print(f"  {word:10s} {line}")
     text = f"{len(items)} held-out pictures; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n"
@@ -703,12 +880,12 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 
 article { border: 1px solid #999; border-radius: .4rem; padding: .8rem; break-inside: avoid } h2 { font-size: 1rem }
 img { max-width: 100% } img:not(.zoom1) { image-rendering: pixelated } ul { list-style: none; padding: 0 }
 .right b { color: #0b5d1e } .wrong b { color: #b3140c } .partly b { color: #7a4a00 }
-pre { font-size: .75rem; overflow-x: auto } @media print { pre { font-size: 6pt } }</style></head>
-<body><h1>$title</h1><p>$summary</p><pre>$table</pre><main>$cards</main></body></html>
+pre { font-size: .75rem; overflow-x: auto } @media print { html { font-size: 8pt } }</style></head>
+<body><h1>$title</h1><p>$summary</p><pre>$text</pre><main>$cards</main></body></html>
 """)
 
 
-def write_samples(file: Path, title: str, told: list[tuple], table: str) -> None:
+def write_samples(file: Path, title: str, told: list[tuple], text: str) -> None:
     """One page that needs no other file and no script; told: (item, our caption or None, verdicts) per picture."""
     from PIL import Image
     show, cards, words = html.escape, [], [word for *_, asked in told for word, _ in asked]
@@ -717,37 +894,268 @@ def write_samples(file: Path, title: str, told: list[tuple], table: str) -> None
         picture.thumbnail((384, 384))
         picture.save(png, "png")
         zoom = max(1, 192 // max(picture.size))         # a small one is enlarged by a whole number and stays sharp
-        cards += [f'<article><h2>{show(item.id)}</h2><img class="zoom{zoom}" width="{zoom * picture.width}" alt="{show(item.id)}"',
+        cards += [f"<article><h2>{show(item.id)}</h2>", f'<img class="zoom{zoom}" width="{zoom * picture.width}" alt=""',
                   f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">']
         if caption is not None:
             cards.append(f"<p>reference: {show(item.captions[0])}</p><p>our caption: {show(caption)}</p>")
         lines = [f'<li class="{word.split()[0].lower()}"><b>{word}</b> {show(line)}</li>' for word, line in asked]
         cards += ["<ul>", *lines, "</ul></article>"]
-    summary = f"{len(told)} held-out pictures" + (f"; {words.count('right')} of {len(words)} answers are right" if words else "")
+    counted = f"; {words.count('right')} of {len(words)} answers are right" if words else ""
+    page = dict(title=show(title), summary=f"{len(told)} held-out pictures{counted}.", text=show(text), cards="\n".join(cards))
     with atomically(file) as tmp:
-        tmp.write_text(PAGE.substitute(title=show(title), summary=summary, table=show(table), cards="\n".join(cards)), "utf-8")
+        tmp.write_text(PAGE.substitute(page), encoding="utf-8")
+
+
+# --- the full comparison: captions, questions with 0, 4, 8 examples, ScienceQA's and MME's form ---------------------
+
+OFFICIAL = {"vqav2": "vqav2", "okvqa": "okvqa", "vizwizvqa": "vizwiz", "coco": "coco", "karpathy": "coco", "vizwiz": "coco",
+            "scienceqa": "scienceqa", "mme": "mme"}     # kind of data → form of `save_predictions`
+LONGEST = {"CIDEr": 64, "SQA": 256, "SQA rank": 0, "MME": 6}         # tokens that are written; else 12
+
+
+def questionnaire(world, items: list[data.Item], ks: tuple[int, ...], seed: int) -> dict[str, list[tuple[int, data.QA | None]]]:
+    """What is asked for each measure: (number of the item, question; None for a caption).
+
+    CIDEr       captions; BLEU-4 comes with it
+    0-shot …    open questions, with 0, … examples
+    SQA         multiple choice in ScienceQA's words, of data that has choices: the choice that is written counts
+    SQA rank    of worlds that are generated: the choice that is likeliest to be written, and then the stop token; so a bridge that has
+                never met a letter can be asked, too
+    MME         two questions a picture; "yes" or "no" is read as its evaluation reads it
+    """
+    files = isinstance(world, data.Files)
+    asked = [(n, q) for n, item in enumerate(items) for q in item.qas]
+    chosen = [(n, q) for n, q in asked if q.record is not None and q.record.choices]
+    told = [(n, None) for n, item in enumerate(items) if item.image is not None and (item.captions or not item.qas)]
+    if files and world.kind == "mme":
+        return {"MME": sorted(asked, key=lambda a: a[1].record.id)}
+    if files:
+        return {"CIDEr": told, **{f"{k}-shot": [a for a in asked if a not in chosen] for k in ks}, "SQA": chosen}
+    pairs = [*yes_no_pairs(items, seed)] if isinstance(world, data.Shapes) else []
+    return {"CIDEr": told, **{f"{k}-shot": asked for k in ks}, "SQA": chosen, "SQA rank": [*multiple_choice(items, seed)], "MME": pairs}
+
+
+def examine(exam: Exam, world, items: list[data.Item], support, protocol: str = "ours", ks: tuple[int, ...] = (0, 4, 8),
+            form: str = "QCM-LEA", seed: int = 0) -> tuple[dict, dict, list[str]]:
+    """Cells {(measure,): number, (part, measure): number}, predictions {measure: rows of `save_predictions`}, and why a measure is missing.
+
+    In %, CIDEr and BLEU-4 x 100, MME in points. Parts: kinds of question, of which VQA of a generated world is the mean; the columns of
+    ScienceQA's tables; MME's tasks, of which perception is summed. support: k → `shots` for each item.
+    """
+    files, cells, predictions, notes = isinstance(world, data.Files), {}, {}, []
+    for measure, asked in questionnaire(world, items, ks, seed).items():
+        k, ranked = int(measure[:-5]) if measure.endswith("-shot") else 0, measure == "SQA rank"
+        words = "scienceqa" if measure == "SQA" else protocol
+        bare = PROTOCOLS[words].bare if k == 0 and not ranked else 0
+        rows = [(n, q, c) for n, q in asked for c in (q.record.choices if ranked else [""])]
+        keys = [", ".join([measure, items[n].id, *([q.question] if q else []), *([c] if c else [])]) for n, q, c in rows]
+        try:
+            examples = [[replace(i, image=None) if bare else i for i in row] for row in support(k or bare)]
+            documents = [prompt(exam.tokenizer, words, items[n], q, examples[n], form) for n, q, _ in rows]
+            documents = [d.add(" " + c, learn=True).end() if c else d for d, (*_, c) in zip(documents, rows)]
+            said = exam.texts(keys, documents, [[*examples[n], items[n]] for n, *_ in rows], LONGEST.get(measure, 12))
+        except UserError as e:                          # a bridge that takes one picture; too few examples on disk
+            notes.append(f"{measure} is empty: {e}")
+            continue
+        if not asked:
+            continue
+        if (rule := PROTOCOLS[words].rules[measure == "CIDEr"]) and not ranked:
+            said = [tidy(rule, text) for text in said]
+        questions, ids = [q for _, q in asked], [q.record.id if files and q else items[n].id for n, q in asked]
+        predictions[measure] = [*zip(ids, said)]
+        if measure == "CIDEr" and all(items[n].captions for n, _ in asked):
+            scores = caption_scores(said, [items[n].captions for n, _ in asked])
+            cells |= {("CIDEr",): 100 * scores["cider"], ("B@4",): 100 * scores["bleu4"]}
+        elif measure == "MME":
+            names = [Path(q.record.images[0]).name if files else i for q, i in zip(questions, ids)]
+            predictions[measure] = [(q.kind, name, q.question, q.answer, text) for q, name, text in zip(questions, names, said)]
+            cells |= mme_cells({task: x["score"] for task, x in mme(predictions[measure]).items() if isinstance(x, dict)})
+        elif measure.endswith("-shot") and all(q.answer for q in questions):
+            cells |= vqa_cells(measure, by_kind(questions, said), mean([*map(accuracy, questions, said)]) if files else None)
+        elif measure.startswith("SQA"):
+            logp = iter(said)
+            picked = [int(np.argmax([float(next(logp)) for _ in q.record.choices])) if ranked else
+                      scienceqa_choice(next(logp), len(q.record.choices)) for q in questions]
+            predictions[measure] = [*zip(ids, picked, said)]
+            told = {n: {**q.record.more, "image": q.record.images, "answer": q.record.answer} for n, q in enumerate(questions)}
+            parts = scienceqa(told, dict(enumerate(picked))) if files else {}
+            parts["Avg"] = mean([c == q.record.answer for c, q in zip(picked, questions)])
+            cells |= {(measure,) if part == "Avg" else (part, measure): 100 * x for part, x in parts.items()}
+    return cells, predictions, notes
+
+
+def vqa_cells(measure: str, kinds: dict[str, float], whole: float | None) -> dict:
+    """Of kinds of question and of all: `whole`, the official mean over questions, or the mean over kinds."""
+    whole, kinds = kinds["mean"] if whole is None else whole, {kind: x for kind, x in kinds.items() if kind != "mean"}
+    return {(kind, measure): 100 * x for kind, x in kinds.items()} | {(measure,): 100 * whole}
+
+
+def mme_cells(tasks: dict[str, float]) -> dict:
+    return {(task, "MME"): x for task, x in tasks.items()} | {("MME",): sum(tasks.get(task, 0) for task in MME["perception"])}
+
+
+def chances(world, train, items: list[data.Item], ks: tuple[int, ...], seed: int) -> dict:
+    """Cells for who sees nothing: open questions: the commonest answer of their kind in training; choices, yes or no: dice."""
+    files, cells = isinstance(world, data.Files), {}
+    for measure, asked in questionnaire(world, items, ks, seed).items():
+        questions = [q for _, q in asked]
+        if measure.endswith("-shot") and asked and all(q.answer for q in questions):
+            kinds = chance(train(), items)
+            cells |= vqa_cells(measure, kinds, mean([kinds[q.kind] for q in questions]) if files else None)
+        elif measure.startswith("SQA") and asked:
+            cells[(measure,)] = 100 * mean([1 / len(q.record.choices) for q in questions])
+        elif measure == "MME" and asked:
+            cells |= mme_cells({q.kind: 75.0 for q in questions})               # acc 1/2, acc+ 1/4
+    return cells
+
+
+def overall(cells: dict, sets: dict[str, list[str]]) -> dict:
+    """The documents' Overall: of each measure the plain mean over the data sets of the table, nothing where one is missing; MME has one.
+
+        MAPL, 0-shot:  (33.54 + 13.84 + 8.26 + 11.72) / 4 = 16.84
+    """
+    found = {m: [cells.get((name, m)) for name in names] for m, names in sets.items()}
+    return {(m,): mean(x) for m, x in found.items() if None not in x}
+
+
+PAPER_ROWS = {          # bridge → row | trained | examples | source | measure: data set and number …; never on the data of our rows
+    "linear": ["LLaVA 13B | 13B | 158K | 2304.08485v2, fine-tuned on ScienceQA | SQA: scienceqa 90.92"],
+    "mlp": ["LLaVA-1.5 13B | 13B | 1.2M | its model zoo and MME's leaderboard; it is trained on VQAv2, reads OCR in TextVQA, and is asked only "
+            "ScienceQA's pictured problems | 0-shot: vqav2 80.0 textvqa 61.3 vizwizvqa 53.6 | SQA: scienceqa 71.6 | MME: mme 643.33"],
+    "mapl": ["MAPL | 3.4M | 374K | 2210.07179v2, trained on CC-clean | CIDEr: cc 79.75 coco 54.3 textcaps 22.95 vizwiz 20.95 | "
+             "B@4: cc 6.75 coco 12.3 textcaps 5.8 vizwiz 4.95 | 0-shot: vqav2 33.54 okvqa 13.84 textvqa 8.26 vizwizvqa 11.72 | "
+             "4-shot: vqav2 45.13 okvqa 24.25 textvqa 8.88 vizwizvqa 18.46 | 8-shot: vqav2 45.21 okvqa 23.93 textvqa 8.77 vizwizvqa 19.52",
+             "MAPL-blind | 3.4M | 374K | 2210.07179v2, trained on CC-clean without seeing | CIDEr: cc 5.05 coco 5.75 textcaps 2.15 vizwiz 1.8 | "
+             "B@4: cc 0.35 coco 2.75 textcaps 1.35 vizwiz 1.5 | 0-shot: vqav2 20.62 okvqa 4.84 textvqa 3.68 vizwizvqa 3.18 | "
+             "4-shot: vqav2 35.01 okvqa 14.68 textvqa 5.43 vizwizvqa 8.65 | 8-shot: vqav2 35.11 okvqa 14.28 textvqa 5.82 vizwizvqa 9.55"],
+    "frozen": ["Frozen | 40.3M | 374K | MAPL's authors' run of 2106.13884, on CC-clean | CIDEr: cc 22.6 coco 13.9 textcaps 4.6 vizwiz 2.65 | "
+               "B@4: cc 2.45 coco 5.25 textcaps 2.65 vizwiz 2.05 | 0-shot: vqav2 25.98 okvqa 5.51 textvqa 5.11 vizwizvqa 4.33 | "
+               "4-shot: vqav2 37.80 okvqa 18.86 textvqa 6.15 vizwizvqa 11.28 | 8-shot: vqav2 38.52 okvqa 19.91 textvqa 6.30 vizwizvqa 16.68"],
+    "qformer": ["BLIP-2 | 104M | 129M | 2301.12597v3, fine-tuned on COCO; with FlanT5-XXL on MME's leaderboard | CIDEr: coco 145.3 | "
+                "B@4: coco 43.7 | MME: mme 516.66"],
+    "zero_init": ["LLaMA-Adapter | 1.2M | | 2303.16199v3, trained on ScienceQA; its V2 on COCO, its V2.1 on MME's leaderboard | CIDEr: coco 122.2 | "
+                  "B@4: coco 36.2 | SQA: scienceqa 85.19 | MME: mme 493.33"],
+    "flamingo": ["Flamingo-80B | 10.2B | 2.1B | 2204.14198v2 | CIDEr: coco 84.3 | 0-shot: vqav2 56.3 okvqa 50.6 textvqa 35.0 vizwizvqa 31.6 | "
+                 "4-shot: vqav2 63.1 okvqa 57.4 textvqa 36.5 vizwizvqa 39.6 | 8-shot: vqav2 65.6 okvqa 57.5 textvqa 37.3 vizwizvqa 44.8"],
+}                       # MME: existence, count, position and color, of 800
+
+
+def paper_rows(bridges: list[str]) -> tuple[list[dict], list[str]]:
+    """The published rows of these systems with their Overall, and the sentences that say what they are."""
+    rows, notes = [], []
+    for name, trained, examples, source, *measures in (map(str.strip, row.split("|")) for b in bridges for row in PAPER_ROWS.get(b, ())):
+        words = {m: text.split() for m, text in (measure.split(":") for measure in measures)}
+        cells = {(part, m): float(x) for m, line in words.items() for part, x in zip(line[::2], line[1::2])}
+        rows.append({"row": f"[{name}]", "trained": trained, "examples": examples,
+                     "cells": cells | overall(cells, {m: line[::2] for m, line in words.items()})})
+        notes.append(f"[{name}] is published, on other data ({', '.join(dict.fromkeys(part for part, _ in cells))}): {source}")
+    return rows, notes
+
+
+def compare(runs: list[str], specs: list[str] = (), protocol: str = "ours", ks: tuple[int, ...] = (0, 4, 8), count: int = 400, seed: int = 0,
+            beams: int = 1, folder: str | None = None, device="cpu") -> tuple[list[dict], list[str]]:
+    """Rows {"row", "trained", "examples", "cells"} of each run, the same run blind, and chance, on the data of the runs or on `specs`; footnotes.
+
+    folder: FOLDER/RUN.jsonl keeps every text, and none is written twice. Beside it lie the predictions in each benchmark's official form:
+    RUN-DATA-MEASURE.json, and a folder for MME.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f'no protocol is called "{protocol}"; {nearest(protocol, PROTOCOLS)}')
+    rows, notes, opened, base = [], {}, {}, {}
+
+    def open_set(spec: str):
+        """The world, its held-out items (or those of the split that the spec names), and examples for them."""
+        world = data.open_data(spec, seed)
+        items = items_of(world, world.split if spec.endswith(f":{world.split}") else world.held_out, count)
+        train = functools.cache(lambda: data.open_data(world.name, seed))
+        return world, items, train, functools.cache(lambda k: [shots(train(), i, k, seed) if k else [] for i in items])
+
+    for run, blind in ((run, blind) for run in runs for blind in (False, True)):
+        if not blind:
+            vlm, tokenizer, facts = open_run(run, device)
+            settings, name = facts.get("settings", {}), Path(run).name
+            stamp = f"{zlib.crc32(json.dumps(facts, sort_keys=True).encode()):08x}"         # another training, other texts
+        row, start = {"row": name + ", blind" * blind, "cells": {}}, time.monotonic()
+        row |= {} if blind else {"trained": facts.get("trained_parameters"), "examples": facts.get("training_examples")}
+        if not specs and "data" not in settings:
+            raise UserError(f"{run} was trained elsewhere; name what to ask it about: --data SPEC, such as --data vqav2:PATH:val.")
+        for spec in specs or [settings["data"].split(" + ")[0].split(" * ")[0]]:
+            world, items, train, support = opened[spec] = opened.get(spec) or open_set(spec)
+            kind, about = world.name.split(":")[0], f"{stamp}, {spec}, {protocol}, seed {seed}, beams {beams}" + ", blind" * blind
+            exam = Exam(vlm, tokenizer, blind, beams, folder and Path(folder) / f"{name}.jsonl", about)
+            cells, told, missing = examine(exam, world, items, support, protocol, ks, settings.get("form", "QCM-LEA"), seed)
+            row["cells"] |= {(kind, *key): x for key, x in cells.items()}
+            notes |= {f"{name}, {text}": None for text in missing}
+            for measure, lines in told.items() if folder and kind in OFFICIAL and not blind else ():
+                save_predictions(OFFICIAL[kind], lines, Path(folder) / f"{name}-{kind}-{measure}{'' if kind == 'mme' else '.json'}")
+        rows.append(row)
+        print(f"{row['row']}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+    for world, items, train, _ in opened.values():
+        try:
+            base |= {(world.name.split(":")[0], *key): x for key, x in chances(world, train, items, ks, seed).items()}
+        except UserError as e:
+            notes[f"chance is empty: {e}"] = None
+    rows.append({"row": "chance", "cells": base})
+    sets = collections.defaultdict(dict)
+    for kind, measure in (key for row in rows for key in row["cells"] if len(key) == 2):
+        sets[measure][kind] = None
+    alone = len(opened) == 1 and not isinstance(world, data.Files)
+    for row in rows:
+        row["cells"] = ({key[1:]: x for key, x in row["cells"].items()} if alone else
+                        row["cells"] | overall(row["cells"], {m: [*kinds] for m, kinds in sets.items()}))
+    return rows, [*notes]
+
+
+def lay_out(rows: list[dict], form: str = "text", each: bool = False) -> str:
+    """Rows of `compare` as text, Markdown or CSV: trained parameters, training examples, each data set's columns, Overall.
+
+    The data set of one generated world is its kinds of question, and Overall alone is shown; `each` shows kinds of question everywhere.
+    """
+    keys = dict.fromkeys(key for row in rows for key in row["cells"])
+    own = {key for row in rows if not row["row"].startswith("[") for key in row["cells"]}
+    wide = any(key[0] in {*data.WORLDS, *data.FORMATS} for key in own)
+    order = ("CIDEr", "B@4", *sorted({key[-1] for key in keys if key[-1].endswith("-shot")}, key=lambda m: int(m[:-5])), "SQA", "SQA rank", "MME")
+    shown = sorted((key for key in keys if len(key) == 1 or key in own and len(key) <= 1 + wide + each),
+                   key=lambda key: (order.index(key[-1]), len(key) == 1, key[:1], len(key) == 2))
+    head = ["", "trained", "examples", *("Overall " * ((wide or each) and len(key) == 1) + " ".join(key) for key in shown)]
+    digits, comma = (2, "") if form == "csv" else (1, ",")
+    cell = lambda x: "" if x is None else f"{x:.{digits}f}" if isinstance(x, float) else f"{x:{comma}}" if isinstance(x, int) else x
+    lines = [head] + [[row["row"], *map(cell, (row.get("trained"), row.get("examples"), *map(row["cells"].get, shown)))] for row in rows]
+    if form == "csv":
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(lines)
+        return out.getvalue().rstrip("\n")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [[v.rjust(w) if n else v.ljust(w) for n, (v, w) in enumerate(zip(line, widths))] for line in lines]
+    if form == "markdown":
+        lines.insert(1, [("-" * (w - 1) + ":") if n else "-" * w for n, w in enumerate(widths)])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # 4. Analyses: where the words look, and what the visual tokens say
 # ------------------------------------------------------------------------------------------------------------------
-# A map of attention shows what was read, not what was made of it; so there is a measured number beside the pictures.
+# A map of attention shows what was read, not what was made of it; so a measured number goes with the pictures.
 
 @torch.no_grad()
 def gaze(vlm: VLM, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the words of one text (1, T) about one picture (1, N, Di) look: words (L, H, T', K) and patches (K, N), float32.
+    """Where one text (1, T) about one picture (1, N, Di) looks: words (L, H, T', K) and patches (K, N), float32.
 
-    words[l, h, t]: attention of the t-th of the T' words behind the picture to its K visual tokens, in the l-th of the layers that
-    read them. Soft tokens share a softmax with the words, so a row sums to the picture's share; prompts and latents have a softmax of
-    their own: a row sums to 1, and a gate decides. patches[k]: of which ViT tokens visual token k is made (Bridge.made_of).
-    words @ patches (L, H, T', N) leads from the words to the picture.
+    words[l, h, t]: attention of the t-th of the T' words behind the picture to its K visual tokens, in the l-th layer
+    that reads them. Soft tokens share a softmax with the words: a row sums to the picture's share. Prompts and latents
+    have one of their own: a row sums to 1, and a gate decides. patches[k]: of which ViT tokens visual token k is made
+    (Bridge.made_of). words @ patches (L, H, T', N) leads from the words to the picture.
     """
-    if tokens.shape[0] != 1 or int((tokens == data.IMAGE).sum()) != 1:
-        raise UserError(f"gaze reads one text about one picture, not {len(tokens)} with {int((tokens == data.IMAGE).sum())}.")
-    first, T = int((tokens[0] == data.IMAGE).nonzero()), tokens.shape[1]
+    at = (tokens == data.IMAGE).nonzero()
+    if len(tokens) != 1 or len(at) != 1:
+        raise UserError(f"gaze reads one text about one picture, not {len(tokens)} about {len(at)}; call it for each.")
+    first = int(at[0, 1])
+    behind = tokens.shape[1] - first - 1                                        # T'
     _, attention = vlm(tokens, features=features, return_attention=True)
-    patches = vlm.bridge.made_of(attention, features)[0].float()
-    words = torch.stack([w[0, :, first + 1 - T:] for name, w in attention.items() if fnmatch.fnmatch(name, vlm.bridge.looks)])
+    patches = vlm.bridge.made_of(attention, features)[0]
+    looks = [w for name, w in attention.items() if fnmatch.fnmatch(name, vlm.bridge.looks)]
+    words = torch.stack([w[0, :, w.shape[2] - behind:] for w in looks])
     return words if words.shape[-1] == len(patches) else words[..., first:first + len(patches)], patches
 
 
@@ -757,20 +1165,21 @@ def prefix_words(vlm: VLM, tokenizer: data.Tokenizer, features: Tensor, k: int =
 
     (A1)  cos(h, e_v) = h · e_v / (‖h‖ ‖e_v‖)        e_v: row v of the embedding matrix
 
-    Lengths are left out because soft tokens are far longer than words (mlp on shapes: 62 against 4.3).
+    Lengths are left out because soft tokens are far longer than words (mlp on shapes: about 60 against 4.3).
     """
     if type(vlm.bridge).prefix is Bridge.prefix:
-        raise UserError(f"a {vlm.bridge.name} bridge puts no soft tokens among the words, so none has a nearest word; use a bridge with a prefix.")
+        raise UserError(f"a {vlm.bridge.name} bridge puts no soft tokens among the words, so none has a nearest word.")
     soft = vlm.bridge.prefix(vlm.bridge.see(features))[0].float()               # (K, D)
     words = vlm.decoder.embed.weight[:vlm.decoder.config.vocab_size].float()
-    cosine, ids = (F.normalize(soft, dim=-1) @ F.normalize(words, dim=-1).T).topk(k)        # (K, k) (A1)
-    return [[(tokenizer.decode([v], special=True), c) for v, c in zip(*row)] for row in zip(ids.tolist(), cosine.tolist())]
+    near = (F.normalize(soft, dim=-1) @ F.normalize(words, dim=-1).T).topk(k)   # (K, k) (A1)
+    return [[(tokenizer.decode([v], special=True), c) for v, c in zip(*row)]
+            for row in zip(near.indices.tolist(), near.values.tolist())]
 
 
 def joint_projection(visual: Tensor, words: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-    """Visual tokens (K, D) and words (V, D) in one plane: (K, 2), (V, 2), and the shares of the variance that its two axes hold.
+    """Visual tokens (K, D) and words (V, D) in one plane: (K, 2), (V, 2), and the shares of the variance on its axes.
 
-    The first two principal components of all directions h / ‖h‖ together; an axis points to where its largest coordinate is.
+    The first two principal components of all directions h / ‖h‖; an axis points to where its largest coordinate is.
     """
     x = F.normalize(torch.cat((visual, words)).detach().double(), dim=-1)
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
@@ -780,7 +1189,7 @@ def joint_projection(visual: Tensor, words: Tensor) -> tuple[Tensor, Tensor, lis
 
 
 def gate_history(run: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (S,) and gates (S, layers, heads) of a run: what multiplies a branch, signed; flamingo: attention, feed-forward for heads."""
+    """Steps (S,) and gates (S, layers, heads) of a run, signed, after tanh; of flamingo (S, blocks, 2)."""
     file = Path(run) / "log.jsonl"
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     logged = [(line["step"], line["gates"]) for line in lines if "gates" in line]
@@ -790,92 +1199,105 @@ def gate_history(run: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def overlay(picture: np.ndarray, weights, top: float | None = None, side: int = 144) -> np.ndarray:
-    """(side, side, 3) uint8: the square `picture` (S, S, 3) in grey, redder where the weights (g·g,) of its patches are larger.
+    """(side, side, 3) uint8: the square picture (S, S, 3) in grey, redder where its weights (g·g,) are large.
 
-    top: the weight of full red, default the largest. Of g·g + 1 weights the first is the class token's, which has no place.
+    top: the weight of full red (None: the largest). Of g·g + 1 weights the first is the class token's and has no place.
     """
     from PIL import Image
+    grow = lambda x: np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.NEAREST))[..., None]
     g, weights = math.isqrt(len(weights)), np.asarray(weights, np.float32)
-    heat = (weights[len(weights) - g * g:] / (top or weights.max() or 1)).clip(0, 1).reshape(g, g)
-    grow = lambda x: np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.NEAREST), np.float32)[..., None]
-    return (grow(picture.mean(-1, dtype=np.float32)) * (1 - 0.7 * grow(heat)) + 0.7 * grow(heat) * (255, 40, 0)).round().astype(np.uint8)
+    heat = 0.7 * grow((weights[len(weights) - g * g:] / (top or weights.max() or 1)).clip(0, 1).reshape(g, g))
+    return ((1 - heat) * grow(picture.mean(-1, dtype=np.float32)) + heat * (255, 40, 0)).round().astype(np.uint8)
+
+
+def need_cells(vlm: VLM) -> None:
+    if (grid := vlm.vit.config.image_size // vlm.vit.config.patch) != 3:
+        raise UserError(f"this takes a ViT with 3 x 3 patches, one for a cell of `shapes`, not {grid} x {grid}; use weights/vit.")
 
 
 def attention_on_target(vlm: VLM, tokenizer: data.Tokenizer, count: int = 200, split: str = "test") -> list[dict]:
-    """Does a question look at what it asks about? Rows for `table`: attention per layer that reads the picture, mean over heads.
+    """Does a question look at what it asks about? Rows for `table`: attention in each layer that reads the picture.
 
-    On pictures of `shapes` with 2 to 4 things, over questions about colour and position that were answered right, of all attention:
+    Mean over heads and over questions about colour and position that were answered right, on `shapes` of 2 to 4 things:
 
-        question: asked, another, picture   to the cell of the thing asked about, of another thing, to all nine cells; from the last
-                                            word of the question (ring in "what color is the ring?")
-        answer: asked, …                    the same from the last word of the prompt, behind which the answer is written
-        all words: picture                  mean over the words of the prompt; next to 100 where the picture has a softmax of its own
+        question: asked, another, picture   to the cell of the thing asked about, of another thing, to all nine cells;
+                                            from the last word of the question (ring in "what color is the ring?")
+        answer: asked, another, picture     the same from the last word of the prompt, behind which the answer comes
+        all words: picture                  about 1 where the picture has a softmax of its own
 
     By chance a cell has a ninth of the picture's. Needs one patch per cell.
     """
+    need_cells(vlm)
     world, ends = data.Shapes(split), len(tokenizer.encode("? Answer:"))
     named = lambda q, t: 2 * (t.place in q) + (t.color in q) + (t.shape in q)
     asked = [(q, i, max(things, key=lambda t: named(q.question, t)), things) for i in range(count)
-             if len(things := world.scene(world.rng(i))) > 1 for q in world.item(i).qas if q.kind in ("color", "position")]
+             if len(things := world.scene(world.rng(i))) > 1
+             for q in world.item(i).qas if q.kind in ("color", "position")]
     features = see(vlm, [world.item(i) for i in range(count)], blind=False)
     documents = [data.Document(tokenizer).image().add(data.QUESTION.format(q.question)) for q, *_ in asked]
-    answers = write(vlm.generate, documents, tokenizer, 12, features=features[[i for _, i, *_ in asked]])
-    found = []
+    answers, found = write(vlm.generate, documents, tokenizer, 12, features=features[[i for _, i, *_ in asked]]), []
     for (q, i, target, things), document, answer in zip(asked, documents, answers):
         if answer == q.answer:
             words, patches = gaze(vlm, torch.tensor([document.tokens], device=features.device), features[i:i + 1])
             x = (words.mean(1) @ patches)[..., -9:]                             # (L, T', 9)
-            x = torch.stack((x[..., target.cell], x[..., [t.cell for t in things if t is not target]].mean(-1), x.sum(-1)))
+            others = x[..., [t.cell for t in things if t is not target]]
+            x = torch.stack((x[..., target.cell], others.mean(-1), x.sum(-1)))  # (3, L, T')
             found.append(torch.stack((*x[..., -1 - ends], *x[..., -1], x[2].mean(-1))))     # (7, L)
-    names = [f"{word}: {cell}" for word in ("question", "answer") for cell in ("asked", "another", "picture")] + ["all words: picture"]
-    if not found:
-        raise UserError(f"none of {len(asked)} questions about colour and position was answered right, so there is nothing to measure; train longer.")
-    return [{"row": name, **{f"layer {l}": x for l, x in enumerate(share)}} for name, share in zip(names, torch.stack(found).mean(0).tolist())]
+    names = [f"{word}: {cell}" for word in ("question", "answer") for cell in ("asked", "another", "picture")]
+    shares = torch.stack(found).mean(0).tolist() if found else []               # 7 lists of L
+    return [{"row": row, **{f"layer {l}": x for l, x in enumerate(share)}}
+            for row, share in zip((*names, "all words: picture"), shares)]
 
 
 @torch.no_grad()
-def words_on_target(vlm: VLM, tokenizer: data.Tokenizer, count: int = 200, split: str = "test", k: int = 5) -> list[dict]:
+def words_on_target(vlm: VLM, tokenizer: data.Tokenizer, count: int = 200, split: str = "test") -> list[dict]:
     """Do soft tokens spell what they stand for? Rows for `table`, over the things in pictures of `shapes`.
 
-    own: share of things whose colour, shape, … is among the k words nearest to the soft token that holds most of their cell; another's:
-    the colour, shape, … of another thing in the picture, where it differs, among the same words. Needs one patch per cell.
+    own: how often a thing's colour, shape, … is among the 5 words nearest to the soft token that holds most of its
+    cell; another's: how often another thing's in the picture is, where the two differ. Needs one patch per cell.
     """
+    need_cells(vlm)
     world, hits = data.Shapes(split), {"own": [], "another's": []}
     says = lambda t: (t.color, t.shape, t.size, *t.place.split())
     start = torch.tensor([data.Document(tokenizer).image().add(data.CAPTION).tokens])
     for i, features in enumerate(see(vlm, [world.item(i) for i in range(count)], blind=False).split(1)):
-        near, patches = prefix_words(vlm, tokenizer, features, k), gaze(vlm, start.to(features.device), features)[1]
+        near, patches = prefix_words(vlm, tokenizer, features), gaze(vlm, start.to(features.device), features)[1]
         for t, o in itertools.product(world.scene(world.rng(i)), repeat=2):
             words = {word.strip() for word, _ in near[int(patches[:, t.cell - 9].argmax())]}
-            hits["own" if o is t else "another's"].append([w in words if o is t or w != v else math.nan for w, v in zip(says(o), says(t))])
+            hit = [w in words if o is t or w != own else math.nan for w, own in zip(says(o), says(t))]
+            hits["own" if o is t else "another's"].append(hit)
     kinds = ("color", "shape", "size", "top/middle/bottom", "left/center/right")
-    return [{"row": row, **dict(zip(kinds, np.nanmean(x, 0).tolist()))} for row, x in hits.items()]
+    return [{"row": row, **dict(zip(kinds, np.nanmean(x, 0).tolist()))} for row, x in hits.items() if x]
 
 
+@torch.no_grad()
 def look(vlm: VLM, tokenizer: data.Tokenizer, pixels: Tensor, prompt: str, out: Path) -> str:
-    """Where the words of a prompt look in a picture (1, 3, S, S): words.png and tokens.png in `out`; returns a table for each."""
+    """Where a prompt looks in a picture (1, 3, S, S): words.png, tokens.png in `out`; returns a legend and tables."""
     from PIL import Image, ImageDraw
     document, features = data.Document(tokenizer).image().add(prompt), vlm.features(pixels)
     words, patches = gaze(vlm, torch.tensor([document.tokens], device=pixels.device), features)
-    p = vlm.processor or data.PROCESSORS["clip"]
-    picture = 255 * (pixels[0].cpu().movedim(0, -1) * torch.tensor(p.std) + torch.tensor(p.mean)).clip(0, 1).numpy()    # as the ViT sees it
-    said = [tokenizer.decode([t]) for t in document.tokens[-words.shape[2]:]]
+    p, prefix = vlm.processor or data.PROCESSORS["clip"], type(vlm.bridge).prefix is not Bridge.prefix
+    picture = pixels[0].cpu().movedim(0, -1) * torch.tensor(p.std) + torch.tensor(p.mean)   # as the ViT sees it
+    picture = (255 * picture).clip(0, 255).numpy()
+    gates = vlm.bridge.gates().abs().mean(-1) if hasattr(vlm.bridge, "gates") else [None] * len(words)
+    said = [ascii(tokenizer.decode([t])) for t in document.tokens[-words.shape[2]:]]
     out.mkdir(parents=True, exist_ok=True)
-    for name, heads, sheet in (("words", said, (words.mean(1) @ patches).cpu()), ("tokens", range(len(patches)), patches[None].cpu())):
-        canvas = Image.new("RGB", (150 * sheet.shape[1], 20 + 150 * sheet.shape[0]), "white")
+    lines = []
+    for file, says, heads, maps in (
+            ("words.png", "a column per word, a row per layer", said, (words.mean(1) @ patches).cpu()),
+            ("tokens.png", "of which patches each visual token is made", range(len(patches)), patches[None].cpu())):
+        canvas, top = Image.new("RGB", (150 * maps.shape[1], 150 * len(maps) + 20), "white"), float(maps.max())
         for column, head in enumerate(heads):
-            ImageDraw.Draw(canvas).text((150 * column + 4, 4), ascii(head), "black")
-            for row, weights in enumerate(sheet[:, column]):
-                canvas.paste(Image.fromarray(overlay(picture, weights, float(sheet.max()))), (150 * column + 3, 20 + 150 * row))
-        canvas.save(out / f"{name}.png")
-    gates = vlm.bridge.gates().abs().mean(-1).tolist() if hasattr(vlm.bridge, "gates") else None
-    lines = [f"{out}/words.png    a column per word, a row per layer that reads the picture; full red = {float((words.mean(1) @ patches).max()):.2f}"]
-    lines += [f"{l:8d}   attention to the picture {100 * share:5.1f} %" + (f"   mean |gate| {gates[l]:.3f}" if gates else "")
-              for l, share in enumerate(words.sum(-1).mean((1, 2)).tolist())]
-    lines.append(f"{out}/tokens.png   a column per visual token: of which patches it is made; full red = {float(patches.max()):.2f}")
-    if type(vlm.bridge).prefix is not Bridge.prefix:
-        lines += ["the words nearest to each, and the cosine:"]
-        lines += [f"{n:8d}   " + "  ".join(f"{w!r} {c:.2f}" for w, c in row) for n, row in enumerate(prefix_words(vlm, tokenizer, features))]
+            ImageDraw.Draw(canvas).text((150 * column + 4, 4), str(head), "black")
+            for row, weights in enumerate(maps[:, column]):
+                canvas.paste(Image.fromarray(overlay(picture, weights, top)), (150 * column + 3, 150 * row + 20))
+        canvas.save(out / file)
+        lines.append(f"{out / file}: {says}; full red = {top:.2f}")
+    for l, (w, gate) in enumerate(zip(words, gates)):
+        lines.append(f"layer {l:3d}  attention to the picture {100 * float(w.sum(-1).mean()):5.1f} %")
+        lines[-1] += "" if gate is None else f"  mean |gate| {gate:.3f}"
+    for n, row in enumerate(prefix_words(vlm, tokenizer, features) if prefix else ()):
+        lines.append(f"token {n:3d}  nearest words  " + "  ".join(f"{w!r} {c:.2f}" for w, c in row))
     return "\n".join(lines)
 
 
@@ -890,7 +1312,7 @@ EARLY, CHOICES = "--steps 100", "--recipe llava-1.5-2 --init {mlp} --data shapes
 ARMS = {
     "linear": ("--bridge linear", "answers"),
     "mlp": ("--bridge mlp", "answers"),
-    "mapl": ("--bridge mapl", "answers"),
+    "transformer": ("--bridge mapl", "answers"),
     "mlp, last layer": ("--bridge mlp --option reads_layer=-1", "answers"),
     "zero-init": ("--bridge zero_init", "answers loss gates"),
     "random-init": ("--bridge zero_init --option gate_init=random", "answers loss gates"),
@@ -908,6 +1330,7 @@ ARMS = {
     "MAPL, 1 %": ("--bridge mapl --captions 1 --examples 96", "answers captions"),
     "Frozen": ("--bridge frozen --vit random --captions 1", "answers captions"),
     "Frozen, 1 %": ("--bridge frozen --vit random --captions 1 --examples 96", "answers captions"),
+    "MAPL, pages": ("--bridge mapl --data shapes-pages --batch 16", "shots"),
     "MAPL, alt-texts": ("--bridge mapl --captions 1 --data shapes-web", "answers captions"),
     "prefix 1": ("--bridge mapl --captions 1 --option constants=1", "answers captions"),
     "prefix 4": ("--bridge mapl --captions 1 --option constants=4", "answers captions"),
@@ -916,8 +1339,8 @@ ARMS = {
     "BLIP-2 without stage 1": ("--recipe blip2-2 --init none", "answers"),
     "2 queries": ("--recipe blip2-2 --init none --option queries=2", "answers"),
     "4 queries": ("--recipe blip2-2 --init none --option queries=4", "answers"),
-    "sees the last image": ("--bridge flamingo --data shapes-pages", "answers pages"),
-    "sees all images": ("--bridge flamingo --data shapes-pages --option see_all=true", "answers pages"),
+    "sees the last image": ("--bridge flamingo --data shapes-pages --batch 16", "answers pages"),
+    "sees all images": ("--bridge flamingo --data shapes-pages --batch 16 --option see_all=true", "answers pages"),
 }
 
 
@@ -965,7 +1388,8 @@ CLAIMS = {
         f"cider {KINDS_SHOWN}"),
     "shots": Claim(
         "Examples in the prompt help: four much, four more little.", "document 1, MAPL, four VQA sets together",
-        (("MAPL: 4 shots", ">", "MAPL: 0 shots", "24.18, 16.84"), ("MAPL: 8 shots", "≥", "MAPL: 4 shots", "24.36, 24.18")),
+        (("MAPL: 4 shots", ">", "MAPL: 0 shots", "24.18, 16.84"), ("MAPL: 8 shots", "≥", "MAPL: 4 shots", "24.36, 24.18"),
+         ("MAPL, pages: 4 shots", ">", "MAPL, pages: 0 shots", "")),
         "0_shots 1_shot 4_shots 8_shots"),
     "stage-1": Claim(
         "Without its first stage, the Q-Former answers much worse.", "document 1, BLIP-2 Figure 5, curves without numbers",
@@ -978,7 +1402,7 @@ CLAIMS = {
          ("4 queries", ">", "2 queries", "")), f"{KINDS_SHOWN} 1_thing 4_things"),
     "mapping": Claim(
         "Other maps than LLaVA's linear one may serve better; with a frozen decoder ClipCap needs a transformer.",
-        "document 0, a plan without numbers; document 4, ClipCap", (("mlp", ">", "linear", ""), ("mapl", ">", "linear", ""), ("mapl", ">", "mlp", "")),
+        "document 0, a plan without numbers; document 4, ClipCap", (("mlp", ">", "linear", ""), ("transformer", ">", "linear", ""), ("transformer", ">", "mlp", "")),
         KINDS_SHOWN),
     "prefix": Claim(
         "A longer prefix is better.", "document 4, ClipCap, without numbers",
@@ -1034,7 +1458,7 @@ def look_choices(vlm, tokenizer, items, run) -> dict:
 
 
 def look_shots(vlm, tokenizer, items, run) -> dict:
-    return {f"{n} shot{'s' * (n != 1)}": fewshot(vlm, tokenizer, items, n) for n in (0, 1, 4, 8)}
+    return {f"{n} shot{'s' * (n != 1)}": fewshot(vlm, tokenizer, items[:len(items) // 2], n) for n in (0, 1, 4, 8)}
 
 
 def look_pages(vlm, tokenizer, items, run) -> dict:
@@ -1177,13 +1601,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", help="run folders of train.py")
     parser.add_argument("--saved", action="store_true",
                         help="the rows that each run measured at its end (results.json) instead of measuring again")
-    parser.add_argument("--items", type=int, default=400, help="pictures per row (default 400)")
+    parser.add_argument("--items", "--limit", type=int, default=400, help="pictures per row (default 400)")
     parser.add_argument("--beams", type=int, default=1, help="beam width; 1 = greedy (default)")
     parser.add_argument("--image", help="a picture file to ask about")
     parser.add_argument("--prompt", help="the question; without it the picture is captioned")
-    parser.add_argument("--look", metavar="DIR", help="with --image: also write to DIR where the words look, and print the words nearest to visual tokens")
-    parser.add_argument("--analyse", action="store_true", help="how much attention rests on the thing asked about, and whether soft tokens spell "
-                        "what they stand for, on held-out pictures of shapes")
+    parser.add_argument("--look", metavar="DIR", help="with --image: write to DIR where the words look in it, print the words "
+                        "nearest to its visual tokens")
+    parser.add_argument("--table", action="store_true", help="the full comparison: captions, questions with 0, 4, 8 examples, ScienceQA's and "
+                        "MME's form, for each run, the run blind, and chance")
+    parser.add_argument("--data", action="append", default=[], metavar="SPEC", help="of --table: another data set than the run's, such as "
+                        "vqav2:PATH:val; several give a column each and their Overall")
+    parser.add_argument("--protocol", default="ours", help=f"of --table: whose prompts, {' | '.join(PROTOCOLS)} (default ours)")
+    parser.add_argument("--shots", default="0,4,8", help="of --table: numbers of examples (default 0,4,8)")
+    parser.add_argument("--seed", type=int, default=0, help="of --table: draws examples and choices (default 0)")
+    parser.add_argument("--predictions", metavar="FOLDER", help="of --table: keep every text there, go on from those that are there, and write "
+                        "each benchmark's official file")
+    parser.add_argument("--format", default="text", choices=["text", "markdown", "csv"], help="of --table (default text)")
+    parser.add_argument("--each", action="store_true", help="of --table: a column for each kind of question, too")
+    parser.add_argument("--paper", action="store_true", help="of --table: published rows of the systems, on other data")
+    parser.add_argument("--out", metavar="FILE", help="of --table: write the table there, too")
+    parser.add_argument("--analyse", action="store_true", help="on held-out pictures of shapes: how much attention the thing "
+                        "asked about gets, and whether soft tokens spell what they stand for")
     parser.add_argument("--claim", nargs="+", metavar="NAME", help="train and judge miniatures of the papers' claims, and write weights/claims.txt: "
                         f"all, or some of {', '.join(CLAIMS)}")
     parser.add_argument("--seeds", type=int, default=3, help="of --claim: runs per arm (default 3)")
@@ -1251,13 +1689,18 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.look:
         raise UserError("--look needs --image FILE: the picture to look at.")
+    if args.table:
+        full_table(args, device)
+        return
     if args.analyse:
         for run in args.runs:
             vlm, tokenizer, _ = open_run(run, device)
             rows = attention_on_target(vlm, tokenizer, args.items)
-            print(f"{Path(run).name}: of all attention, in %; by chance a cell has a ninth of the picture's\n{table(rows)}\n")
+            print(f"{Path(run).name}: attention in %, by chance a cell has a ninth of the picture's\n"
+                  f"{table(rows) if rows else 'no question was answered right'}\n")
             if type(vlm.bridge).prefix is not Bridge.prefix:
-                print(f"among the 5 words nearest to the soft token of a thing, in %\n{table(words_on_target(vlm, tokenizer, args.items))}\n")
+                rows = words_on_target(vlm, tokenizer, args.items)
+                print(f"its words among the 5 nearest to the soft token of a thing, in %\n{table(rows)}\n")
         return
     worlds, last = {}, {}
     for run in args.runs if args.saved else ():
@@ -1275,6 +1718,26 @@ def main(argv: list[str] | None = None) -> None:
     for name, rows in worlds.items():
         rows += last[name]
         print(f"{name}: {args.items} pictures a row; accuracy in %, CIDEr, BLEU-4 x 100\n{table(rows)}\n")
+
+
+def full_table(args, device: str) -> None:
+    """`--table`: prints the full comparison, its footnotes and its minutes; CSV alone goes to standard output, the rest to standard error."""
+    start, text = time.monotonic(), args.shots.split(",")
+    if not all(k.isdecimal() for k in text):
+        raise UserError(f'--shots "{args.shots}" is no list of numbers; write for example 0,4,8.')
+    rows, notes = compare(args.runs, args.data, args.protocol, tuple(map(int, text)), args.items, args.seed, args.beams, args.predictions, device)
+    if args.paper:
+        bridges = dict.fromkeys(read_json((fetch(run) if is_hub_name(run) else Path(run)) / "config.json").get("bridge") for run in args.runs)
+        rows, notes = [both + more for both, more in zip((rows, notes), paper_rows([*bridges]))]
+    text = lay_out(rows, args.format, args.each)
+    notes = [f"{args.items} pictures a row, seed {args.seed}, prompts \"{args.protocol}\"; trained parameters, training examples; %, CIDEr and "
+             "BLEU-4 x 100, MME in points (200 a task)", "Overall: the plain mean over data sets; of a generated world the mean over its kinds of question, and MME's sum of tasks", *notes,
+             f"{(time.monotonic() - start) / 60:.1f} minutes on {device}, {torch.get_num_threads()} threads"]
+    print(text)
+    print("\n" + "\n".join(notes), file=sys.stderr if args.format == "csv" else sys.stdout)
+    if args.out:
+        with atomically(Path(args.out)) as tmp:
+            tmp.write_text(text + "\n" if args.format == "csv" else "\n".join([text, "", *notes]) + "\n", encoding="utf-8")
 
 
 ASKED = {               # model_type → how a question about a picture is written; elsewhere "<image>" opens a conversation

@@ -91,17 +91,17 @@ def shown(weights: Tensor, beside: str = "") -> Tensor:
 
 @contextlib.contextmanager
 def watching(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collects the softmax weights (B, H, T, S) of every attention inside `module`, under the name of the module that computes them.
+    """Collects the softmax weights (B, H, T, S) of every attention inside `module`, under the name of who computes them.
 
         decoder.layers.L.attention            words, and the soft tokens among them, on each other
         decoder.layers.L.attention.prompts    zero_init: words on prompts, a softmax of its own
         bridge.blocks.L                       mapl: [features ; constants] on each other; zero_init: [queries ; features];
-                                              flamingo, idefics: words on latents
+                                              flamingo, idefics, mllama: words on latents or patches
         bridge.layers.L.attention, .cross     qformer: queries on each other, on the features
         bridge.resampler.layers.L             flamingo, idefics: latents on [features ; latents]
 
-    While it lasts attention takes the explicit road; a later forward overwrites an earlier one. A row that may look nowhere is
-    uniform, and its module multiplies what it read by 0.
+    While it lasts attention takes the explicit road; a later forward overwrites an earlier one. A row that may look
+    nowhere is uniform, and its module multiplies what it read by 0.
     """
     kept, running, names = {}, [], {m: name for name, m in module.named_modules()}
 
@@ -173,7 +173,7 @@ class Bridge(nn.Module):
         return x
 
     def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
-        """(ΣM, K, N): of which ViT tokens each visual token is made, rows summing to 1; attention as `watching` names it.
+        """(ΣM, K, N): of which ViT tokens each visual token is made, rows sum to 1; attention as `watching` names it.
 
         Here token k IS patch k; where layers lie between, see bridges.rolled.
         """
@@ -934,7 +934,7 @@ class VLM(nn.Module):
 
     def forward(self, tokens: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None, *, features: Tensor | None = None,
                 return_hidden: bool = False, return_attention: bool = False, **text):
-        """Logits (B, T', V) over the expanded sequence; with return_attention (logits, {name: weights}), see `watching`.
+        """Logits (B, T', V) over the expanded sequence; with return_attention that and {name: weights}, see `watching`.
 
         `features` (ΣM, N, Di) may be given instead of pixels (cached); text: bridge_tokens, bridge_mask as in `prepare`.
         """

@@ -211,7 +211,7 @@ class Settings:
     cache: str = setting("", "folder for the frozen ViT's features, computed once per picture and read back from then on")
     pack: bool = setting(False, "put several documents into one row, with walls between them: no padding (prefix bridges, text)")
     checkpoint: bool = setting(False, "recompute the decoder's activations in the backward pass: less memory, about a third more time")
-    compile: bool = setting(False, "torch.compile the decoder's layers")
+    compile: bool = setting(False, "torch.compile the decoder's layers: the first step takes a minute more, or two")
     shard: bool = setting(False, "under torchrun: parameters, gradients and moments in slices (FSDP2) instead of copies (DDP)")
     log_every: int = setting(50, "steps between two lines")
     check_every: int = setting(0, "steps between two short evaluations; 0 = only at the end")
@@ -256,8 +256,8 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
         print_modules(task.module)
     forward = ranks.wrap(task, s)
     trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]
-    if ranks.rank:
-        torch.manual_seed(s.seed + ranks.rank)          # equal weights so far; from here on each process drops out what it draws itself
+    if ranks.rank:                                      # equal weights so far; from here on each process draws its own dropout
+        torch.manual_seed(s.seed + ranks.rank)
 
     # 4. optimiser and schedule --------------------------------------------------------------------------------------
     optimizers = make_optimizers(task.module, trained, s)
@@ -282,7 +282,9 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
     meter, start = Meter(s.steps, s.minutes), time.monotonic() - spent
     bar = tqdm(total=s.steps if not s.minutes else None, initial=step, disable=not (sys.stderr.isatty() and ranks.first), leave=False)
     while True:
-        progress = step / s.steps if not s.minutes else ranks.all(min(1.0, (time.monotonic() - start) / (60 * s.minutes)))[0]
+        progress = step / s.steps
+        if s.minutes:                                   # by the clock of the first process, or one would stop while another goes on
+            progress = ranks.collect(min(1.0, (time.monotonic() - start) / (60 * s.minutes)))[0]
         if progress >= 1:
             break
         if step and step % s.save_every == 0:
@@ -340,7 +342,8 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
             spent = time.monotonic() - start
             with ranks.aside(forward):
                 vitals, details = task.vitals(), task.details()
-            line = {"step": step, "loss": loss, "ema": smooth, "grad_norm": norm, "lr": s.lr * rate, **vitals, **meter.rates(device)}
+            line = {"step": step, "loss": loss, "ema": smooth, "grad_norm": norm, "lr": s.lr * rate,
+                    **vitals, **meter.rates(device)}
             if ranks.first:
                 append(out / "log.jsonl", {**line, "seconds": spent, **details})
                 bar.write(meter.line(line, progress if s.minutes else step / s.steps, spent), file=sys.stdout)
@@ -513,7 +516,7 @@ class AnswerTask(Task):
         """What to look at before the evening is spent: is the image used, what is learned, which parts get a gradient?"""
         from PIL import Image
         blind = self.ranks.sum(sum(scale * blind_loss(self.module, p) for p, scale in zip(pieces, scales)))
-        counts = self.ranks.all((sum(p["count"] for p in pieces), sum(p["tokens"].numel() for p in pieces)))
+        counts = self.ranks.collect((sum(p["count"] for p in pieces), sum(p["tokens"].numel() for p in pieces)))
         count, total = map(sum, zip(*counts))
         if not self.ranks.first:
             return
@@ -792,10 +795,10 @@ class Step(nn.Module):
         self.module, self.task = task.module, task
 
     def forward(self, **piece) -> Tensor:
-        """The loss, which every parameter outside the decoder takes part in, if only with 0: a text without a picture leaves some of a
-        bridge's without a gradient, and processes that add up their gradients must all bring the same ones."""
-        absent = sum(p.sum() for n, p in self.module.named_parameters() if p.requires_grad and not n.startswith("decoder."))
-        return self.task.loss(**piece) + 0 * absent
+        """The loss. Every parameter outside the decoder takes part, if only with 0: texts without a picture leave some
+        of a bridge's without a gradient, and processes that add up their gradients must all bring the same ones."""
+        learns = (p for n, p in self.module.named_parameters() if p.requires_grad and not n.startswith("decoder."))
+        return self.task.loss(**piece) + 0 * sum(p.sum() for p in learns)
 
 
 class Ranks:
@@ -807,21 +810,23 @@ class Ranks:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
         self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and self.size > 1 else device)
         if s.shard and self.size == 1:
-            raise UserError("--shard slices parameters over processes; start several: torchrun --nproc-per-node 2 train.py …")
+            raise UserError("--shard slices parameters over processes, and this is one; start several: "
+                            "torchrun --nproc-per-node 2 train.py …")
         if self.size > 1 and not torch.distributed.is_initialized():            # once for all stages of a system
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                                 timeout=timedelta(days=1))     # the others wait while the first one evaluates
+            day = timedelta(days=1)                     # the others wait while the first one evaluates
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=day)
 
     def wrap(self, task: Task, s: Settings) -> nn.Module:
-        """The loss as a module: gradients averaged over processes (DDP), or decoder layers and all that learns kept in slices (FSDP2)."""
+        """The loss as a module: gradients averaged over processes (DDP), or layers and all that learns in slices (FSDP2)."""
         step, decoder = Step(task), getattr(task.module, "decoder", None)
         layers = decoder.layers if decoder is not None else []
-        if s.compile:
+        if s.compile:                                   # one graph for all layers, unless a bridge has blocks of its own there
+            torch._dynamo.config.recompile_limit = 8 + 2 * len(layers)
             for layer in layers:
-                layer.compile(dynamic=True)
-        if s.shard:                                     # a layer is whole while it runs, the rest that learns during the whole step
+                layer.compile(dynamic=True)             # of any length: no second compilation at the second batch
+        if s.shard:                                     # a layer is whole while it runs, what else learns during the whole step
             from torch.distributed.fsdp import fully_shard
             mesh = torch.distributed.init_device_mesh(self.device.type, (self.size,))
             for layer in layers:
@@ -833,8 +838,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def aside(self, forward: nn.Module):
-        """For what looks at the module beside the step, an evaluation say: slices outside the layers are put together meanwhile.
-        Every process must take part, because layers in slices are still put together where they run."""
+        """For what looks at the module beside the step, an evaluation say: slices outside the layers are put together
+        meanwhile. Every process must take part, because layers in slices are still put together where they run."""
         with eagerly(self.s):
             if self.sharded:
                 forward.unshard()
@@ -865,7 +870,7 @@ class Ranks:
             torch.distributed.all_reduce(loss)
         return loss.item() / self.size
 
-    def all(self, value) -> list:
+    def collect(self, value) -> list:
         """The value of every process, by rank."""
         values = [value] * self.size
         if self.size > 1:
@@ -875,7 +880,7 @@ class Ranks:
     def gather(self, task: Task, stored: torch.dtype) -> None:
         """Slices become whole parameters again, on the first process, in a module without FSDP2's hooks."""
         if self.sharded:
-            tensors = host({n: p.detach() for n, p in task.module.named_parameters()}, self.first)
+            tensors = host(dict(task.module.named_parameters()), self.first)
         if self.sharded and self.first:
             task.module = task.build()
             task.freeze(task.trained, stored)
@@ -894,7 +899,8 @@ def eagerly(s: Settings):
 
 def alone(ranks: Ranks, s: Settings) -> None:
     if ranks.size > 1:
-        raise UserError(f"recipe {s.recipe} draws or contrasts a batch as a whole, so it runs in one process; start it without torchrun.")
+        raise UserError(f"recipe {s.recipe} draws or contrasts a batch as a whole, so it runs in one process; "
+                        "start it without torchrun.")
 
 
 def ahead(task: Task, step: int, s: Settings):
@@ -1034,7 +1040,8 @@ def make_optimizers(module: nn.Module, trained: list[tuple[str, nn.Parameter]], 
     """AdamW with decay on matrices only. Muon: matrices of Linear layers by Muon, the rest by AdamW.
 
     Muon is what gets a tiny decoder off the plateau where it knows the words of a scene but not which belong together
-    (measured: AdamW stayed there for thousands of steps).
+    (measured: AdamW stayed there for thousands of steps). On slices (--shard) it is exact but slow: each of its matrix
+    products puts them together.
     """
     fused, numbers = trained[0][1].device.type == "cuda", numbers_of(s)
     if s.optimizer == "muon":
@@ -1078,7 +1085,7 @@ def save_state(ranks: Ranks, out: Path, trained, optimizers, mean: dict, step: i
             tensors.update({f"optimizer.{i}.{j}.{k}": v for k, v in state.items() if isinstance(v, Tensor)})
     tensors = host(tensors, ranks.first)
     on_gpu = {"cuda": torch.cuda.get_rng_state(ranks.device)} if ranks.device.type == "cuda" else {}
-    random = ranks.all({"cpu": torch.get_rng_state(), **on_gpu})
+    random = ranks.collect({"cpu": torch.get_rng_state(), **on_gpu})
     tensors.update({f"random.{rank}.{k}": state for rank, states in enumerate(random) for k, state in states.items()})
     if ranks.first:
         write_tensors(out / "state.safetensors", tensors, {"step": str(step), "smooth": repr(smooth), "spent": repr(spent)})
@@ -1089,7 +1096,8 @@ def load_state(ranks: Ranks, out: Path, trained, optimizers, mean: dict) -> tupl
     file = out / "state.safetensors"
     if not file.exists():
         raise UserError(f"{file}: no state was saved before this run ended; start it again without --resume.")
-    for rest in (*out.glob(".*.safetensors.*"), *out.glob(".tmp*")) if ranks.first else ():     # a save that was killed half way
+    halves = (*out.glob(".*.safetensors.*"), *out.glob(".tmp*"))                # of a save that was killed
+    for rest in halves if ranks.first else ():
         rest.unlink(missing_ok=True)
     checkpoint = Checkpoint(file)
     with torch.no_grad():
@@ -1106,7 +1114,8 @@ def load_state(ranks: Ranks, out: Path, trained, optimizers, mean: dict) -> tupl
                 value, owner = checkpoint.get(name), owners[int(rest[1])]
                 state.setdefault(int(rest[1]), {})[rest[2]] = like(value, owner) if value.shape == owner.shape else value
         o.load_state_dict({**o.state_dict(), "state": state})
-    for kind, restore in (("cpu", torch.set_rng_state), ("cuda", lambda state: torch.cuda.set_rng_state(state, ranks.device))):
+    on_gpu = lambda state: torch.cuda.set_rng_state(state, ranks.device)
+    for kind, restore in (("cpu", torch.set_rng_state), ("cuda", on_gpu)):
         if (name := f"random.{ranks.rank}.{kind}") in checkpoint.where:
             restore(checkpoint.get(name))
     facts = checkpoint.files[file].metadata()
@@ -1370,8 +1379,8 @@ def run(main_function) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as e:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(3)                               # said once: where the first process says the same, torchrun ends this one by then
+        if int(os.environ.get("RANK", 0)):              # where the first process says the same, torchrun ends this one meanwhile
+            time.sleep(5)
         print(str(e), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
