@@ -2067,6 +2067,23 @@ class ShapesChoices(Shapes):
         return replace(q, record=Record(item.id, kind=q.kind, question=q.question, choices=options, answer=options.index(q.answer), more=more))
 
 
+class ShapesReasons(Shapes):
+    """Answers behind their reasoning, which is what is there: "a large blue ring at the middle center: blue"; `turns` questions a picture."""
+    name, form = "shapes-reasons", "{0}: {1}"
+
+    def item(self, index: int, turns: int | None = None) -> Item:
+        item, rng = super().item(index), np.random.default_rng((self.seed, self.splits.index(self.split), index, 1))
+        if turns is None:
+            return item
+        qas = [replace(q, answer=self.form.format(item.captions[0], q.answer)) for q in item.qas]
+        return replace(item, qas=[qas[i] for i in rng.permutation(len(qas))[:turns]])
+
+
+class ShapesAnswers(ShapesReasons):
+    """Answers before their reasoning: "blue: a large blue ring at the middle center"."""
+    name, form = "shapes-answers", "{1}: {0}"
+
+
 class ShapesWeb(Shapes):
     """Alt-texts as a crawl finds them, for training alone: one thing is named, one time in five a wrong one, among words that say nothing."""
     name = "shapes-web"
@@ -2082,8 +2099,7 @@ class ShapesWeb(Shapes):
         return replace(item, captions=[self.forms[rng.integers(len(self.forms))].format(f"{color} {shape}")], qas=[])
 
 
-WORLDS = {"shapes": Shapes, "shapes-words": ShapesWords, "shapes-pages": ShapesPages, "shapes-choices": ShapesChoices,
-          "shapes-web": ShapesWeb, "emoji": Emoji}
+WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, ShapesChoices, ShapesReasons, ShapesAnswers, ShapesWeb, Emoji)}
 
 
 def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0):

@@ -1,6 +1,7 @@
 """eval.py: what a trained bridge is worth: metrics, answers, the blind baseline, tables.
 
     python eval.py out/RUN [out/RUN …]                          the comparison table over run folders
+    python eval.py out/RUN [out/RUN …] --table                  the full one: captions, 0, 4, 8 examples, ScienceQA's and MME's form
     python eval.py out/RUN --image FILE --prompt "what is on the left?"     an answer about one picture; without --prompt a caption
     python eval.py out/RUN --image FILE --prompt "…" --look DIR      the same, and where its words look in the picture
     python eval.py --analyse out/RUN [out/RUN …]                do questions look at what they ask about? (shapes)
@@ -486,7 +487,7 @@ def write(generate, documents: list[data.Document], tokenizer: data.Tokenizer, m
           features: Tensor | None = None, batch: int = 128, pictures: list[list[int]] | None = None) -> list[str]:
     """What the model writes after each document, greedily or by beam search, without the stop token.
 
-    generate: VLM.generate or Decoder.generate; features (n, N, Di): the picture of each document, or (n, M, N, Di); or pictures says
+    generate: VLM.generate or Decoder.generate; features (n, N, Di): the picture of each document; or pictures says
     which rows of it stand in each. Documents run in batches of similar length, padded on the left; a test holds a batch equal to its rows one by one.
     """
     answers, order = [""] * len(documents), sorted(range(len(documents)), key=lambda i: len(documents[i].tokens))
@@ -495,7 +496,7 @@ def write(generate, documents: list[data.Document], tokenizer: data.Tokenizer, m
         tokens, _, mask = data.collate([documents[i] for i in rows], left=True)
         device = features.device if features is not None else generate.__self__.embed.weight.device
         picked = rows if pictures is None else [p for i in rows for p in pictures[i]]
-        extra = {} if features is None else {"features": features[picked].flatten(0, -3)}      # image-major, where a row has several
+        extra = {} if features is None else {"features": features[picked]}
         ids = generate(tokens.to(device), max_new_tokens=max_new_tokens, beams=beams, stop=(tokenizer.eos,),
                        mask=None if mask.all() else mask.to(device), **extra).tolist()
         for i, line in zip(rows, ids):
@@ -1061,6 +1062,8 @@ def compare(runs: list[str], specs: list[str] = (), protocol: str = "ours", ks: 
     """
     if protocol not in PROTOCOLS:
         raise UserError(f'no protocol is called "{protocol}"; {nearest(protocol, PROTOCOLS)}')
+    if twice := [kind for kind, n in collections.Counter(spec.split(":")[0] for spec in specs).items() if n > 1]:
+        raise UserError(f"--data names {twice[0]} twice, and a table has a column for each kind; ask about one at a time.")
     rows, notes, opened, base = [], {}, {}, {}
 
     def open_set(spec: str):
@@ -1308,7 +1311,7 @@ def look(vlm: VLM, tokenizer: data.Tokenizer, pixels: Tensor, prompt: str, out: 
 # flags is the run folder of that arm with the same seed, which is trained first. Every arm sees 32 pictures a step on one core.
 
 COMMON = "--steps 300 --batch 32 --threads 1 --log-every 25 --eval-items 1 --samples 1"
-EARLY, CHOICES = "--steps 100", "--recipe llava-1.5-2 --init {mlp} --data shapes-choices --captions 0 --turns 1"
+REASONS = "--recipe llava-2 --init {llava-1} --captions 0 --turns 2"
 ARMS = {
     "linear": ("--bridge linear", "answers"),
     "mlp": ("--bridge mlp", "answers"),
@@ -1322,10 +1325,10 @@ ARMS = {
     "llava-1": ("--recipe llava-1", ""),
     "stages 1, 2": ("--recipe llava-2 --init {llava-1}", "answers loss"),
     "stage 2 alone": ("--recipe llava-2 --init none", "answers loss"),
-    "reasoning first, early": (f"{CHOICES} --form QCM-LEA {EARLY}", "choices"),
-    "answer first, early": (f"{CHOICES} --form QCM-ALE {EARLY}", "choices"),
-    "reasoning first": (f"{CHOICES} --form QCM-LEA", "choices"),
-    "answer first": (f"{CHOICES} --form QCM-ALE", "choices"),
+    "reasoning first, early": (f"{REASONS} --data shapes-reasons --steps 100", "reasons"),
+    "answer first, early": (f"{REASONS} --data shapes-answers --steps 100", "reasons"),
+    "reasoning first": (f"{REASONS} --data shapes-reasons", "reasons"),
+    "answer first": (f"{REASONS} --data shapes-answers", "reasons"),
     "MAPL": ("--bridge mapl --captions 1", "answers captions blind shots"),
     "MAPL, 1 %": ("--bridge mapl --captions 1 --examples 96", "answers captions"),
     "Frozen": ("--bridge frozen --vit random --captions 1", "answers captions"),
@@ -1445,16 +1448,13 @@ def look_gates(vlm, tokenizer, items, run) -> dict:
     return {name: float(g.mean()) for name, g in halves.items()}
 
 
-def look_choices(vlm, tokenizer, items, run) -> dict:
-    """ScienceQA's accuracy by kind of question, in the form that the run was trained on."""
-    form, items = read_json(run / "config.json")["settings"]["form"], items_of(data.open_data("shapes-choices"), "test", len(items))
+def look_reasons(vlm, tokenizer, items, run) -> dict:
+    """VQA accuracy of the answer within what is written, whose reasoning stands before or after it (data.ShapesReasons)."""
+    before = read_json(run / "config.json")["settings"]["data"] == "shapes-reasons"
     asked = [(n, q) for n, item in enumerate(items) for q in item.qas]
-    prompts = [data.Document(tokenizer).image().add("\n" + data.scienceqa_text(q.record, form)[0]) for _, q in asked]
-    texts = write(vlm.generate, prompts, tokenizer, 96, 1, see(vlm, items, False)[[n for n, _ in asked]])
-    hits = collections.defaultdict(list)
-    for (_, q), text in zip(asked, texts):
-        hits[q.kind].append(float(scienceqa_choice(text, len(q.record.choices)) == q.record.answer))
-    return {**(kinds := {kind: mean(h) for kind, h in hits.items()}), "mean": mean(list(kinds.values()))}
+    prompts = [data.Document(tokenizer).image().add(data.QUESTION.format(q.question)) for _, q in asked]
+    texts = write(vlm.generate, prompts, tokenizer, 72, features=see(vlm, items, False), pictures=[[n] for n, _ in asked])
+    return by_kind([q for _, q in asked], [text.split(": ")[-before] for text in texts])
 
 
 def look_shots(vlm, tokenizer, items, run) -> dict:
@@ -1465,27 +1465,17 @@ def look_pages(vlm, tokenizer, items, run) -> dict:
     return {f"{n} pictures before": fewshot(vlm, tokenizer, items, n) for n in (0, 3)}
 
 
-def fewshot(vlm: VLM, tokenizer: data.Tokenizer, items: list[data.Item], shots: int) -> float:
-    """Mean VQA accuracy with `shots` other pictures, each with a question and its answer, before the picture that is asked about.
-
-    The examples are drawn anew for each question, from pictures that hold no held-out pair.
-    """
-    others, rng = items_of(data.open_data("shapes"), "val", len(items)), np.random.default_rng(0)
-    seen, held, asked, documents, pictures = see(vlm, others, False), see(vlm, items, False), [], [], []
-    for n, item in enumerate(items):
-        for q in item.qas:
-            d, drawn = data.Document(tokenizer), rng.integers(len(others), size=shots)
-            for example in (others[i] for i in drawn):
-                told = example.qas[rng.integers(len(example.qas))]
-                d.image().turn(data.QUESTION.format(told.question), told.answer)
-            documents.append(d.image().add(data.QUESTION.format(q.question)))
-            pictures.append(torch.cat((seen[drawn], held[n:n + 1])))                    # (shots + 1, N, Di)
-            asked.append(q)
-    return by_kind(asked, write(vlm.generate, documents, tokenizer, 12, 1, torch.stack(pictures)))["mean"]
+def fewshot(vlm: VLM, tokenizer: data.Tokenizer, items: list[data.Item], k: int) -> float:
+    """Mean VQA accuracy where k other pictures of training, each with a question and its answer, stand before the picture asked about."""
+    train = data.Shapes()
+    asked = [(item, q, support) for item in items for support in [shots(train, item, k)] for q in item.qas]
+    documents = [prompt(tokenizer, "ours", item, q, support) for item, q, support in asked]
+    shown = [[*support, item] for item, _, support in asked]
+    return by_kind([q for _, q, _ in asked], Exam(vlm, tokenizer).texts([str(n) for n in range(len(asked))], documents, shown, 12))["mean"]
 
 
 LOOKS = {"answers": look_answers, "captions": look_captions, "blind": look_blind, "loss": look_loss, "gates": look_gates,
-         "choices": look_choices, "shots": look_shots, "pages": look_pages}
+         "reasons": look_reasons, "shots": look_shots, "pages": look_pages}
 
 
 def run_arm(arm: str, seed: int, out: Path, flags: list[str], looks: list[str], count: int = 200) -> dict:

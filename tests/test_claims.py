@@ -2,16 +2,21 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
-import numpy as np
 import pytest
+
+import torch
 
 import data
 import eval as evaluation
 import train
+from bridges import make_bridge
 from eval import ARMS, CLAIMS, LOOKS, Claim, arm_flags, arm_folder, arms_of, judge, run_claims
-from model import UserError, read_json
+from model import VLM, UserError, load_decoder, load_vit, read_json
+
+WEIGHTS = Path(evaluation.__file__).parent / "weights"
 
 
 def test_a_verdict_is_two_standard_errors_of_the_difference():
@@ -35,7 +40,7 @@ def test_one_seed_shows_nothing():
 def test_every_claim_names_its_source_and_compares_arms_by_numbers_that_are_looked_at():
     names = {"answers": {"mean", "color", "count", "existence", "position", "1 thing", "4 things"}, "captions": {"cider"}, "loss": {"loss"},
              "blind": {"blind mean", "blind cider"}, "gates": {"lower layers", "upper layers", "gate halfway", "gate at the end"},
-             "choices": {"mean", "color", "count", "existence", "position"}, "shots": {"0 shots", "1 shot", "4 shots", "8 shots"},
+             "reasons": {"mean", "color", "count", "existence", "position"}, "shots": {"0 shots", "1 shot", "4 shots", "8 shots"},
              "pages": {"0 pictures before", "3 pictures before"}}
     assert names.keys() == LOOKS.keys()
     for name, claim in CLAIMS.items():
@@ -130,29 +135,33 @@ def test_alt_texts_name_one_thing_and_one_in_five_a_wrong_one():
     assert test.captions == plain.captions and test.qas == plain.qas            # evaluated on pictures that are told in full
 
 
-def test_examples_stand_before_the_question_each_with_its_own_picture():
-    """A model that copies the last answer that it reads: its accuracy is what the examples' answers say."""
-    asked = []
+def test_reasoning_stands_before_the_answer_or_after_it():
+    first, after = (data.open_data(kind).item(4, turns=2) for kind in ("shapes-reasons", "shapes-answers"))
+    assert len(first.qas) == 2 and [q.question for q in first.qas] == [q.question for q in after.qas]
+    for q, r in zip(first.qas, after.qas):
+        reasoning, answer = q.answer.split(": ")
+        assert reasoning == first.captions[0] and r.answer == f"{answer}: {reasoning}"
+        assert answer in (*data.COLORS, *data.NUMBERS, *data.PLACES, "yes", "no")
+    tested, plain = (data.open_data(f"{kind}:test").item(4) for kind in ("shapes-reasons", "shapes"))
+    assert tested.qas == plain.qas
 
-    class Parrot:
-        vit = None
 
-        def generate(self, tokens, features, max_new_tokens, beams, stop, mask):
-            asked.append((tokens, features))
-            return tokens.new_full((len(tokens), 1), stop[0])
+def test_examples_stand_before_the_question_each_with_its_own_picture(monkeypatch):
+    tokenizer, decoder, vit = data.shapes_tokenizer(), load_decoder(WEIGHTS / "decoder"), load_vit(WEIGHTS / "vit")
+    vlm = VLM(vit, make_bridge("linear", decoder.config, vit.config.width), decoder, tokenizer.image)
+    vlm.processor = data.load_processor(WEIGHTS / "vit")
+    items, written = [data.Shapes("test").item(i) for i in range(3)], []
 
-    tokenizer, items = data.shapes_tokenizer(), [data.Shapes("test").item(i) for i in range(3)]
-    pictures = lambda vlm, items, blind: __import__("torch").tensor([float(item.image.mean()) for item in items])[:, None, None]
-    kept, evaluation.see = evaluation.see, pictures
-    try:
-        assert evaluation.fewshot(Parrot(), tokenizer, items, 2) == 0.0         # it says nothing
-    finally:
-        evaluation.see = kept
-    (tokens, features), = asked
-    questions = [q for item in items for q in item.qas]
-    assert features.shape == (3 * len(questions), 1, 1) and (tokens == data.IMAGE).sum(1).tolist() == [3] * len(questions)
-    own = {round(float(item.image.mean()), 4) for item in items}
-    assert {round(v, 4) for v in features.view(-1, 3)[:, 2].tolist()} <= own    # the last picture is the one that is asked about
-    assert {tokenizer.decode([t for t in row.tolist() if t >= 0]).split("Question: ")[-1].split(" Answer")[0] for row in tokens} == {
-        q.question for q in questions}
-    assert ((tokens == tokenizer.eos).sum(1) >= 2).all()                        # an answered example ends as in training
+    def truth(generate, documents, tokenizer, longest, beams, features, pictures):
+        for d, rows in zip(documents, pictures):
+            assert d.tokens.count(data.IMAGE) == len(rows) == len(set(rows)) == 3 and d.tokens.count(tokenizer.eos) == 2
+            written.append((tokenizer.decode([t for t in d.tokens if t >= 0]).split("Question: ")[-1], features[rows[-1]]))
+        answers = {q.question: q.answer for item in items for q in item.qas}
+        return [answers[question.removesuffix(" Answer:")] for question, _ in written]
+    monkeypatch.setattr(evaluation, "write", truth)
+    assert evaluation.fewshot(vlm, tokenizer, items, 2) == 1.0
+    own = evaluation.see(vlm, items, False)
+    assert len(written) == sum(len(item.qas) for item in items)
+    for question, last in written:                      # the last picture is the one that is asked about
+        n = next(n for n, item in enumerate(items) if question.removesuffix(" Answer:") in [q.question for q in item.qas])
+        torch.testing.assert_close(last, own[n])

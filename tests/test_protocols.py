@@ -167,18 +167,19 @@ def few(count: int = 6):
     return items, lambda k: [shots(train_split, i, k) for i in items]
 
 
-@pytest.mark.parametrize("bridge", ["mapl", "flamingo"])
-def test_answers_after_examples_are_the_same_in_a_batch_and_alone(runs, bridge):
+@pytest.mark.parametrize("bridge, beams", [("mapl", 1), ("mapl", 3), ("flamingo", 1), ("flamingo", 3)])
+def test_answers_after_examples_are_the_same_in_a_batch_and_alone(runs, bridge, beams):
     vlm, tokenizer, _ = evaluation.open_run(runs[bridge], "cpu")
     items, support = few()
     examples = [row[:n % 4] for n, row in enumerate(support(3))]                    # 1 to 4 pictures a prompt
     documents = [prompt(tokenizer, "ours", i, i.qas[0], e) for i, e in zip(items, examples)]
     shown, keys = [[*e, i] for i, e in zip(items, examples)], [str(n) for n in range(6)]
-    together = Exam(vlm, tokenizer).texts(keys, documents, shown, 8)
-    assert together == [Exam(vlm, tokenizer).texts(["0"], [d], [s], 8)[0] for d, s in zip(documents, shown)]
+    together = Exam(vlm, tokenizer, beams=beams).texts(keys, documents, shown, 8)
+    assert together == [Exam(vlm, tokenizer, beams=beams).texts(["0"], [d], [s], 8)[0] for d, s in zip(documents, shown)]
     by_pixels = []
     for d, s in zip(documents, shown):
-        ids = vlm.generate(torch.tensor([d.tokens]), data.to_pixels([i.image for i in s], 48, vlm.processor), 8, stop=(tokenizer.eos,))[0].tolist()
+        pixels = data.to_pixels([i.image for i in s], 48, vlm.processor)
+        ids = vlm.generate(torch.tensor([d.tokens]), pixels, 8, beams=beams, stop=(tokenizer.eos,))[0].tolist()
         by_pixels.append(tokenizer.decode(ids[:ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids).strip())
     assert together == by_pixels                                                    # and each picture stands where its example does
 
@@ -355,6 +356,7 @@ def test_one_command_prints_the_table_its_footnotes_and_minutes(runs, tmp_path, 
 @pytest.mark.parametrize("flags, words", [
     (["--protocol", "mapel"], 'no protocol is called "mapel"; did you mean "mapl"'), (["--shots", "0,x"], '--shots "0,x" is no list'),
     (["--format", "html"], "html"), (["--data", "vqav2:nowhere"], "vqav2:nowhere: no such folder"),
+    (["--data", "shapes", "--data", "shapes:val"], "--data names shapes twice"),
 ])
 def test_a_mistake_is_one_sentence(runs, flags, words):
     with pytest.raises(UserError) as e:
