@@ -1393,7 +1393,7 @@ CLAIMS = {
         "Examples in the prompt help: four much, four more little.", "document 1, MAPL, four VQA sets together",
         (("MAPL: 4 shots", ">", "MAPL: 0 shots", "24.18, 16.84"), ("MAPL: 8 shots", "≥", "MAPL: 4 shots", "24.36, 24.18"),
          ("MAPL, pages: 4 shots", ">", "MAPL, pages: 0 shots", "")),
-        "0_shots 1_shot 4_shots 8_shots"),
+        "0_shots 1_shots 4_shots 8_shots"),
     "stage-1": Claim(
         "Without its first stage, the Q-Former answers much worse.", "document 1, BLIP-2 Figure 5, curves without numbers",
         (("BLIP-2, both stages", ">", "BLIP-2 without stage 1", ""),), KINDS_SHOWN),
@@ -1425,15 +1425,6 @@ def look_answers(vlm: VLM, tokenizer: data.Tokenizer, items: list[data.Item], ru
     return {**numbers(result), "1 thing": mean(by_things[1] or [0.0]), "4 things": mean(by_things[4] or [0.0])}
 
 
-def look_captions(vlm, tokenizer, items, run) -> dict:
-    return {"cider": evaluate(vlm, tokenizer, [replace(item, qas=[]) for item in items])["cider"]}
-
-
-def look_blind(vlm, tokenizer, items, run) -> dict:
-    result = evaluate(vlm, tokenizer, items, blind=True)
-    return {"blind mean": result["mean"], "blind cider": result["cider"]}
-
-
 def look_loss(vlm, tokenizer, items, run) -> dict:
     """The running mean of the training loss at the end, in nats per learned token."""
     from train import read_log
@@ -1457,14 +1448,6 @@ def look_reasons(vlm, tokenizer, items, run) -> dict:
     return by_kind([q for _, q in asked], [text.split(": ")[-before] for text in texts])
 
 
-def look_shots(vlm, tokenizer, items, run) -> dict:
-    return {f"{n} shot{'s' * (n != 1)}": fewshot(vlm, tokenizer, items[:len(items) // 2], n) for n in (0, 1, 4, 8)}
-
-
-def look_pages(vlm, tokenizer, items, run) -> dict:
-    return {f"{n} pictures before": fewshot(vlm, tokenizer, items, n) for n in (0, 3)}
-
-
 def fewshot(vlm: VLM, tokenizer: data.Tokenizer, items: list[data.Item], k: int) -> float:
     """Mean VQA accuracy where k other pictures of training, each with a question and its answer, stand before the picture asked about."""
     train = data.Shapes()
@@ -1474,8 +1457,13 @@ def fewshot(vlm: VLM, tokenizer: data.Tokenizer, items: list[data.Item], k: int)
     return by_kind([q for _, q, _ in asked], Exam(vlm, tokenizer).texts([str(n) for n in range(len(asked))], documents, shown, 12))["mean"]
 
 
-LOOKS = {"answers": look_answers, "captions": look_captions, "blind": look_blind, "loss": look_loss, "gates": look_gates,
-         "reasons": look_reasons, "shots": look_shots, "pages": look_pages}
+LOOKS = {               # what can be measured of an arm, given (vlm, tokenizer, held-out items, run folder): {name: number}
+    "answers": look_answers, "loss": look_loss, "gates": look_gates, "reasons": look_reasons,
+    "captions": lambda vlm, tokenizer, items, run: {"cider": evaluate(vlm, tokenizer, [replace(i, qas=[]) for i in items])["cider"]},
+    "blind": lambda *a: {f"blind {k}": v for k, v in evaluate(*a[:3], blind=True).items() if k in ("mean", "cider")},
+    "shots": lambda vlm, tokenizer, items, run: {f"{k} shots": fewshot(vlm, tokenizer, items[:len(items) // 2], k) for k in (0, 1, 4, 8)},
+    "pages": lambda vlm, tokenizer, items, run: {f"{k} pictures before": fewshot(vlm, tokenizer, items, k) for k in (0, 3)},
+}
 
 
 def run_arm(arm: str, seed: int, out: Path, flags: list[str], looks: list[str], count: int = 200) -> dict:
@@ -1510,14 +1498,14 @@ def arm_flags(arm: str, seed: int, out: Path, arms=None, common: str = COMMON) -
 
 
 def judge(left: list[float], right: list[float], relation: str = ">") -> str:
-    """The verdict on "left > right", numbers of several seeds each: "shown", "opposite" or "not shown".
+    """The verdict on "left > right", numbers of several seeds each: "shown", "opposite" or "not shown" (of one: "one seed").
 
     With d = difference of the means and e = its standard error √(s²_left / n_left + s²_right / n_right):
     "shown" where d > 2 e, "opposite" where d < −2 e, else "not shown". "≥" (no worse) is "shown" unless it is "opposite".
     Three seeds make 2 e a weak test (about one false alarm in ten): read the size of d beside it.
     """
     if min(len(left), len(right)) < 2:
-        return "not shown"
+        return "one seed"
     d, e = mean(left) - mean(right), math.sqrt(np.var(left, ddof=1) / len(left) + np.var(right, ddof=1) / len(right))
     return "opposite" if d < -2 * e else "shown" if d > 2 * e or relation == "≥" else "not shown"
 
@@ -1530,17 +1518,14 @@ def claim_report(name: str, claim: Claim, seen: dict[tuple[str, int], dict], see
     """The claim, its table (mean ± standard deviation over seeds) and its verdicts as text; the verdicts."""
     def values(arm: str, number: str) -> list[float]:
         found = [x[number] for s in range(seeds) for x in seen[arm, s].values() if isinstance(x, dict) and number in x]
-        return [v if number in ("loss", "cider", "blind cider") or "gate" in number or "layers" in number else 100 * v for v in found]
+        return found if re.search("loss|cider|gate|layers", number) else [100 * v for v in found]
 
-    columns, verdicts = [c.replace("_", " ") for c in claim.columns.split()], []
+    columns, verdicts, shown = [c.replace("_", " ") for c in claim.columns.split()], [], set(arms_of(claim))
     rows = [["", *columns]]
-    for arm in arms_of(claim):
-        cells = [values(arm, c) for c in columns]
-        form = lambda v: f"{mean(v):.{1 if mean(v) > 15 or max(v) == 0 else 2}f} ± {np.std(v, ddof=len(v) > 1):.{1 if mean(v) > 15 else 2}f}" if v else ""
-        rows.append([arm, *map(form, cells)])
-    used = [i for i in range(len(rows[0])) if i == 0 or any(row[i] for row in rows[1:])]
-    widths = [max(len(row[i]) for row in rows) for i in used]
-    lines = ["    " + "  ".join(row[i].ljust(w) if i == 0 else row[i].rjust(w) for i, w in zip(used, widths)).rstrip() for row in rows]
+    for arm in (arm for arm, seed in seen if arm in shown and seed == 0):
+        rows.append([arm, *(f"{mean(v):.3g} ± {np.std(v, ddof=seeds > 1):.2g}" if v else "" for v in (values(arm, c) for c in columns))])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["    " + "  ".join(v.ljust(w) if v is row[0] else v.rjust(w) for v, w in zip(row, widths)).rstrip() for row in rows]
     for left, relation, right, paper in claim.expect:
         sides = [values(*(side if ": " in side else f"{side}: {columns[0]}").split(": ")) for side in (left, right)]
         verdicts.append(judge(*sides, relation))
