@@ -16,7 +16,7 @@ def test_the_first_screen_has_the_two_commands():
 
 def test_every_flag_in_a_command_of_the_readme_exists():
     help = {"train.py": (ROOT / "train.py").read_text(), "eval.py": (ROOT / "eval.py").read_text()}
-    known = {"train.py": {"--" + f.replace("_", "-") for f in train.Settings.__dataclass_fields__} | {"--resume", "--list"},
+    known = {"train.py": {"--" + f.replace("_", "-") for f in train.Settings.__dataclass_fields__} | {"--resume", "--list", "--curves"},
              "eval.py": set(re.findall(r'"(--[a-z-]+)"', help["eval.py"]))}
     commands = re.findall(r"python (train|eval)\.py([^\n`#]*)", README)
     assert len(commands) > 8
@@ -37,3 +37,9 @@ def test_the_table_of_the_readme_is_the_one_in_the_results_file():
     printed = (ROOT / "weights" / "results.txt").read_text(encoding="utf-8")
     rows = [line for line in printed.splitlines() if ", held-out" in line or line.startswith(("chance", "oracle"))]
     assert len(rows) >= 8 and all(row.strip() in README for row in rows)
+
+
+def test_the_table_of_protocols_is_the_one_in_its_file():
+    """weights/table.txt is what `python eval.py out/… --table` printed; the README quotes all of it."""
+    rows = [line.strip() for line in (ROOT / "weights" / "table.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+    assert sum(", blind" in row for row in rows) == 6 and all(row in README for row in rows)
