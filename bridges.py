@@ -1000,6 +1000,17 @@ def lavis(c: dict, path: Path) -> tuple[Stage1, Fills]:
     return stage, [(stage, file, names, (names["word_matrix.bias"], *left, *([matrix] if tied else ())))]
 
 
+def own_stage1(c: dict, path: Path) -> tuple[Stage1, Fills]:
+    """A run of train.py's recipe blip2-1: stage1.safetensors in our own names, and the folder of the ViT."""
+    tower = tower_folder(path, c["vit"])
+    config, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
+    former = make_bridge("qformer", None, config.width, **c["bridge_options"])
+    stage = Stage1(ViT(config), former, c["contrast"], dec=c["dec"])
+    file, (beside, theirs, left) = Checkpoint(path / "stage1.safetensors"), vit_file(tower, config, family)
+    file.where, file.files = file.where | beside.where, file.files | beside.files
+    return stage, [(stage, file, {f"vit.{a}": b for a, b in theirs.items()}, left)]
+
+
 def init_from_bert(module: QFormer | Stage1, path) -> None:
     """Start a Q-Former, or a whole first stage, from a BERT folder (BLIP-2, §3.1; LAVIS: Blip2Base.init_Qformer, Blip2Qformer).
 
@@ -1305,5 +1316,6 @@ def mllama(c: dict, path: Path) -> tuple[VLM, Fills]:
 
 
 LAYOUTS = {             # model_type of config.json → a function of (config, folder) → the empty model, and what it is filled with
-    "llava": llava, "llava_llama": llava, "instructblip": blip2, "blip-2": blip2, "blip2_qformer_lavis": lavis, "idefics": idefics, "mllama": mllama,
+    "llava": llava, "llava_llama": llava, "instructblip": blip2, "blip-2": blip2, "blip2_qformer_lavis": lavis, "stage1": own_stage1,
+    "idefics": idefics, "mllama": mllama,
 }

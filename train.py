@@ -557,7 +557,11 @@ class AnswerTask(Task):
     def report(self, out: Path) -> None:
         if self.cut:
             print(f"warning: {self.cut} documents were longer than --longest {self.s.longest} and lost their ends", file=sys.stderr)
-        item = data.open_data(held_out(self.world), self.s.seed).item(0)
+        try:
+            item = data.open_data(held_out(self.world), self.s.seed).item(0)
+        except UserError as e:                          # what was trained is saved; only the table has nothing to be made of
+            print(f"warning: no final table, {e}", file=sys.stderr)
+            return
         if item.image is not None and (item.captions or item.qas):
             return evaluation.report(self.module, self.tokenizer, self.world, out, self.s.eval_items, self.s.samples)
         loss = self.held_out_loss()                     # a conversation, a page or an instruction has no one right answer
@@ -623,6 +627,7 @@ class Stage1Task(Task):
         tensors = {n: p for n, p in self.module.state_dict().items() if not n.startswith("vit.")}
         write_tensors(out / "stage1.safetensors", tensors, {"stage1": "qformer"})
         write_json(out / "config.json", {**facts, "model_type": "stage1", "bridge_options": self.options,
+                                         "contrast": len(self.module.image_head.weight), "dec": self.module.dec,
                                          "vit": portable(start_towers(self.s)["vit"], out)})
 
     @torch.no_grad()

@@ -566,3 +566,12 @@ def test_the_share_is_a_flag_in_percent_of_the_training_data_alone(tmp_path, mon
 def test_a_split_without_captions_or_answers_cannot_be_trained_on_and_says_so(tmp_path):
     with pytest.raises(UserError, match="textvqa: split test has no captions or answers to train on"):
         train.main(["--data", f"textvqa:{SETS / 'textvqa'}:test", "--out", str(tmp_path), *QUICK])
+
+
+def test_a_set_without_its_held_out_split_is_trained_and_says_why_there_is_no_table(tmp_path, capsys):
+    root = tmp_path / "coco"
+    shutil.copytree(SETS / "coco_captions", root)
+    for file in (root / "annotations").glob("*val*"):
+        file.unlink()
+    train.main(["--bridge", "linear", "--data", f"coco:{root}:train", "--steps", "1", "--batch", "2", "--dtype", "float32", "--out", str(tmp_path / "run")])
+    assert "no final table" in capsys.readouterr().err and (tmp_path / "run" / "bridge.safetensors").exists()

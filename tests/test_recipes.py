@@ -59,6 +59,9 @@ def test_stage_two_begins_exactly_where_stage_one_ended(tmp_path):
     theirs = load_file(tmp_path / "1" / "bridge.safetensors")
     assert all(torch.equal(p, theirs[n]) for n, p in module.bridge.state_dict().items())
     train.main(["--recipe", "blip2-1", "--steps", "2", "--out", str(tmp_path / "3"), *QUICK])
+    stage = load_vlm(tmp_path / "3")                                            # the first stage opens again as it was trained
+    assert all(torch.equal(p, load_file(tmp_path / "3" / "stage1.safetensors")[n]) for n, p in stage.state_dict().items() if not n.startswith("vit."))
+    assert torch.equal(stage.vit.positions, load_vit(ROOT / "weights/vit").positions)
     module = train.main(["--recipe", "blip2-2", "--init", str(tmp_path / "3"), "--steps", "1", "--lr", "0", "--out", str(tmp_path / "4"), *QUICK])
     theirs = load_file(tmp_path / "3" / "stage1.safetensors")
     shared = [n for n, _ in module.bridge.named_parameters() if not n.startswith("project.")]
