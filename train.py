@@ -54,7 +54,7 @@ WEIGHTS = "weights"                                     # the bundled backbones:
 class Numbers:
     """How a recipe is optimised: one column of the table for the paper, one for our toy."""
     lr: float                       # peak learning rate
-    batch: int                      # pictures (or texts) per update
+    batch: int | None               # pictures (or texts) per update; None: not in our sources, give --batch
     steps: int
     warmup: float = 0.05            # linear, a share of the steps; from 1 on: so many steps
     schedule: str = "cosine"        # after the warm-up: cosine (to 2 % of the peak) | constant | linear (to 0)
@@ -98,8 +98,8 @@ RECIPES = {
         "LLaVA-1.5 stage 1 (2310.03744v2 §3): the MLP learns", "LCS-558K, 1 epoch", Numbers(1e-3, 256, 2180, **LLAVA),
         Numbers(6e-3, 64, 1000), "mlp", options=MLP),
     "mapl": Recipe(
-        "MAPL (2210.07179v2 §3.3): the mapper learns", "CC-clean 374K or COCO 414K captions, early stopping",
-        Numbers(3e-4, 128, 10000, 1500, "constant", 0.01, 0.95, 0), Numbers(2e-3, 64, 800, **MUON), "mapl",
+        "MAPL (2210.07179v2 §3.3): the mapper learns", "CC-clean, 374K captions: 2,922 steps are an epoch, early stopping says how many",
+        Numbers(3e-4, 128, 2922, 1500, "constant", 0.01, 0.95, 0), Numbers(2e-3, 64, 800, **MUON), "mapl",
         options=dict(reads_layer=-2, constants=16, width=128, layers=2, heads=4)),
     "qformer": Recipe(
         "BLIP-2 stage 2 without stage 1 (2301.12597v3 §3.3): the Q-Former learns", "129M pairs",
@@ -109,11 +109,11 @@ RECIPES = {
         Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init", options=ZERO_INIT),
     "flamingo": Recipe(
         "Flamingo (2204.14198v2 §3.3): resampler and gated blocks learn; Σ_m λ_m E_m, one update for all data sets",
-        "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03", Numbers(1e-4, 2560, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000, **MUON),
+        "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03", Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000, **MUON),
         "flamingo", options=dict(reads_layer=-2, every=1, latents=16, depth=2, heads=4, head_width=32)),
     "flamingo-mixture": Recipe(
         "Flamingo's weighted sum on two toy data sets: single pictures and interleaved pages", "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
-        Numbers(1e-4, 2560, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000, **MUON), "flamingo",
+        Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000, **MUON), "flamingo",
         options=dict(reads_layer=-2, every=1, latents=16, depth=2, heads=4, head_width=32), toy_data="shapes + shapes-pages * 0.5"),
 
     "idefics": Recipe(
@@ -156,7 +156,7 @@ RECIPES = {
         template="alpaca", form="QCM-A"),
 
     "lm": Recipe(
-        "LLaMA (2302.13971v1 §2): next-token loss on text", "1.4T tokens", Numbers(3e-4, 2000, 350000, 2000, weight_decay=0.1, beta2=0.95),
+        "LLaMA (2302.13971v1 §2): next-token loss on text", "1.0T tokens for the 7B, 2,048 in a row", Numbers(3e-4, 2000, 250000, 2000, weight_decay=0.1, beta2=0.95),
         Numbers(3e-3, 64, 6000, beta2=0.95, **MUON), trained=("decoder",), task="lm"),
     "clip": Recipe(
         "CLIP (2103.00020v1 §2): both towers, symmetric contrast", "400M pairs, 32 epochs",
@@ -1352,6 +1352,8 @@ def with_recipe(s: Settings, name: str) -> Settings:
     filled = {k: v for k, v in dataclasses.asdict(r.paper if s.scale == "paper" else r.toy).items() if hasattr(s, k)}
     filled |= {"captions": r.captions, "template": r.template, "form": r.form, "data": r.toy_data}
     s = dataclasses.replace(s, recipe=name, bridge=s.bridge or r.bridge, **{k: v for k, v in filled.items() if getattr(s, k) is None})
+    if s.batch is None:
+        raise UserError(f"the paper's batch of {name} is not in our sources; give --batch beside --scale paper.")
     folder = lambda recipe: f"{s.out}/{recipe}" if s.out and system else f"out/{recipe}-{re.split('[: ]', s.data)[0]}"
     s.out, start = (s.out if s.out and not system else folder(name)), folder(r.start)
     if r.start and not s.init:
@@ -1371,7 +1373,7 @@ def print_recipes() -> None:
             muon = f"Muon {n.muon_lr:g}, " if n.optimizer == "muon" else ""
             warm = f"{n.warmup:,.0f} warm-up steps" if n.warmup >= 1 else f"{100 * n.warmup:g} % warm-up"
             print(f"    {column}  {muon}AdamW {n.lr:g} (0.9, {n.beta2:g}), wd {n.weight_decay:g}, {n.schedule}, {warm}, clip {n.clip or 'none'}, "
-                  f"batch {n.batch:,}, {n.steps:,} steps on {where}")
+                  f"batch {n.batch or '? (not in our sources)'}, {n.steps:,} steps on {where}")
         print(f"    {r.says}" + (f"; toy sizes: {', '.join(f'{k}={v}' for k, v in r.options.items())}" if r.options else ""))
     for name, stages in SYSTEMS.items():
         print(f"{name}\n    {', then '.join(stages)}")

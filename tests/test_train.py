@@ -129,6 +129,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (["--option", "width"], ["name=value"]),
     (["--recipe", "lava-1"], ['unknown recipe "lava-1"', 'did you mean "llava-1"']),
     (["--recipe", "llava-2"], ["starts from a run of llava-1", "--init none"]),
+    (["--bridge", "flamingo", "--scale", "paper"], ["batch of flamingo is not in our sources", "--batch"]),
     (["--scale", "papre"], ['unknown scale "papre"', "paper"]),
     (["--data", "shapes + shapes * two"], ['weight "two"', "SPEC * 0.2"]),
     (["--batc", "3"], ['unknown argument "--batc"', 'did you mean "--batch"']),
