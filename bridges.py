@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import (ACTIVATIONS, CLIP_DEFAULTS, DECODER_NAMES, EVA_NAMES, IGNORE, IGNORED, LLAMA_DEFAULTS, META_NAMES,
-                   TILED_BLOCK_NAMES, TILED_VIT_NAMES, VIT_NAMES, VLM, Block, Bridge, Checkpoint, Decoder,
-                   DecoderConfig, EncoderBlock, RMSNorm, SwiGLU, TiledViT, Tiles, UserError, ViT, Where, attend,
-                   by_their_names, causal_mask, decoder_config, decoder_names, expand, hf_decoder_config,
+                   TILED_BLOCK_NAMES, TILED_VIT_NAMES, VIT_DEFAULTS, VIT_NAMES, VLM, Block, Bridge, Checkpoint,
+                   Decoder, DecoderConfig, EncoderBlock, RMSNorm, SwiGLU, TiledViT, Tiles, UserError, ViT, Where,
+                   attend, by_their_names, causal_mask, decoder_config, decoder_names, expand, hf_decoder_config,
                    hf_vit_config, merge_heads, nearest, read_json, save_decoder, shown, split_heads, tiled_vit_config,
                    tower_folder, visible_to_bias, vit_config, vit_file, write_json, write_tensors)
 
@@ -889,8 +889,7 @@ def llava_original(c: dict, path: Path) -> tuple[VLM, Fills]:
                  (nn.ModuleDict({"bridge": bridge, "decoder": decoder}), Checkpoint(path), names, ("model.vision_tower.",))]
 
 
-EVA_DEFAULTS = dict(model_type="blip_2_vision_model", hidden_size=1408, intermediate_size=6144, num_hidden_layers=39,
-                    num_attention_heads=16, image_size=224, patch_size=14)
+EVA = dict(VIT_DEFAULTS["eva"], model_type="blip_2_vision_model")               # where a config is silent
 LAVIS_EVA_NAMES = {     # the authors' ViT-g; its keys have no bias: it would add the same to all scores of a query
     "cls": "cls_token", "positions": "pos_embed", **{f"patch.{w}": f"patch_embed.proj.{w}" for w in WB},
     **{f"blocks.{{i}}.{p}.weight": f"blocks.{{i}}.attn.qkv.weight[{n}/3]" for n, p in enumerate("qkv")},
@@ -951,7 +950,7 @@ def blip2(c: dict, path: Path) -> tuple[VLM | Stage1, Fills]:
         other = {"t5": "an encoder-decoder", "opt": "a decoder with learned positions"}.get(kind, "unknown here")
         raise UserError(f'{where}: the language model is "{kind}" ({other}), but only LLaMA decoders are read; '
                         "instructblip-vicuna-7b and -13b have one.")
-    vit = ViT(vit_config({**EVA_DEFAULTS, **c.get("vision_config", {})}, where)[0])
+    vit = ViT(vit_config({**EVA, **c.get("vision_config", {})}, where)[0])
     decoder = None if retrieval else Decoder(decoder_config(
         {"tie_word_embeddings": c.get("tie_word_embeddings", False), **LLAMA_DEFAULTS, **text}, where))
     sizes = qformer_options(c.get("qformer_config", {}), where, retrieval or layout == "instructblip")
@@ -978,7 +977,7 @@ def lavis(c: dict, path: Path) -> tuple[Stage1, Fills]:
     """
     where, file, config, left = f"{path}/config.json", Checkpoint(path), None, ()
     if inside := any(n.startswith("visual_encoder.") for n in file.where):
-        config = vit_config({**EVA_DEFAULTS, **c.get("vision_config", {})}, where)[0]
+        config = vit_config({**EVA, **c.get("vision_config", {})}, where)[0]
     elif "vit" in c:
         tower = tower_folder(path, c["vit"])
         config, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")

@@ -351,8 +351,7 @@ def scienceqa(problems: dict[str, dict], picked: dict[str, int]) -> dict[str, fl
     return {c: mean(right[c]) for c in "NAT SOC LAN TXT IMG NO G1-6 G7-12 Avg".split() if c in right}
 
 
-MME = {"perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
-       "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()}
+MME = data.MME                      # {"perception" | "cognition": its tasks}
 
 
 def yes_no(response: str) -> str:

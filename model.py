@@ -1578,9 +1578,14 @@ def from_hub(repo: str, revision: str | None, offline: bool) -> Path:
     except ImportError:
         raise UserError(f"{repo}: no such folder; to fetch it from the hub: pip install huggingface_hub") from None
     others = ["*/*", "consolidated*"]                   # other formats, and second copies of the same weights
+    get = lambda files, but: Path(snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=but, local_files_only=offline))
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=others,
-                                      local_files_only=offline))
+        folder = get(list(HUB_FILES), others)
+        if not any(folder.glob("*.safetensors")):       # older models: their tensors alone are read out of the pickle (open_tensors)
+            get(["pytorch_model*.bin", "pytorch_model.bin.index.json"], others)
+        if (folder / "config.json").exists() and read_json(folder / "config.json").get("model_type") == "instructblip":
+            get(["qformer_tokenizer/*"], [])            # the words that its Q-Former reads
+        return folder
     except Exception as e:                              # of the library, of its HTTP client, of the disk
         kinds, first = [k.__name__ for k in type(e).__mro__], (str(e).splitlines() or [""])[0][:200]
         other = f"could not be fetched ({type(e).__name__}: {first}); try again, or download it and give the folder"

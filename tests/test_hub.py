@@ -207,3 +207,16 @@ def test_a_run_trains_and_answers_with_its_towers_image_processor(tmp_path, monk
     assert expected.how == "squash" and vlm.processor == expected and len(used) > 3 and set(used) == {expected}
     again, _, _ = evaluation.open_run(str(tmp_path / "run"), "cpu")
     assert again.processor == expected
+
+
+def test_a_model_without_safetensors_and_a_qformers_words_are_fetched_as_well(hub):
+    fetch(NAME)
+    assert len(hub.calls) == 1                                                  # nothing more than is needed
+    model.from_hub.cache_clear()
+    (hub.folder / "model.safetensors").rename(hub.folder / "pytorch_model.bin")
+    config = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "config.json").write_text(json.dumps({**config, "model_type": "instructblip"}))
+    fetch(NAME + "@v2")
+    asked = [call["allow_patterns"] for call in hub.calls[1:]]
+    assert asked[1:] == [["pytorch_model*.bin", "pytorch_model.bin.index.json"], ["qformer_tokenizer/*"]]
+    assert {call["revision"] for call in hub.calls[1:]} == {"v2"}
