@@ -1460,7 +1460,7 @@ LOOKS = {               # what can be measured of an arm, given (vlm, tokenizer,
     "answers": look_answers, "loss": look_loss, "gates": look_gates, "reasons": look_reasons,
     "captions": lambda vlm, tokenizer, items, run: {"cider": evaluate(vlm, tokenizer, [replace(i, qas=[]) for i in items])["cider"]},
     "blind": lambda *a: {f"blind {k}": v for k, v in evaluate(*a[:3], blind=True).items() if k in ("mean", "cider")},
-    "shots": lambda vlm, tokenizer, items, run: {f"{k} shots": fewshot(vlm, tokenizer, items[:len(items) // 2], k) for k in (0, 1, 4, 8)},
+    "shots": lambda vlm, tokenizer, items, run: {f"{k} shots": fewshot(vlm, tokenizer, items[:len(items) // 4], k) for k in (0, 1, 4, 8)},
     "pages": lambda vlm, tokenizer, items, run: {f"{k} pictures before": fewshot(vlm, tokenizer, items, k) for k in (0, 3)},
 }
 
@@ -1545,7 +1545,7 @@ def run_claims(names: list[str], seeds: int = 3, jobs: int = 2, out: str | Path 
     before = {arm: re.findall("{(.*?)}", arms[arm][0]) for arm in arms}         # what must be trained first
     needed |= {b for arm in needed for b in before[arm]}
     seen: dict[tuple[str, int], dict] = {}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else contextlib.nullcontext() as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=8) if jobs > 1 else contextlib.nullcontext() as pool:
         for seed, later in itertools.product(range(seeds), (False, True)):
             ready = [arm for arm in arms if arm in needed and bool(before[arm]) == later]
             work = [(arm, seed, Path(out), arm_flags(arm, seed, out, arms, common), arms[arm][1].split(), count) for arm in ready]

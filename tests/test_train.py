@@ -173,7 +173,7 @@ def test_the_schedule_warms_up_and_falls_to_its_floor():
 
 
 # A miniature run per bridge, on the two bundled towers: seconds each, and already far from blind.
-MINIATURE = dict(linear=250, mlp=250, mapl=200, qformer=200, zero_init=200, flamingo=250, idefics=250)
+MINIATURE = dict(linear=250, mlp=250, frozen=250, mapl=200, qformer=200, zero_init=200, flamingo=250, idefics=250)
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)
