@@ -276,7 +276,9 @@ def test_a_soft_token_along_an_embedding_has_that_word():
         vlm.bridge.map.weight.zero_()
         vlm.bridge.map.bias.copy_(20 * vlm.decoder.embed.weight[red])
         near = evaluation.prefix_words(vlm, TOKENIZER, torch.zeros(1, 9, 128), k=3)
-    assert len(near) == 9 and near[0] == near[8] and near[0][0] == (" red", pytest.approx(1, abs=1e-6))
+    assert len(near) == 9 and near[0][0] == (" red", pytest.approx(1, abs=1e-6))
+    assert [w for w, _ in near[0]] == [w for w, _ in near[8]]                    # cosines of equal rows may differ in the last bit
+    assert [c for _, c in near[0]] == pytest.approx([c for _, c in near[8]], abs=1e-6)
     e = vlm.decoder.embed.weight.detach()
     cosine = (e @ e[red] / e.norm(dim=1) / e[red].norm()).tolist()
     for word, c in near[0]:
