@@ -2,6 +2,7 @@
 import re
 from pathlib import Path
 
+import eval as evaluation
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -43,3 +44,10 @@ def test_the_table_of_protocols_is_the_one_in_its_file():
     """weights/table.txt is what `python eval.py out/… --table` printed; the README quotes all of it."""
     rows = [line.strip() for line in (ROOT / "weights" / "table.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
     assert sum(", blind" in row for row in rows) == 6 and all(row in README for row in rows)
+
+
+def test_the_verdicts_of_the_readme_are_those_of_the_claims_file():
+    """weights/claims.txt is what `python eval.py --claim all` wrote, with three seeds or more; the README quotes its verdicts."""
+    head, verdicts = (ROOT / "weights" / "claims.txt").read_text(encoding="utf-8").split("\n\n")[:2]
+    assert "seeds 0 to 2" in head and len(verdicts.splitlines()) == len(evaluation.CLAIMS)
+    assert all(line.strip() in README for line in verdicts.splitlines())
