@@ -100,6 +100,14 @@ def tiny_vlm(name: str, seed: int = 0, image_token: int | None = None, stirred: 
     return VLM(stir(ViT(TINY_VIT), seed + 2), bridge, tiny_decoder(seed + 3), image_token).eval()
 
 
+@pytest.fixture(autouse=True)
+def own_threads():
+    """A run with --threads 1 must not slow down the tests after it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def decoder() -> Decoder:
     return tiny_decoder()
