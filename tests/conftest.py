@@ -53,6 +53,18 @@ def check_states(case: dict, hidden: list, expected: dict) -> None:
                         f"by {(mine - theirs).abs().max():.3e} at most")
 
 
+def check_decoder(name: str, decoder: Decoder) -> None:
+    """Logits, every state, a padded batch and greedy tokens of a golden case."""
+    _, case, x, expected = golden(name)
+    with torch.no_grad():
+        logits, hidden = decoder(x["input_ids"], return_hidden=True)
+        check_states(case, hidden, expected)
+        check(case, "logits", logits, expected["logits"])
+        mask = x["padded_attention_mask"].bool()
+        check(case, "padded_logits", decoder(x["padded_input_ids"], mask) * mask[..., None], expected["padded_logits"])
+    check(case, "generated_ids", decoder.generate(x["prompt_ids"], max_new_tokens=12), expected["generated_ids"])
+
+
 def fixed_loss(y: torch.Tensor) -> torch.Tensor:
     """The scalar whose gradients the golden cases hold: 10 · mean_i( y_i · cos(0.37 i + 0.1) ), i counts y in C order."""
     wave = torch.cos(0.37 * torch.arange(y.numel(), dtype=torch.float64) + 0.1).to(y.dtype)

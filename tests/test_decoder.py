@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TINY, check, check_states, golden, stir, tiny_decoder
+from conftest import TINY, check_decoder, golden, stir, tiny_decoder
 from model import (Cache, Decoder, DecoderConfig, RMSNorm, UserError, attend, attend_explicit, causal_mask, load_decoder,
                    rope_frequencies, sample, save_decoder, visible_to_bias)
 
@@ -34,15 +34,7 @@ def folder_of(name: str, layout: str, tmp_path):
 @pytest.mark.parametrize("layout", ["library", "hub"])
 @pytest.mark.parametrize("name", CASES)
 def test_logits_states_and_greedy_ids_are_the_published_ones(name, layout, tmp_path):
-    _, case, x, expected = golden(name)
-    decoder = load_decoder(folder_of(name, layout, tmp_path))
-    with torch.no_grad():
-        logits, hidden = decoder(x["input_ids"], return_hidden=True)
-        check_states(case, hidden, expected)
-        check(case, "logits", logits, expected["logits"])
-        mask = x["padded_attention_mask"].bool()
-        check(case, "padded_logits", decoder(x["padded_input_ids"], mask) * mask[..., None], expected["padded_logits"])
-    check(case, "generated_ids", decoder.generate(x["prompt_ids"], max_new_tokens=12), expected["generated_ids"])
+    check_decoder(name, load_decoder(folder_of(name, layout, tmp_path)))
 
 
 @pytest.mark.parametrize("name", CASES)

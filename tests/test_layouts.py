@@ -16,23 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import check, check_states, golden, stir
+from conftest import check, check_decoder, check_states, golden, stir
 from model import (Decoder, DecoderConfig, UserError, ViT, ViTConfig, decoder_config, load_clip, load_decoder, load_vit,
                    load_vlm, meta_decoder_config, rope_frequencies, save_decoder, save_vit, vit_config)
 
 ROOT = Path(__file__).parents[1]
-
-
-def check_decoder(name: str, decoder: Decoder) -> None:
-    """Logits, every state, a padded batch and greedy tokens of a golden case."""
-    _, case, x, expected = golden(name)
-    with torch.no_grad():
-        logits, hidden = decoder(x["input_ids"], return_hidden=True)
-        check_states(case, hidden, expected)
-        check(case, "logits", logits, expected["logits"])
-        mask = x["padded_attention_mask"].bool()
-        check(case, "padded_logits", decoder(x["padded_input_ids"], mask) * mask[..., None], expected["padded_logits"])
-    check(case, "generated_ids", decoder.generate(x["prompt_ids"], max_new_tokens=12), expected["generated_ids"])
 
 
 # --- relatives of Llama -------------------------------------------------------------------------------------------
