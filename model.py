@@ -54,12 +54,14 @@ def nearest(wrong: str, known) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 
 def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(QKᵀ/√E + bias) V, spelled out (Attention is all you need, 1706.03762v7, Eq. 1).
+    """Attention spelled out (Attention is all you need, 1706.03762v7, Eq. 1).
+
+    (D1)  y = softmax(q kᵀ / √E + bias) v
 
     q (B, H, T, E); k, v (B, H, S, E); bias broadcastable to (B, H, T, S): 0 where a query may look, very negative
     where not. Returns (B, H, T, E). The softmax runs in float32 whatever the dtype of q.
     """
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5      # (B, H, T, S)  scaled by the HEAD width
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5      # (B, H, T, S)  scaled by the HEAD width   (D1)
     if bias is not None:
         scores = scores + bias
     weights = shown(scores.softmax(-1, dtype=torch.float32))    # (B, H, T, S)  each row sums to 1
@@ -228,14 +230,16 @@ class DecoderConfig:
 
 
 def rope_frequencies(config: DecoderConfig, device=None) -> Tensor:
-    """(E/2,) float32: angle per position of each rotated pair, θ_i = base^(−2i/E) (RoPE, 2104.09864v5, Eq. 15).
+    """(E/2,) float32: angle per position of each rotated pair (RoPE, 2104.09864v5, Eq. 15).
+
+    (D3)  θ_i = base^(−2i/E)
 
     With `rope_scaling` of type linear, all are divided by `factor` (Position Interpolation, 2306.15595v2). With type llama3
     so are wavelengths λ = 2π/θ_i above `original/low`, those below `original/high` stay, and the band between is interpolated
     (Llama 3.1; the rule is in its published code only).
     """
     i = torch.arange(0, config.head_width, 2, dtype=torch.float32, device=device)
-    theta = 1.0 / config.rope_theta ** (i / config.head_width)
+    theta = 1.0 / config.rope_theta ** (i / config.head_width)              # (D3)
     s = config.rope_scaling
     if not s:
         return theta
@@ -250,15 +254,20 @@ def rope_frequencies(config: DecoderConfig, device=None) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i+E/2}) of x (B, H, T, E): the half-split layout of Hugging Face checkpoints.
 
+    (D4)  (a, b) ← (a cos tθ_i − b sin tθ_i,  b cos tθ_i + a sin tθ_i)      at position t, for each pair i (Eq. 34)
+
     Meta's files pair neighbours (x_2i, x_2i+1) instead; the two are the same function after a permutation of the rows of
     W_q and W_k. cos, sin: (B or 1, 1, T, E).
     """
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return x * cos + torch.cat((-b, a), dim=-1) * sin           # (D4)
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) · weight (1910.07467v1, Eq. 4); in float32, cast back, and only then multiplied by the weight."""
+    """Root mean square norm (1910.07467v1, Eq. 4); in float32, cast back, and only then multiplied by the weight.
+
+    (D2)  y = x / √(mean x² + ε) · weight
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -267,7 +276,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)       # (D2)
         return self.weight * y.to(x.dtype)
 
 
@@ -292,7 +301,10 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with RoPE (2305.13245v3); the seam `beside` adds its term to the heads before W_o."""
+    """Grouped-query self-attention with RoPE (2305.13245v3); the seam `beside` adds its term to the heads before W_o.
+
+    (D5)  query head h reads key and value head ⌊h·G/H⌋
+    """
 
     def __init__(self, c: DecoderConfig):
         super().__init__()
@@ -304,8 +316,8 @@ class Attention(nn.Module):
         self.o = nn.Linear(c.heads * c.head_width, c.width, bias="o" in biased)
 
     def widen(self, x: Tensor) -> Tensor:
-        """(B, G, S, E) → (B, H, S, E): query head h reads key head ⌊h·G/H⌋."""
-        return x if self.heads == self.kv_heads else x.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        """(B, G, S, E) → (B, H, S, E)."""
+        return x if self.heads == self.kv_heads else x.repeat_interleave(self.heads // self.kv_heads, dim=1)   # (D5)
 
     def project(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (·, H, Q, E) of vectors (·, Q, D) that have no position: no RoPE."""
@@ -326,7 +338,10 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W_down( SiLU(W_gate x) ⊙ W_up x ) (2002.05202v1, Eq. 6)."""
+    """The gated feed-forward (2002.05202v1, Eq. 6).
+
+    (D6)  y = W_down( SiLU(W_gate x) ⊙ W_up x )
+    """
 
     def __init__(self, c: DecoderConfig):
         super().__init__()
@@ -335,7 +350,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(c.hidden, c.width, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.silu(self.gate(x)) * self.up(x))                     # (D6)
 
 
 class Block(nn.Module):
@@ -602,7 +617,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class EncoderBlock(nn.Module):
-    """x += Attn(LN x); x += W_down act(W_up LN x) (ViT, 2010.11929v2, Eq. 2 and 3); gated: each times tanh of a gate."""
+    """A pre-norm block (ViT, 2010.11929v2, Eq. 2 and 3); gated: each term times tanh of a gate.
+
+    (I2)  x ← x + Attn(LN x);   x ← x + W_down act(W_up LN x)
+    """
 
     def __init__(self, width: int, heads: int, hidden: int, act: str, eps: float, attention_bias: bool = True,
                  gated: bool = False):
@@ -620,8 +638,8 @@ class EncoderBlock(nn.Module):
         y = self.norm1(x)
         q, k, v = (split_heads(f(y), self.heads) for f in (self.q, self.k, self.v))     # (B, H, N, E)
         y = self.o(merge_heads(attend(q, k, v, bias, causal)))
-        x = x + (y if self.attention_gate is None else self.attention_gate.tanh() * y)
-        y = self.down(self.act(self.up(self.norm2(x))))
+        x = x + (y if self.attention_gate is None else self.attention_gate.tanh() * y)          # (I2)
+        y = self.down(self.act(self.up(self.norm2(x))))                                         # (I2)
         return x + (y if self.mlp_gate is None else self.mlp_gate.tanh() * y)
 
 
@@ -644,7 +662,10 @@ class AttentionPool(nn.Module):
 
 
 class ViT(nn.Module):
-    """pixels (B, 3, S, S) → tokens (B, N, Di). The class token, where there is one, stands at index 0."""
+    """pixels (B, 3, S, S) → tokens (B, N, Di). The class token, where there is one, stands at index 0.
+
+    (I1)  z = [class; W patch_1; …; W patch_N] + positions          (ViT, 2010.11929v2, Eq. 1)
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -676,7 +697,7 @@ class ViT(nn.Module):
         x = patches.flatten(2).transpose(1, 2)                                  # (B, N, Di)  row by row, from the top left
         if self.cls is not None:
             x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1)
-        x = x + self.positions_for(*patches.shape[2:])
+        x = x + self.positions_for(*patches.shape[2:])                          # (I1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         hidden = [x]
@@ -847,7 +868,11 @@ class TextTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature (2103.00020v1, Figure 3)."""
+    """Two towers and a temperature (2103.00020v1, Figure 3); the loss stands in train.ClipTask.
+
+    (I3)  S_ij = e^s cos(image_i, text_j)
+    (I4)  loss = ½ (mean_i −log softmax_j(S_i·)_i + mean_j −log softmax_i(S_·j)_j)
+    """
 
     def __init__(self, vit: ViT, text: TextTransformer, width: int):
         super().__init__()
@@ -864,7 +889,7 @@ class CLIP(nn.Module):
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         """(B_images, B_texts): scaled cosine similarities."""
-        return self.logit_scale.exp() * self.embed_images(pixels) @ self.embed_texts(tokens).T
+        return self.logit_scale.exp() * self.embed_images(pixels) @ self.embed_texts(tokens).T      # (I3)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -758,7 +758,7 @@ class ClipTask(Task):
         """½ (CE over the texts of each image + CE over the images of each true text); the hard negatives only add texts."""
         S = self.module(pixels, tokens).float()                                 # (B, B + negatives)
         target = torch.arange(len(S), device=S.device)
-        return (F.cross_entropy(S, target) + F.cross_entropy(S[:, :len(S)].T, target)) / 2
+        return (F.cross_entropy(S, target) + F.cross_entropy(S[:, :len(S)].T, target)) / 2      # (I4)
 
     def after_step(self) -> None:
         with torch.no_grad():
