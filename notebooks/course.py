@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +21,7 @@ if str(ROOT) not in sys.path:
 import data                                                                     # noqa: E402  (after the path)
 import eval as evaluation                                                       # noqa: E402
 import train                                                                    # noqa: E402
-from model import IMAGE, VLM, Decoder, ViT, load_decoder, load_vit              # noqa: E402
+from model import VLM, Decoder, ViT, load_decoder, load_vit, read_json, write_json, write_tensors       # noqa: E402
 
 RUNS = ROOT / "notebooks" / "runs"              # the six bridges of README's table, seed 0, trained by the recipes (bfloat16 on disk)
 COLORS = {name: (0.7, 0.7, 0.7) if name == "white" else tuple(c / 255 for c in rgb) for name, rgb in data.COLORS.items()}    # for plots
@@ -96,8 +97,21 @@ def strip(notebook: dict) -> dict:
     return {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
 
 
+def keep(run: Path) -> None:
+    """Puts a run into notebooks/runs under its bridge's name: config, log, results, and the bridge in bfloat16, half the bytes."""
+    config = read_json(run / "config.json")
+    config["settings"]["out"] = f"out/{run.name}"                               # a folder of whoever reads it, not of this machine
+    out = RUNS / config["bridge"]
+    write_tensors(out / "bridge.safetensors", {k: v.to(torch.bfloat16) for k, v in load_file(run / "bridge.safetensors").items()})
+    write_json(out / "config.json", config)
+    for name in ("log.jsonl", "results.json"):
+        (out / name).write_bytes((run / name).read_bytes())
+
+
 def main() -> None:
-    """`python notebooks/course.py` strips every notebook in place; run it before you commit one."""
+    """Before a commit: `python notebooks/course.py` strips every notebook in place; with run folders, it keeps those in notebooks/runs."""
+    for run in sys.argv[1:]:
+        keep(Path(run))
     for file in sorted((ROOT / "notebooks").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in file.parts:
             old = file.read_text(encoding="utf-8")
