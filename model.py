@@ -1549,7 +1549,7 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
     vit, decoder = load_vit(tower_folder(path, c["vit"]), device, dtype), load_decoder(tower_folder(path, c["decoder"]), device, dtype)
     with torch.device("meta"):
         bridge = make_bridge(c["bridge"], decoder.config, vit.config.width, **c["bridge_options"])
-    load_bridge_file(bridge, path / "bridge.safetensors", device)
+    load_bridge_file(bridge, path / "bridge.safetensors", device, dtype)
     return VLM(vit, bridge, decoder, c.get("image_token")).eval()
 
 
@@ -1641,13 +1641,15 @@ def licence(folder: str | os.PathLike) -> str | None:
     return f"{fields['license']} ({name})" if name and "license" in fields else fields.get("license")
 
 
-def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None) -> None:
-    """Fill a bridge (on the meta device or not) from the bridge.safetensors of a run; strict, and names the other kind if it is one."""
+def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> None:
+    """Fill a bridge (on the meta device or not) from the bridge.safetensors of a run; strict, and names the other kind if it is one.
+
+    dtype None = float32, whatever the file holds."""
     checkpoint = Checkpoint(file)
     held = (checkpoint.files[Path(file)].metadata() or {}).get("bridge", bridge.name)
     if held != bridge.name:
         raise UserError(f'{file}: holds a "{held}" bridge, not "{bridge.name}"; use --bridge {held}.')
-    fill(bridge, checkpoint, {}, (), device)
+    fill(bridge, checkpoint, {}, (), device, dtype or torch.float32)
 
 
 def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dtype | None = None,

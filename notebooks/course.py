@@ -102,7 +102,8 @@ def keep(run: Path) -> None:
     config = read_json(run / "config.json")
     config["settings"]["out"] = f"out/{run.name}"                               # a folder of whoever reads it, not of this machine
     out = RUNS / config["bridge"]
-    write_tensors(out / "bridge.safetensors", {k: v.to(torch.bfloat16) for k, v in load_file(run / "bridge.safetensors").items()})
+    write_tensors(out / "bridge.safetensors", {k: v.to(torch.bfloat16) for k, v in load_file(run / "bridge.safetensors").items()},
+                  {"bridge": config["bridge"]})
     write_json(out / "config.json", config)
     for name in ("log.jsonl", "results.json"):
         (out / name).write_bytes((run / name).read_bytes())

@@ -16,7 +16,7 @@ import data
 import eval as evaluation
 import train
 from bridges import BRIDGES
-from model import UserError, load_decoder, load_vit, load_vlm
+from model import IMAGE, UserError, load_decoder, load_vit, load_vlm
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--dtype", "float32", "--log-every", "1", "--eval-items", "4", "--samples", "0"]
@@ -185,3 +185,13 @@ def test_a_miniature_run_beats_its_blind_twin(bridge, tmp_path):
     rows = {r["row"].split(", ")[-1]: r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
     assert rows["held-out"]["mean"] > rows["blind"]["mean"] + 0.05, rows        # 5 points on 400 questions: 2 standard errors
     assert rows["held-out"]["cider"] > rows["blind"]["cider"], rows
+
+
+def test_a_run_whose_bridge_lies_in_bfloat16_loads_as_asked(tmp_path):
+    """None means float32 for the bridge as for the towers, and bfloat16 all of the three."""
+    folder = Path(train.HERE) / "notebooks" / "runs" / "linear"
+    assert {v.dtype for v in load_file(folder / "bridge.safetensors").values()} == {torch.bfloat16}
+    for asked, dtype in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        vlm = load_vlm(folder, dtype=asked)
+        assert {p.dtype for p in vlm.parameters()} == {dtype}
+        assert vlm(torch.tensor([[3, IMAGE, 5]]), torch.zeros(1, 3, 48, 48, dtype=dtype)).dtype == dtype
