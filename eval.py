@@ -47,7 +47,7 @@ from torch import Tensor
 
 import data
 from model import (VLM, Bridge, Decoder, TiledViT, Tiles, UserError, ViT, atomically, fetch, is_hub_name, load_decoder, load_vlm, nearest,
-                   print_licence, read_json, tower_folder, write_json)
+                   packed, print_licence, read_json, tower_folder, write_json)
 
 # ------------------------------------------------------------------------------------------------------------------
 # 1. Metrics, equal to the official code
@@ -491,16 +491,18 @@ def write(generate, documents: list[data.Document], tokenizer: data.Tokenizer, m
     which rows of it stand in each. Documents run in batches of similar length, padded on the left; a test holds a batch equal to its rows one by one.
     """
     answers, order = [""] * len(documents), sorted(range(len(documents)), key=lambda i: len(documents[i].tokens))
-    for start in range(0, len(order), batch):
-        rows = order[start:start + batch]
-        tokens, _, mask = data.collate([documents[i] for i in rows], left=True)
-        device = features.device if features is not None else generate.__self__.embed.weight.device
-        picked = rows if pictures is None else [p for i in rows for p in pictures[i]]
-        extra = {} if features is None else {"features": features[picked]}
-        ids = generate(tokens.to(device), max_new_tokens=max_new_tokens, beams=beams, stop=(tokenizer.eos,),
-                       mask=None if mask.all() else mask.to(device), **extra).tolist()
-        for i, line in zip(rows, ids):
-            answers[i] = tokenizer.decode(line[:line.index(tokenizer.eos)] if tokenizer.eos in line else line).strip()
+    decoder = getattr(generate.__self__, "decoder", generate.__self__)
+    with packed(decoder):
+        for start in range(0, len(order), batch):
+            rows = order[start:start + batch]
+            tokens, _, mask = data.collate([documents[i] for i in rows], left=True)
+            device = features.device if features is not None else decoder.embed.weight.device
+            picked = rows if pictures is None else [p for i in rows for p in pictures[i]]
+            extra = {} if features is None else {"features": features[picked]}
+            ids = generate(tokens.to(device), max_new_tokens=max_new_tokens, beams=beams, stop=(tokenizer.eos,),
+                           mask=None if mask.all() else mask.to(device), **extra).tolist()
+            for i, line in zip(rows, ids):
+                answers[i] = tokenizer.decode(line[:line.index(tokenizer.eos)] if tokenizer.eos in line else line).strip()
     return answers
 
 

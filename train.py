@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -279,7 +280,9 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
     # 6. the loop ----------------------------------------------------------------------------------------------------
     task.module.train()
     batches = ahead(task, step, s)
-    meter, start = Meter(s.steps, s.minutes), time.monotonic() - spent
+    with eagerly(s), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        work = 0.0 if s.shard else task.work()          # operations per position; where parameters are slices nobody counts
+    meter, start = Meter(s.steps, s.minutes, work, getattr(task, "K", 1), ranks.size), time.monotonic() - spent
     bar = tqdm(total=s.steps if not s.minutes else None, initial=step, disable=not (sys.stderr.isatty() and ranks.first), leave=False)
     while True:
         progress = step / s.steps
@@ -333,7 +336,7 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
         # -----------------------------------------------------------------------------------------------------------
 
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-        meter.add(pieces, ranks.size)
+        meter.add(pieces)
         step += 1
         bar.update()
         if step == 20 and not s.minutes:
@@ -398,6 +401,10 @@ class Task:
 
     def after_step(self) -> None:
         pass
+
+    def work(self) -> float:
+        """Floating-point operations of a training step per position of the decoder, see `operations`; 0: not counted."""
+        return 0.0
 
     def vitals(self) -> dict:
         return {}
@@ -529,6 +536,15 @@ class AnswerTask(Task):
         print(f"first    {out}/first.png, and its text; the second line is what is learned, ~ a blank")
         for line in aligned(self.document(item, 0), self.tokenizer):
             print(f"         {line}")
+
+    def work(self, rows: int = 4) -> float:
+        items = [self.world.item(i, turns=self.s.turns) for i in range(rows)]
+        piece = self.piece([(self.document(item, i), item) for i, item in enumerate(items)], 0, 1.0)
+        checkpoint, self.module.decoder.checkpoint = self.module.decoder.checkpoint, False      # to compute twice is no more work done
+        cached = self.ready([dict(piece)]) if self.cache else None
+        flops = operations(lambda: sum(self.loss(**p) for p in cached or self.ready([dict(piece)])), self.module)
+        self.module.decoder.checkpoint = checkpoint
+        return flops / positions(piece, self.K)
 
     def vitals(self) -> dict:
         return self.module.bridge.vitals()
@@ -1005,6 +1021,24 @@ def blind_loss(vlm: VLM, piece: dict) -> Tensor:
     return next_token_loss(vlm.decoder, labels, **inputs)[0]
 
 
+def positions(piece: dict, K: int) -> int:
+    """Positions that a piece fills in the decoder, padding included: an image takes K of them."""
+    images = int((piece["tokens"] == IMAGE).sum())
+    return piece["tokens"].numel() + images * (K - 1)
+
+
+def operations(loss, module: nn.Module) -> float:
+    """Floating-point operations of the matrix products in one forward and backward of `loss()`, counted as they are executed.
+
+    So a frozen ViT counts its forward, or nothing where its features are cached; a frozen decoder its forward and the gradients of its
+    activations, not of its weights: 4 operations per parameter and position where training it takes 6. The gradients of `module` stay as they are.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:    # dropout's draws stay the run's own
+        torch.autograd.grad(loss(), trained, allow_unused=True)
+    return float(counter.get_total_flops())
+
+
 def gradient_norms(trained) -> str:
     """|g| of each part, two names deep: a part that is stuck at zero is seen at the first step."""
     norms: dict[str, float] = {}
@@ -1187,26 +1221,41 @@ def draw_curves(out: Path) -> None:
             figure.savefig(tmp, format="png", dpi=120)
 
 
+PEAKS = {               # of dense bfloat16 products, operations a second, as the makers publish them; an unknown card has no MFU
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+
+
+def peak_of(device: torch.device) -> float:
+    """Operations a second that this device's maker promises in bfloat16; 0 where we do not know it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in PEAKS.items() if card in name), 0.0)
+
+
 class Meter:
     """Rates since the last line, and the line itself."""
 
-    def __init__(self, steps: int, minutes: float):
-        self.steps, self.minutes = steps, minutes
-        self.tokens = self.learned = self.images = 0
+    def __init__(self, steps: int, minutes: float, work: float = 0.0, K: int = 1, processes: int = 1):
+        self.steps, self.minutes, self.processes = steps, minutes, processes
+        self.work, self.K = work, K                     # operations of a step per position of the decoder (Task.work), positions of an image
+        self.tokens = self.learned = self.images = self.positions = self.passed = 0
         self.since = self.begin = time.monotonic()
 
-    def add(self, pieces: list[dict], processes: int) -> None:
+    def add(self, pieces: list[dict]) -> None:
         """Of one process; the others have read as many rows, of about this length."""
-        self.tokens += processes * sum(p["tokens"].numel() for p in pieces)
-        self.learned += processes * sum(p["count"] for p in pieces)
-        self.images += processes * sum(len(p["tokens"]) for p in pieces)
+        self.tokens += self.processes * sum(p["tokens"].numel() for p in pieces)
+        self.learned += self.processes * sum(p["count"] for p in pieces)
+        self.images += self.processes * sum(len(p["tokens"]) for p in pieces)
+        self.positions += self.processes * sum(positions(p, self.K) for p in pieces)
 
     def forecast(self, left: int, device: torch.device) -> str:
         """After 20 steps: how long the rest takes, and on a GPU how much memory it needs."""
         seconds = (time.monotonic() - self.begin) / 20
         peak = f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB at the peak" if device.type == "cuda" else ""
         end = time.strftime("%H:%M", time.localtime(time.time() + left * seconds))
-        return f"forecast {seconds:.2f} s a step: {left * seconds / 60:.1f} more minutes, until {end}{peak}"
+        work = self.work * (self.passed + self.positions) / 20 / 1e12
+        work = f"; {work:.2g} TFLOP a step, {work / seconds:.2g} TFLOP/s" if work else ""
+        return f"forecast {seconds:.2f} s a step: {left * seconds / 60:.1f} more minutes, until {end}{peak}{work}"
 
     def rates(self, device: torch.device) -> dict:
         if device.type == "cuda":
@@ -1215,7 +1264,11 @@ class Meter:
         rates = {"tokens_per_s": self.tokens / seconds, "learned_per_s": self.learned / seconds, "images_per_s": self.images / seconds}
         if device.type == "cuda":
             rates["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self.tokens = self.learned = self.images = 0
+        if self.work:                                   # model FLOPs utilisation: operations that the method needs ÷ what the cards could do
+            rates["tflops"] = self.work * self.positions / seconds / 1e12
+            rates |= {"mfu": 1e12 * rates["tflops"] / peak / self.processes} if (peak := peak_of(device)) else {}
+        self.passed += self.positions
+        self.tokens = self.learned = self.images = self.positions = 0
         self.since = time.monotonic()
         return rates
 
@@ -1225,6 +1278,7 @@ class Meter:
         step = f"{x['step']:6d}/{self.steps}" if not self.minutes else f"{x['step']:6d}"
         extra = "".join(f"  {k} {x[k]:.3f}" for k in ("gate", "scale") if k in x)
         memory = f"  {x['memory_gb']:.1f} GB" if "memory_gb" in x else ""
+        memory += f"  mfu {100 * x['mfu']:.0f}%" if "mfu" in x else ""
         return (f"step {step} {100 * progress:3.0f}%  loss {x['loss']:.3f} (ema {x['ema']:.3f})  |g| {x['grad_norm']:.2f}{extra}  lr {x['lr']:.1e}  "
                 f"{x['learned_per_s'] / 1e3:.1f}/{x['tokens_per_s'] / 1e3:.1f}k tok/s{memory}  eta {eta // 60}m{eta % 60:02d}s")
 

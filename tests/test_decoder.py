@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import TINY, check_decoder, golden, stir, tiny_decoder
 from model import (Cache, Decoder, DecoderConfig, RMSNorm, UserError, attend, attend_explicit, causal_mask, load_decoder,
-                   rope_frequencies, sample, save_decoder, visible_to_bias)
+                   packed, rope_frequencies, sample, save_decoder, visible_to_bias)
 
 CASES = ["llama-mha", "llama-gqa-tied", "llama-rope-llama3", "llama-sharded", "llama-bf16"]
 
@@ -44,6 +44,34 @@ def test_bfloat16_stays_close_to_float32(name):
         mine = load_decoder(folder, dtype=torch.bfloat16)(x["input_ids"]).float()
     # bfloat16 keeps 8 bits: each rounding is up to 2^-9 = 0.2 %, a few dozen of them in a row add like a random walk to about 1 %
     assert (mine - expected["logits"]).norm() <= 2e-2 * expected["logits"].norm()
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 instructions")
+@pytest.mark.parametrize("name", [*CASES, "qwen2-bias"])
+def test_packed_matrices_change_the_order_of_summation_and_nothing_else(name, monkeypatch):
+    """Logits, cached steps, greedy tokens and beams with every matrix packed, against the published ones and the unpacked bfloat16."""
+    monkeypatch.setattr("model.PACKED", range(10**9))
+    folder, _, x, expected = golden(name)
+    decoder = load_decoder(folder, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        plain = decoder(x["input_ids"])
+    with torch.no_grad(), packed(decoder):
+        assert all("forward" in vars(m) for m in decoder.modules() if isinstance(m, torch.nn.Linear)) and "head" in vars(decoder)
+        mine = decoder(x["input_ids"])
+        with packed(decoder):                                                   # on already: nothing happens, nothing is undone
+            again = decoder(x["input_ids"])
+        assert torch.equal(mine, again) and "head" in vars(decoder)
+    assert (mine.float() - expected["logits"]).norm() <= 2e-2 * expected["logits"].norm()       # as without: see above
+    assert (mine - plain).float().norm() <= 1e-2 * plain.float().norm()
+    assert not any("forward" in vars(m) for m in decoder.modules()) and "head" not in vars(decoder)
+    with torch.no_grad():
+        assert torch.equal(decoder(x["input_ids"]), plain)
+    for beams in (1, 3):
+        ids = decoder.generate(x["prompt_ids"], max_new_tokens=16, beams=beams)                 # 16: packs by itself
+        monkeypatch.setattr("model.PACKED", range(0))
+        unpacked = decoder.generate(x["prompt_ids"], max_new_tokens=16, beams=beams)
+        monkeypatch.setattr("model.PACKED", range(10**9))
+        assert ids.shape == unpacked.shape and (ids[:, :4] == unpacked[:, :4]).all()            # later ones may part where two logits tie
 
 
 def test_llama3_frequencies_are_the_published_values():

@@ -16,7 +16,8 @@ import data
 import eval as evaluation
 import train
 from bridges import BRIDGES
-from model import IMAGE, UserError, load_decoder, load_vit, load_vlm
+from conftest import tiny_vlm
+from model import IGNORE, IMAGE, UserError, load_decoder, load_vit, load_vlm
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--dtype", "float32", "--log-every", "1", "--eval-items", "4", "--samples", "0"]
@@ -195,3 +196,47 @@ def test_a_run_whose_bridge_lies_in_bfloat16_loads_as_asked(tmp_path):
         vlm = load_vlm(folder, dtype=asked)
         assert {p.dtype for p in vlm.parameters()} == {dtype}
         assert vlm(torch.tensor([[3, IMAGE, 5]]), torch.zeros(1, 3, 48, 48, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("learning, factor", [(("bridge",), 4), (("bridge", "decoder"), 6)])
+def test_a_frozen_decoder_counts_four_operations_per_parameter_and_position_and_a_trained_one_six(learning, factor):
+    """The products with its matrices: forward and gradients of the activations, 2 + 2; gradients of the weights, 2 more.
+    2 %: the bridge's own, and in the lowest layer the gradient of the embeddings."""
+    vlm = tiny_vlm("linear")
+    for part, module in vlm.named_children():
+        module.requires_grad_(part in learning)
+    B, T = 3, 10
+    tokens = torch.randint(1, 61, (B, T))
+    tokens[:, 2] = IMAGE
+    labels = torch.where(torch.arange(T) > 6, tokens, IGNORE)
+    features = torch.randn(B, 9, 20)
+    counted = train.operations(lambda: vlm.loss(tokens, labels, features=features)[0], vlm)
+    piece = dict(tokens=tokens, labels=labels)
+    P = train.positions(piece, 9)
+    assert P == B * (T + 8)
+    c = vlm.decoder.config
+    matrices = sum(p.numel() for n, p in vlm.decoder.named_parameters() if p.ndim == 2 and "layers" in n)
+    attention = 3 * 4 * c.layers * B * (T + 8) ** 2 * c.heads * c.head_width     # two products, once forward and twice backward
+    head = factor * c.width * c.vocab_size * B * 3                              # at the three supervised positions of each row
+    expected = factor * matrices * P + attention + head
+    bridge = 4 * 20 * 32 * B * 9                                                # forward and weights; features need no gradient
+    assert abs(counted - expected - bridge) <= 0.02 * counted
+    assert all(p.grad is None for p in vlm.parameters())
+
+
+def test_what_is_computed_twice_to_save_memory_is_not_more_work(tmp_path):
+    """--checkpoint leaves the operations of a step as they are; with cached features the ViT's own forward is not among them."""
+    def work(*flags):
+        s = train.with_recipe(train.settings_from(["--bridge", "linear", *flags])[0], "linear")
+        task = train.AnswerTask(s, train.RECIPES["linear"], train.Ranks(s))
+        task.freeze(("bridge",), torch.float32)
+        return task.work()
+    assert work() == work("--checkpoint") > work("--cache", str(tmp_path)) > 0
+
+
+def test_an_unknown_card_has_no_utilisation():
+    assert train.peak_of(torch.device("cpu")) == 0
+    meter = train.Meter(10, 0, 1e6, 9)
+    meter.add([dict(tokens=torch.zeros(2, 5), count=3)])
+    rates = meter.rates(torch.device("cpu"))
+    assert rates["tflops"] > 0 and "mfu" not in rates
