@@ -242,8 +242,8 @@ class QFormer(Bridge):
     (Q4)  Q = LN(Q' + FFN_q(Q'));  Y = LN(Y' + FFN_t(Y'))      two feed-forwards per layer
     (Q5)  P = W_p Q + b_p                             stage 2; with text (InstructBLIP), only the first Q rows
 
-    Queries start at N(0, 0.02): equal queries would stay equal for ever. Sizes: BERT-base. Trainable in stage 2 with
-    ViT-L and OPT-2.7B: 103,593,984 (the "104M"), text branch stripped. ln_vision's ε is 1e-5 in the authors' code, 1e-6 in
+    Queries start at N(0, 0.02): equal queries give equal outputs, and nothing in the Q-Former itself would part them.
+    Sizes: BERT-base. Trainable in stage 2 with ViT-L and OPT-2.7B: 103,593,984 (the "104M"), text branch stripped. ln_vision's ε is 1e-5 in the authors' code, 1e-6 in
     transformers; decoder=None leaves (Q5) out: the first stage has no decoder. A bare Q-Former (queries=0, vision_eps=None)
     has no queries and no ln_vision of its own.
     """
@@ -562,7 +562,7 @@ class ResamplerLayer(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Perceiver Resampler (Flamingo §3.1, Appendix A.1.1, Figure 5): any number of features → `latents` vectors.
+    """Perceiver Resampler (Flamingo §2.1, Appendix A.1.1, Figure 5): any number of features → `latents` vectors.
 
     (F1)  x ← x + Attn(q = x, kv = [x_f ; x])
     (F2)  x ← x + FFW(x)
@@ -591,7 +591,7 @@ class Resampler(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """GATED XATTN-DENSE (Flamingo §3.2, Figure 4): two gated steps ahead of a frozen layer, identity at the start."""
+    """GATED XATTN-DENSE (Flamingo §2.2, Figure 4): two gated steps ahead of a frozen layer, identity at the start."""
 
     def __init__(self, width: int, vision_width: int, heads: int, head_width: int, mult: int, act: str, norm_media: bool):
         super().__init__()
@@ -623,7 +623,7 @@ class GatedCrossAttention(nn.Module):
 
 
 class Flamingo(Bridge):
-    """Flamingo (2204.14198v2, §3.1, §3.2, Eq. 1): p(y | x) = Π_ℓ p(y_ℓ | y_<ℓ, x_≤ℓ), images x through cross-attention.
+    """Flamingo (2204.14198v2, §2.1 to 2.3, Eq. 1): p(y | x) = Π_ℓ p(y_ℓ | y_<ℓ, x_≤ℓ), images x through cross-attention.
 
     symbol    shape            here              meaning
     x_f       (ΣM, N, Di)      features          ViT tokens

@@ -109,7 +109,7 @@ RECIPES = {
         "LLaMA-Adapter with images (2303.16199v3 §3.3): prompts, gates and projection learn", "ScienceQA, 5 epochs",
         Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init", options=ZERO_INIT),
     "flamingo": Recipe(
-        "Flamingo (2204.14198v2 §3.3): resampler and gated blocks learn; Σ_m λ_m E_m, one update for all data sets",
+        "Flamingo (2204.14198v2 §2.4): resampler and gated blocks learn; Σ_m λ_m E_m, one update for all data sets",
         "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03", Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000, **MUON),
         "flamingo", options=dict(reads_layer=-2, every=1, latents=16, depth=2, heads=4, head_width=32)),
     "flamingo-mixture": Recipe(

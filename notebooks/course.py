@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def learn(name: str, flags: str) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     with open(out / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        train.main([*flags.split(), "--out", str(out), "--log-every", "10", "--eval-items", "1", "--samples", "1", "--threads", str(threads)])
+        train.main([*shlex.split(flags), "--out", str(out), "--log-every", "10", "--eval-items", "1", "--samples", "1", "--threads", str(threads)])
     return out
 
 
