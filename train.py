@@ -498,23 +498,25 @@ class AnswerTask(Task):
         for document, item in (lessons[i] for row in rows for i in row):
             pictures += [(image, f"{m}/{item.id}/{n}") for n, image in enumerate(item.pictures[:document.tokens.count(IMAGE)])]
         size = self.module.vit.config.image_size
-        pixels = data.to_pixels([image for image, _ in pictures], size, self.processor) if pictures else torch.zeros(0, 3, size, size)
+        fresh = [n for n, (_, key) in enumerate(pictures) if self.cache is None or key not in self.cache.rows]      # no features yet
+        pixels = data.to_pixels([pictures[n][0] for n in fresh], size, self.processor) if fresh else torch.zeros(0, 3, size, size)
         return dict(tokens=tokens, labels=labels, mask=None if mask.dtype == torch.bool and mask.all() else mask, pixels=pixels,
-                    keys=[key for _, key in pictures], set=m, weight=weight, count=int((labels != IGNORE).sum()))
+                    keys=[key for _, key in pictures], fresh=fresh, set=m, weight=weight, count=int((labels != IGNORE).sum()))
 
     def ready(self, pieces: list[dict]) -> list[dict]:
         """On the device; pictures become features unless the ViT learns too."""
         pieces = super().ready(pieces)
         for p in pieces:
-            keys = p.pop("keys")
+            keys, fresh = p.pop("keys"), p.pop("fresh")
             if not self.images:
-                p["features"] = self.features(p.pop("pixels"), keys)
+                p["features"] = self.features(p.pop("pixels"), keys, fresh)
         return pieces
 
     @torch.no_grad()
-    def features(self, pixels: Tensor, keys: list[tuple]) -> Tensor:
+    def features(self, pixels: Tensor, keys: list[str], fresh: list[int]) -> Tensor:
+        """Features of the pictures named by keys; pixels are those of keys[n] for n in fresh, the others' features are cached."""
         look = lambda pixels: self.module.features(pixels.to(next(self.module.vit.parameters()).dtype))
-        return look(pixels) if self.cache is None else self.cache(pixels, keys, look)
+        return look(pixels) if self.cache is None else self.cache(dict(zip((keys[n] for n in fresh), pixels)), keys, look)
 
     def loss(self, tokens: Tensor, labels: Tensor, mask: Tensor | None, features: Tensor | None = None, pixels: Tensor | None = None, **_) -> Tensor:
         return self.module.loss(tokens, labels, pixels, mask, features)[0]
@@ -541,8 +543,9 @@ class AnswerTask(Task):
         items = [self.world.item(i, turns=self.s.turns) for i in range(rows)]
         piece = self.piece([(self.document(item, i), item) for i, item in enumerate(items)], 0, 1.0)
         checkpoint, self.module.decoder.checkpoint = self.module.decoder.checkpoint, False      # to compute twice is no more work done
-        cached = self.ready([dict(piece)]) if self.cache else None
-        flops = operations(lambda: sum(self.loss(**p) for p in cached or self.ready([dict(piece)])), self.module)
+        if self.cache:                                  # the ViT does not run, and what its features are does not matter here
+            made = Task.ready(self, [piece | {"features": torch.zeros(len(piece["keys"]), *self.cache.shape, dtype=self.cache.dtype)}])
+        flops = operations(lambda: sum(self.loss(**p) for p in (made if self.cache else self.ready([dict(piece)]))), self.module)
         self.module.decoder.checkpoint = checkpoint
         return flops / positions(piece, self.K)
 
@@ -945,7 +948,7 @@ class FeatureCache:
         for p in vlm.vit.parameters():
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
         tokens = vlm.vit.config.tokens - (vlm.vit.config.cls and not vlm.bridge.reads_cls)
-        self.shape, self.dtype = (tokens, vlm.vit.config.width), next(vlm.vit.parameters()).dtype
+        self.shape, self.dtype, self.device = (tokens, vlm.vit.config.width), p.dtype, p.device
         self.bytes = math.prod(self.shape) * self.dtype.itemsize                # of one picture
         folder = Path(s.cache)
         folder.mkdir(parents=True, exist_ok=True)
@@ -954,22 +957,22 @@ class FeatureCache:
         lines = self.names.read_text(encoding="utf-8").splitlines(True) if self.names.exists() else []
         self.rows = {line.rstrip("\n"): n for n, line in enumerate(lines) if line.endswith("\n")}
 
-    def __call__(self, pixels: Tensor, keys: list[str], look) -> Tensor:
-        """pixels (m, 3, S, S) of the pictures named by keys → their features (m, N, Di); `look` computes those that are new."""
-        new = list({key: i for i, key in enumerate(keys) if key not in self.rows}.values())
+    def __call__(self, pixels: dict[str, Tensor], keys: list[str], look) -> Tensor:
+        """Features (m, N, Di) of the pictures named by keys; `look` computes those that are new from their pixels (3, S, S)."""
+        new = [key for key in dict.fromkeys(keys) if key not in self.rows]
         if new:
-            fresh = look(pixels[new]).to(self.dtype)
+            fresh = look(torch.stack([pixels[key] for key in new])).to(self.dtype)
             with open(self.file, "ab") as f:
                 f.truncate(len(self.rows) * self.bytes)                         # what a crash left behind
                 f.write(fresh.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             with open(self.names, "a", encoding="utf-8") as f:
-                f.writelines(f"{keys[i]}\n" for i in new)
-            self.rows |= {keys[i]: len(self.rows) + n for n, i in enumerate(new)}
+                f.writelines(f"{key}\n" for key in new)
+            self.rows |= {key: len(self.rows) + n for n, key in enumerate(new)}
         if not keys:
-            return look(pixels)
+            return torch.zeros(0, *self.shape, dtype=self.dtype, device=self.device)
         held = np.memmap(self.file, np.uint8, "r", shape=(len(self.rows), self.bytes))
         rows = torch.from_numpy(held[[self.rows[key] for key in keys]])         # (m, bytes): a copy of these rows
-        return rows.view(self.dtype).view(-1, *self.shape).to(pixels.device)
+        return rows.view(self.dtype).view(-1, *self.shape).to(self.device)
 
 
 def held_out(world) -> str:

@@ -1,7 +1,7 @@
 """What caching the frozen ViT's features is worth: seconds of a training step with and without, in turns, in one process.
 
-    python tests/benchmarks/bench_cache.py                       mapl and linear on `shapes`, bundled towers
-    python tests/benchmarks/bench_cache.py SMOLLM2_FOLDER        and on that decoder with a ViT of ViT-B/16's size (random weights)
+    python tests/benchmarks/bench_cache.py                       mapl and linear on `shapes`: bundled towers; a ViT of ViT-B/16's size (random weights)
+    python tests/benchmarks/bench_cache.py SMOLLM2_FOLDER        and with SmolLM2-135M behind that ViT
 """
 from __future__ import annotations
 
@@ -59,10 +59,13 @@ if __name__ == "__main__":
     print(f"{'':55s} {'without':>11s} {'with':>11s}   speed-up of a step")
     rows = [compare(f"{bridge} on shapes, batch 64", ["--bridge", bridge, "--examples", "256", "--threads", "1"], 12, 4, 3)
             for bridge in ("mapl", "linear")]
-    if len(sys.argv) > 1:
-        with tempfile.TemporaryDirectory() as folder:
-            torch.manual_seed(0)
-            save_vit(ViT(ViTConfig(224, 16, 768, 12, 12, 3072)), folder)        # ViT-B/16
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        save_vit(ViT(ViTConfig(224, 16, 768, 12, 12, 3072)), folder)            # ViT-B/16
+        for bridge in ("mapl", "linear"):
+            argv = ["--bridge", bridge, "--vit", folder, "--examples", "16", "--batch", "16", "--captions", "1", "--option", "reads_layer=-2"]
+            rows.append(compare(f"{bridge} (toy), bundled decoder + ViT-B/16, batch 16", argv, 4, 1, 3))
+        if len(sys.argv) > 1:
             for bridge in ("mapl", "linear"):
                 argv = ["--bridge", bridge, "--scale", "paper", "--lm", sys.argv[1], "--vit", folder, "--examples", "8", "--batch", "8", "--captions", "1",
                         "--option", "reads_layer=-2"]
