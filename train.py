@@ -1268,8 +1268,8 @@ class Meter:
         if device.type == "cuda":
             rates["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if self.work:                                   # model FLOPs utilisation: operations that the method needs ÷ what the cards could do
-            rates["tflops"] = self.work * self.positions / seconds / 1e12
-            rates |= {"mfu": 1e12 * rates["tflops"] / peak / self.processes} if (peak := peak_of(device)) else {}
+            rates["tflop_per_s"] = self.work * self.positions / seconds / 1e12
+            rates |= {"mfu": 1e12 * rates["tflop_per_s"] / peak / self.processes} if (peak := peak_of(device)) else {}
         self.passed += self.positions
         self.tokens = self.learned = self.images = self.positions = 0
         self.since = time.monotonic()

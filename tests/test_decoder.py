@@ -92,6 +92,22 @@ def test_rmsnorm_rounds_before_it_multiplies_by_the_weight():
 
 # --- attention ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_of_a_long_text_take_the_fused_kernel_and_agree(padded, monkeypatch):
+    """Around EXPLICIT keys a decoder's logits and gradients on a CPU are the same by both roads, with padding and without."""
+    decoder, T = tiny_decoder(), 24
+    tokens = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, T, dtype=torch.bool)
+    mask[0, :5] = not padded
+    results = []
+    for limit in (T, T - 1):                            # the explicit road up to T keys, the fused kernel above
+        monkeypatch.setattr("model.EXPLICIT", limit)
+        logits = decoder(tokens, mask)[mask]
+        results.append([logits, *torch.autograd.grad(logits.square().mean(), list(decoder.parameters()))])
+    for a, b in zip(*results):                          # 1e-5 of the largest: float32, sums in another order
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
 @pytest.mark.parametrize("kind", ["plain", "causal", "bias"])
 def test_explicit_attention_equals_the_fused_kernel_with_gradients(kind):
     g = torch.Generator().manual_seed(0)

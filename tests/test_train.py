@@ -239,4 +239,4 @@ def test_an_unknown_card_has_no_utilisation():
     meter = train.Meter(10, 0, 1e6, 9)
     meter.add([dict(tokens=torch.zeros(2, 5), count=3)])
     rates = meter.rates(torch.device("cpu"))
-    assert rates["tflops"] > 0 and "mfu" not in rates
+    assert rates["tflop_per_s"] > 0 and "mfu" not in rates
