@@ -618,8 +618,8 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         if k.shape[2]:                                                          # some image in the batch
-            x = x + self.attention_gate.tanh() * self.attention(x, k, v, visible)           # (F3)
-        return x + self.ff_gate.tanh() * self.ff(x)                             # (F4)
+            x = x + (self.attention_gate.tanh() * self.attention(x, k, v, visible)).to(x.dtype)         # (F3)
+        return x + (self.ff_gate.tanh() * self.ff(x)).to(x.dtype)               # (F4)  a float32 gate leaves a bfloat16 decoder in bfloat16
 
 
 class Flamingo(Bridge):
@@ -753,8 +753,8 @@ class CrossLayer(Block):
         a = self.attention
         q = self.q_norm(split_heads(a.q(self.norm1(x)), a.heads))               # (B, H, T, E) (X2)
         y = a.o(merge_heads(attend(q, a.widen(k), a.widen(v), visible_to_bias(visible[:, None], q.dtype))))
-        x = x + self.attention_gate.tanh() * y * visible.any(-1, keepdim=True)  #              (X3)
-        return x + self.ff_gate.tanh() * self.mlp(self.norm2(x)) * sees         #              (X4)
+        x = x + (self.attention_gate.tanh() * y * visible.any(-1, keepdim=True)).to(x.dtype)           # (X3)
+        return x + (self.ff_gate.tanh() * self.mlp(self.norm2(x)) * sees).to(x.dtype)                   # (X4)
 
 
 class Mllama(Bridge):

@@ -331,9 +331,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, causal: bool, layer: int,
                 cache: Cache | None, bridge: Bridge, visual) -> Tensor:
         H, G = self.heads, self.kv_heads
-        heads = split_heads(self.qkv(x), H + 2 * G)                             # (B, H+2G, T, E)
-        turned, v = rope(heads[:, :H + G], cos, sin), heads[:, H + G:]
-        q, k = turned[:, :H], turned[:, H:]                                     # (B, H, T, E), (B, G, T, E); v as k
+        qk, v = split_heads(self.qkv(x), H + 2 * G).split((H + G, G), dim=1)
+        q, k = rope(qk, cos, sin).split((H, G), dim=1)                          # (B, H, T, E), (B, G, T, E); v as k
         if cache is not None:
             k, v = cache.append(layer, k, v)                                    # (B, G, S, E)
         y = attend(q, self.widen(k), self.widen(v), bias, causal)               # (B, H, T, E)

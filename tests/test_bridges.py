@@ -274,6 +274,19 @@ def test_a_gate_at_zero_leaves_the_logits_alone_to_the_bit(name, options, image_
 
 
 @pytest.mark.parametrize("name, options", GATED)
+def test_a_gate_at_zero_leaves_a_bfloat16_decoder_alone_to_the_bit_and_in_bfloat16(name, options):
+    """How a GPU trains: the frozen decoder stored in bfloat16, the bridge in float32, autocast between them."""
+    vlm = tiny_vlm(name, image_token=7, stirred=False, **options)
+    vlm.decoder.to(torch.bfloat16).requires_grad_(False)
+    tokens = torch.randint(61, (2, 9), generator=G())
+    tokens[:, 3] = IMG
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, hidden = vlm(tokens, features=images(2), return_hidden=True)
+        assert torch.equal(logits, vlm.decoder(tokens.masked_fill(tokens == IMG, 7)))
+    assert {x.dtype for x in hidden} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name, options", GATED)
 def test_the_first_step_moves_the_gates_and_nothing_else(name, options):
     vlm = tiny_vlm(name, image_token=7, stirred=False, **options)
     tokens = torch.tensor([[3, IMG, 4, 5, 6, 8]])

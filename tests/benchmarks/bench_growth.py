@@ -26,7 +26,7 @@ from bridges import make_bridge                                                 
 from model import IGNORE, IMAGE, VLM, Decoder, DecoderConfig, ViT, ViTConfig    # noqa: E402
 
 START = dict(batch=2, text=64, images=1, visual=64)
-AXES = {"text": (64, 128, 256, 512, 1024), "images": (1, 2, 4, 8, 16), "visual": (64, 128, 256, 512, 1024), "batch": (1, 2, 4, 8, 16)}
+AXES = {"text": (64, 128, 256, 512, 1024), "images": (1, 2, 4, 8), "visual": (64, 128, 256, 512, 1024), "batch": (1, 2, 4, 8)}
 BOUND = {           # what bounds it, in words, from the operations of a step
     "text": "the decoder's matrices (linear) until T nears 6 D; then attention's scores (quadratic)",
     "images": "as text: an image is K more positions", "visual": "as text", "batch": "the decoder's matrices; memory: activations kept for the backward pass",

@@ -79,8 +79,9 @@ def build(kind: str, size: str, folder: Path) -> None:
         model = t.InstructBlipForConditionalGeneration(config)
     elif kind == "idefics":
         text.pop("num_key_value_heads"), text.pop("head_dim")
+        every = next(n for n in (5, 4, 2, 1) if text["num_hidden_layers"] % n == 0)     # what is left over makes the library fail
         v = {"embed_dim" if k == "hidden_size" else k: x for k, x in vision.items()}
-        config = t.IdeficsConfig(**text, additional_vocab_size=2, cross_layer_interval=4, use_resampler=True, alpha_initializer="ones",
+        config = t.IdeficsConfig(**text, additional_vocab_size=2, cross_layer_interval=every, use_resampler=True, alpha_initializer="ones",
                                  vision_config=dict(v, hidden_act="gelu"),
                                  perceiver_config=dict(use_resampler=True, resampler_n_latents=64, resampler_depth=6, resampler_n_heads=8,
                                                        resampler_head_dim=64, qk_layer_norms_perceiver=False))
@@ -154,13 +155,14 @@ def frozen_but(model: nn.Module, a, *trained: nn.Module) -> list[nn.Parameter]:
     return [p for part in trained for p in part.parameters()]
 
 
-def step_of(a, parameters, loss_of):
-    """The training step: forward under autocast, backward, clip, AdamW."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=a.device == "cuda")
+def step_of(a, parameters, loss_of, look=lambda: ()):
+    """The training step: forward under autocast, backward, clip, AdamW (fused on both sides). look: what train.py computes before autocast."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step() -> float:
+        seen = look()
         with torch.autocast(a.device, a.dtype, enabled=a.dtype != torch.float32):
-            loss = loss_of()
+            loss = loss_of(*seen)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -173,12 +175,14 @@ def ours_step(a, vlm: VLM, parameters, **extra):
     tokens, labels = batch(a, True)
     pixels = pictures(a)
 
-    def loss():
-        with torch.no_grad():
-            features = vlm.features(pixels.to(a.dtype))
+    @torch.no_grad()
+    def look():
+        return (vlm.features(pixels.to(a.dtype)),)
+
+    def loss(features):
         total, count = vlm.loss(tokens, labels, features=features, **extra)
         return total / count
-    return step_of(a, parameters, loss)
+    return step_of(a, parameters, loss, look)
 
 
 def train_mlp(a, folder: Path, side: str):
