@@ -540,8 +540,10 @@ class AnswerTask(Task):
             print(f"         {line}")
 
     def work(self, rows: int = 4) -> float:
+        rows, cut = min(rows, math.ceil(self.s.batch / self.s.accumulate)), self.cut           # no more memory than a step takes
         items = [self.world.item(i, turns=self.s.turns) for i in range(rows)]
         piece = self.piece([(self.document(item, i), item) for i, item in enumerate(items)], 0, 1.0)
+        self.cut = cut                                  # these documents are counted when they are trained on
         checkpoint, self.module.decoder.checkpoint = self.module.decoder.checkpoint, False      # to compute twice is no more work done
         if self.cache:                                  # the ViT does not run, and what its features are does not matter here
             made = Task.ready(self, [piece | {"features": torch.zeros(len(piece["keys"]), *self.cache.shape, dtype=self.cache.dtype)}])

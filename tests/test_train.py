@@ -240,3 +240,14 @@ def test_an_unknown_card_has_no_utilisation():
     meter.add([dict(tokens=torch.zeros(2, 5), count=3)])
     rates = meter.rates(torch.device("cpu"))
     assert rates["tflop_per_s"] > 0 and "mfu" not in rates
+
+
+def test_counting_operations_counts_no_document_as_cut_and_takes_no_more_rows_than_a_step(monkeypatch):
+    s = train.with_recipe(train.settings_from(["--bridge", "linear", "--batch", "4", "--accumulate", "2", "--longest", "24"])[0], "linear")
+    task = train.AnswerTask(s, train.RECIPES["linear"], train.Ranks(s))
+    task.freeze(("bridge",), torch.float32)
+    rows, piece = [], task.piece
+    monkeypatch.setattr(task, "piece", lambda lessons, *a: rows.append(len(lessons)) or piece(lessons, *a))
+    assert task.work() > 0 and task.cut == 0 and rows == [2]
+    task.read(0)
+    assert task.cut == 4                                                        # all are longer than 24; each is counted once

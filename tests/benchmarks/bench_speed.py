@@ -32,8 +32,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import data                                                                     # noqa: E402  (after the path)
+from bench_loading import status                                                # noqa: E402
 from model import IGNORE, IMAGE, VLM, load_bridge, load_decoder, load_vit, load_vlm, next_token_loss     # noqa: E402
 
 SIZES = {           # decoder: layers, width, heads, key heads, feed-forward, words; ViT: image, patch, width, layers, heads, feed-forward
@@ -118,7 +119,8 @@ class LibraryMAPL(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
 
     def forward(self, x):
-        x = torch.cat((self.down(x), self.const.expand(len(x), -1, -1).to(self.down(x[:, :1]).dtype)), dim=1)
+        x = self.down(x)
+        x = torch.cat((x, self.const.expand(len(x), -1, -1).to(x.dtype)), dim=1)
         return self.up(self.transformer(x)[:, -len(self.const):])
 
 
@@ -342,9 +344,9 @@ def vit(a, folder, side):
     return run
 
 
-def generate(a, folder, side):
-    """Greedy, one text of 32 tokens, 128 more, with a cache; ours packs its matrices in every call."""
-    model, tokens = llama(a, folder, side), batch(a, False)[0][:1, :32]
+def generate(a, folder, side, texts: int = 1, same: int = 8):
+    """Greedy, texts of 32 tokens, 128 more, with a cache; ours packs its matrices in every call."""
+    model, tokens = llama(a, folder, side), batch(argparse.Namespace(**{**vars(a), "batch": max(a.batch, texts)}), False)[0][:texts, :32]
 
     @torch.no_grad()
     def run() -> float:
@@ -352,22 +354,13 @@ def generate(a, folder, side):
             ids = model.generate(tokens, max_new_tokens=128)
         else:
             ids = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=128, min_new_tokens=128, do_sample=False)[:, 32:]
-        return float(ids[0, :8].sum())          # later tokens may differ where two logits of random weights tie in bfloat16
+        return float(ids[0, :same].sum())       # later tokens may differ where two logits of random weights tie in bfloat16
     return run
 
 
 def generate_batch(a, folder, side):
     """The same for 8 texts at once."""
-    model, tokens = llama(a, folder, side), batch(argparse.Namespace(**{**vars(a), "batch": 8}), False)[0][:, :32]
-
-    @torch.no_grad()
-    def run() -> float:
-        if side == "ours":
-            ids = model.generate(tokens, max_new_tokens=128)
-        else:
-            ids = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=128, min_new_tokens=128, do_sample=False)[:, 32:]
-        return float(ids[0, :4].sum())
-    return run
+    return generate(a, folder, side, texts=8, same=4)
 
 
 def load(a, folder, side):
@@ -430,7 +423,8 @@ def timed(a, run) -> tuple[float, float]:
 
 
 def resident(word: str) -> float:
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(word)) / 1e6
+    """MB: VmHWM or VmRSS of this process."""
+    return status()[word] / 1e6
 
 
 def child(a, folder) -> None:
