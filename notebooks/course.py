@@ -19,24 +19,50 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import data                                                                     # noqa: E402  (after the path)
+import data
+from support.formats.tokenizer_files import load_tokenizer
+from support.formats.tokenizers import Tokenizer
+from support.plumbing.log import read_log
+from support.worlds import open_data  # noqa: E402  (after the path)
 import eval as evaluation                                                       # noqa: E402
 import train                                                                    # noqa: E402
-from model import VLM, Decoder, ViT, load_decoder, load_vit, read_json, write_json, write_tensors       # noqa: E402
+from model import Decoder, VLM, ViT
+from support.formats.files import read_json, write_json, write_tensors
+from support.formats.llama import load_decoder
+from support.formats.vision import load_vit       # noqa: E402
 
-RUNS = ROOT / "notebooks" / "runs"              # the six bridges of README's table, seed 0, trained by the recipes (bfloat16 on disk)
-COLORS = {name: (0.7, 0.7, 0.7) if name == "white" else tuple(c / 255 for c in rgb) for name, rgb in data.COLORS.items()}    # for plots
-plt.rcParams.update({"figure.figsize": (7, 3.2), "figure.dpi": 110, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.grid": True, "grid.alpha": 0.25, "figure.constrained_layout.use": True, "image.interpolation": "nearest"})
+RUNS = (
+    ROOT / "notebooks" / "runs"
+)  # the six bridges of README's table, seed 0, trained by the recipes (bfloat16 on disk)
+COLORS = {
+    name: (0.7, 0.7, 0.7) if name == "white" else tuple(c / 255 for c in rgb)
+    for name, rgb in data.COLORS.items()
+}  # for plots
+plt.rcParams.update(
+    {
+        "figure.figsize": (7, 3.2),
+        "figure.dpi": 110,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "figure.constrained_layout.use": True,
+        "image.interpolation": "nearest",
+    }
+)
 
 
-def towers() -> tuple[ViT, Decoder, data.Tokenizer]:
+def towers() -> tuple[ViT, Decoder, Tokenizer]:
     """The bundled ViT, decoder and tokenizer, frozen."""
-    vit, decoder = (f(ROOT / "weights" / name).requires_grad_(False).eval() for f, name in ((load_vit, "vit"), (load_decoder, "decoder")))
-    return vit, decoder, data.load_tokenizer(ROOT / "weights" / "decoder")
+    vit, decoder = (
+        f(ROOT / "weights" / name).requires_grad_(False).eval()
+        for f, name in ((load_vit, "vit"), (load_decoder, "decoder"))
+    )
+    return vit, decoder, load_tokenizer(ROOT / "weights" / "decoder")
 
 
-def trained(run: str | Path) -> tuple[VLM, data.Tokenizer]:
+def trained(run: str | Path) -> tuple[VLM, Tokenizer]:
     """A trained bridge between its towers: the name of one of the six, or a run folder."""
     vlm, tokenizer, _ = evaluation.open_run(str(RUNS / run if (RUNS / run).is_dir() else run), "cpu")
     return vlm.requires_grad_(False).eval(), tokenizer
@@ -47,31 +73,57 @@ def learn(name: str, flags: str) -> Path:
     out = ROOT / "out" / "notebooks" / name
     out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
-    with open(out / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        train.main([*shlex.split(flags), "--out", str(out), "--log-every", "10", "--eval-items", "1", "--samples", "1", "--threads", str(threads)])
+    with (
+        open(out / "output.txt", "w", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        train.main(
+            [
+                *shlex.split(flags),
+                "--out",
+                str(out),
+                "--log-every",
+                "10",
+                "--eval-items",
+                "1",
+                "--samples",
+                "1",
+                "--threads",
+                str(threads),
+            ]
+        )
     return out
 
 
 def log(run: str | Path, key: str = "ema") -> tuple[list[int], list]:
     """(steps, values) of one number of a run's log; "ema" is the smoothed training loss."""
-    lines = [line for line in train.read_log((RUNS / run if (RUNS / run).is_dir() else Path(run)) / "log.jsonl") if key in line]
+    lines = [
+        line
+        for line in read_log((RUNS / run if (RUNS / run).is_dir() else Path(run)) / "log.jsonl")
+        if key in line
+    ]
     return [line["step"] for line in lines], [line[key] for line in lines]
 
 
 def scores(run: str | Path, count: int = 100, blind: bool = False, captions: bool = False) -> dict:
     """Accuracy in % per kind of question and their mean on held-out pictures (with captions: CIDEr and BLEU-4 as well)."""
     vlm, tokenizer = trained(run)
-    items = evaluation.items_of(data.open_data("shapes"), "test", count)
-    result = evaluation.numbers(evaluation.evaluate(vlm, tokenizer, items, blind=blind, captions=captions))
+    items = evaluation.first_items(open_data("shapes"), "test", count)
+    result = evaluation.scalar_scores(
+        evaluation.evaluate(vlm, tokenizer, items, blind=blind, captions=captions)
+    )
     return {k: v if k in ("cider", "bleu4") else 100 * v for k, v in result.items()}
 
 
-def ask(vlm: VLM, tokenizer: data.Tokenizer, image, prompt: str, longest: int = 48) -> str:
+def ask(vlm: VLM, tokenizer: Tokenizer, image, prompt: str, longest: int = 48) -> str:
     """What a model answers about one picture (S, S, 3) uint8, greedily; prompt: a question, or data.CAPTION."""
     pixels = data.to_pixels([image], vlm.vit.config.image_size, vlm.processor)
     text = prompt if prompt == data.CAPTION else data.QUESTION.format(prompt)
     document = data.Document(tokenizer).image().add(text)
-    return evaluation.write(vlm.generate, [document], tokenizer, longest, features=vlm.features(pixels))[0]
+    return evaluation.generate_texts(
+        vlm.generate, [document], tokenizer, longest, features=vlm.features(pixels)
+    )[0]
 
 
 def check(exercise: str, answer, expected=None, atol: float = 1e-5) -> None:
@@ -80,9 +132,17 @@ def check(exercise: str, answer, expected=None, atol: float = 1e-5) -> None:
         print(f"exercise {exercise}: not answered yet")
         return
     if isinstance(answer, Tensor) or isinstance(expected, Tensor):
-        torch.testing.assert_close(answer, expected, atol=atol, rtol=1e-4, msg=lambda m: f"exercise {exercise}: not yet. {m}")
+        torch.testing.assert_close(
+            answer, expected, atol=atol, rtol=1e-4, msg=lambda m: f"exercise {exercise}: not yet. {m}"
+        )
     else:
-        right = bool(answer) if expected is None else abs(answer - expected) <= atol if isinstance(expected, float) else answer == expected
+        right = (
+            bool(answer)
+            if expected is None
+            else abs(answer - expected) <= atol
+            if isinstance(expected, float)
+            else answer == expected
+        )
         assert right, f"exercise {exercise}: not yet, {answer!r} is not the answer"
     print(f"exercise {exercise}: right")
 
@@ -92,19 +152,30 @@ def strip(notebook: dict) -> dict:
     cells = []
     for n, cell in enumerate(notebook["cells"]):
         source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
-        kept = {"cell_type": cell["cell_type"], "id": f"cell-{n:02d}", "metadata": {}, "source": source.strip("\n").splitlines(keepends=True)}
+        kept = {
+            "cell_type": cell["cell_type"],
+            "id": f"cell-{n:02d}",
+            "metadata": {},
+            "source": source.strip("\n").splitlines(keepends=True),
+        }
         cells.append(kept | ({"execution_count": None, "outputs": []} if cell["cell_type"] == "code" else {}))
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    kernel = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     return {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
 
 
 def keep(run: Path) -> None:
     """Puts a run into notebooks/runs under its bridge's name: config, log, results, and the bridge in bfloat16, half the bytes."""
     config = read_json(run / "config.json")
-    config["settings"]["out"] = f"out/{run.name}"                               # a folder of whoever reads it, not of this machine
+    config["settings"]["out"] = f"out/{run.name}"  # a folder of whoever reads it, not of this machine
     out = RUNS / config["bridge"]
-    write_tensors(out / "bridge.safetensors", {k: v.to(torch.bfloat16) for k, v in load_file(run / "bridge.safetensors").items()},
-                  {"bridge": config["bridge"]})
+    write_tensors(
+        out / "bridge.safetensors",
+        {k: v.to(torch.bfloat16) for k, v in load_file(run / "bridge.safetensors").items()},
+        {"bridge": config["bridge"]},
+    )
     write_json(out / "config.json", config)
     for name in ("log.jsonl", "results.json"):
         (out / name).write_bytes((run / name).read_bytes())

@@ -14,11 +14,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-GOLDEN = Path(__file__).parent / "golden"
-sys.path.insert(0, str(GOLDEN.parent.parent))
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+sys.path.insert(0, str(ROOT))
 
-from bridges import make_bridge                                                 # noqa: E402  (after the path)
-from model import VLM, Decoder, DecoderConfig, ViT, ViTConfig                   # noqa: E402
+from papers import make_bridge
+from papers.mllama import Mllama, TiledViT, TiledViTConfig, Tiles                                                 # noqa: E402  (after the path)
+from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig                   # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes a minute or more; runs with --slow alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
 
 
 def golden(name: str):
@@ -37,9 +54,13 @@ def check(case: dict, key: str, mine: torch.Tensor, expected: torch.Tensor) -> N
         assert torch.equal(mine, expected), key
     elif key.startswith("grad.") and key != "grad.loss":
         worst = (mine - expected).abs().max()
-        assert worst <= tolerance["grad_rtol_of_max"] * expected.abs().max() + 1e-7, f"{key}: off by {worst:.2e}"
+        assert worst <= tolerance["grad_rtol_of_max"] * expected.abs().max() + 1e-7, (
+            f"{key}: off by {worst:.2e}"
+        )
     else:
-        torch.testing.assert_close(mine, expected, atol=tolerance["atol"], rtol=tolerance["rtol"], msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(
+            mine, expected, atol=tolerance["atol"], rtol=tolerance["rtol"], msg=lambda m: f"{key}: {m}"
+        )
 
 
 def check_states(case: dict, hidden: list, expected: dict) -> None:
@@ -61,8 +82,15 @@ def check_decoder(name: str, decoder: Decoder) -> None:
         check_states(case, hidden, expected)
         check(case, "logits", logits, expected["logits"])
         mask = x["padded_attention_mask"].bool()
-        check(case, "padded_logits", decoder(x["padded_input_ids"], mask) * mask[..., None], expected["padded_logits"])
-    check(case, "generated_ids", decoder.generate(x["prompt_ids"], max_new_tokens=12), expected["generated_ids"])
+        check(
+            case,
+            "padded_logits",
+            decoder(x["padded_input_ids"], mask) * mask[..., None],
+            expected["padded_logits"],
+        )
+    check(
+        case, "generated_ids", decoder.generate(x["prompt_ids"], max_new_tokens=12), expected["generated_ids"]
+    )
 
 
 def fixed_loss(y: torch.Tensor) -> torch.Tensor:
@@ -86,8 +114,12 @@ def stir(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval()
 
 
-TINY = DecoderConfig(vocab_size=61, width=32, layers=4, heads=4, kv_heads=2, head_width=8, hidden=48, tied=False)
-TINY_VIT = ViTConfig(image_size=24, patch=8, width=20, layers=3, heads=2, hidden=40)       # 9 patches and a class token
+TINY = DecoderConfig(
+    vocab_size=61, width=32, layers=4, heads=4, kv_heads=2, head_width=8, hidden=48, tied=False
+)
+TINY_VIT = ViTConfig(
+    image_size=24, patch=8, width=20, layers=3, heads=2, hidden=40
+)  # 9 patches and a class token
 
 # every bridge with options that fit the tiny decoder and ViT
 SMALL = {
@@ -104,12 +136,42 @@ def tiny_decoder(seed: int = 0, **changes) -> Decoder:
     return stir(Decoder(DecoderConfig(**{**TINY.__dict__, **changes})), seed)
 
 
-def tiny_vlm(name: str, seed: int = 0, image_token: int | None = None, stirred: bool = True, **options) -> VLM:
+def tiny_vlm(
+    name: str, seed: int = 0, image_token: int | None = None, stirred: bool = True, **options
+) -> VLM:
     """ViT, bridge and decoder of width 32; `stirred=False` leaves the bridge as it is born (gates at zero)."""
     torch.manual_seed(seed)
     bridge = make_bridge(name, TINY, TINY_VIT.width, **{**SMALL[name], **options})
     bridge = stir(bridge, seed + 1) if stirred else bridge.eval()
     return VLM(stir(ViT(TINY_VIT), seed + 2), bridge, tiny_decoder(seed + 3), image_token).eval()
+
+
+SMALL_TILES = TiledViTConfig(
+    image_size=8,
+    patch=4,
+    width=24,
+    inner=12,
+    layers=2,
+    heads=2,
+    hidden=16,
+    global_layers=1,
+    taps=(0,),
+    tiles=3,
+    aspects=5,
+)
+
+
+def small_vlm(leak: bool = False, layers: tuple = (0, 2, 2)) -> VLM:
+    torch.manual_seed(0)
+    bridge = stir(Mllama(TINY, SMALL_TILES.width, list(layers), leak), 1)
+    return VLM(stir(TiledViT(SMALL_TILES), 2), bridge, tiny_decoder(3), image_token=7).eval()
+
+
+def small_pictures(n: int = 4, seed: int = 0) -> Tiles:
+    """1, 2, 3, 1, … tiles; absent ones are zeros."""
+    mask = torch.arange(3) < 1 + torch.arange(n)[:, None] % 3
+    pixels = torch.randn(n, 3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return Tiles(pixels * mask[..., None, None, None], 1 + torch.arange(n), mask)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Claim: each bridge computes what its published code computes, gradients included, with gates open; with gates shut it leaves the
 decoder's logits alone to the bit; no word sees an image that it must not see; and padding, the cache and beams change nothing."""
+
 from __future__ import annotations
 
 import math
@@ -10,12 +11,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from bridges import (BRIDGES, Flamingo, GatedCrossAttention, Linear, MAPL, MLP, QFormer, QFormerLayer, Resampler, Stage1,
-                     ZeroInit, make_bridge)
+from bridges import (Flamingo, GatedCrossAttention, Linear, MAPL, MLP, QFormer, QFormerLayer, Resampler,
+                     ZeroInit)
+from papers import ALL_BRIDGES, make_bridge
+from papers.blip2_stage1 import Stage1
 from conftest import SMALL, TINY, TINY_VIT, check, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
-from model import (IGNORE, IMAGE, META_NAMES, VLM, Bridge, Cache, Checkpoint, Decoder, DecoderConfig, EncoderBlock,
-                   UserError, ViT, ViTConfig, expand, fill, load_bridge_file, load_decoder, load_vit, load_vlm,
-                   next_token_loss, rope_frequencies, save_vlm, write_tensors)
+from model import (Bridge, Cache, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM, ViT, ViTConfig,
+                   next_token_loss, rope_frequencies)
+from support.formats.checkpoint import Checkpoint, expand, fill
+from support.formats.files import UserError, write_tensors
+from support.formats.llama import META_NAMES, load_decoder
+from support.formats.vision import load_vit
+from support.formats.vlm import load_bridge_file, load_vlm, save_vlm
 
 WB = ("weight", "bias")
 IMG = IMAGE
@@ -23,7 +30,10 @@ IMG = IMAGE
 
 # --- published numbers, by a table of names per case ----------------------------------------------------------------
 
-def pour(module: nn.Module, theirs: dict, names: dict, ours_only: tuple = (), unused: tuple = ()) -> nn.Module:
+
+def pour(
+    module: nn.Module, theirs: dict, names: dict, ours_only: tuple = (), unused: tuple = ()
+) -> nn.Module:
     """Give every parameter its published tensor (ours → theirs; "name[1/3]" is the second third of the rows); strict both ways."""
     used = set()
     with torch.no_grad():
@@ -51,21 +61,44 @@ def check_grads(case: dict, expected: dict, *modules_and_names) -> None:
     assert keys
     for key in keys:
         pieces = [p.grad for _, p in sorted(mine[key.removeprefix("grad.")], key=lambda piece: piece[0])]
-        check(case, key, torch.cat(pieces).reshape(expected[key].shape) if len(pieces) > 1 else pieces[0].reshape(expected[key].shape),
-              expected[key])
+        check(
+            case,
+            key,
+            torch.cat(pieces).reshape(expected[key].shape)
+            if len(pieces) > 1
+            else pieces[0].reshape(expected[key].shape),
+            expected[key],
+        )
 
 
 MAPL_NAMES = {
-    **{f"blocks.{{i}}.{p}.{w}": f"transformer.layers.{{i}}.self_attn.in_proj_{w}[{n}/3]" for n, p in enumerate("qkv") for w in WB},
-    **{f"blocks.{{i}}.{a}.{w}": f"transformer.layers.{{i}}.{b}.{w}" for w in WB for a, b in (
-        ("o", "self_attn.out_proj"), ("norm1", "norm1"), ("norm2", "norm2"), ("up", "linear1"), ("down", "linear2"))},
+    **{
+        f"blocks.{{i}}.{p}.{w}": f"transformer.layers.{{i}}.self_attn.in_proj_{w}[{n}/3]"
+        for n, p in enumerate("qkv")
+        for w in WB
+    },
+    **{
+        f"blocks.{{i}}.{a}.{w}": f"transformer.layers.{{i}}.{b}.{w}"
+        for w in WB
+        for a, b in (
+            ("o", "self_attn.out_proj"),
+            ("norm1", "norm1"),
+            ("norm2", "norm2"),
+            ("up", "linear1"),
+            ("down", "linear2"),
+        )
+    },
 }
 
 
 def test_mapl_is_the_published_mapper():
     folder, case, x, expected = golden("mapl-mapper")
     names = expand(MAPL_NAMES, 2)
-    mapl = pour(MAPL(DecoderConfig(width=36), 20, constants=6, width=24, layers=2, heads=4), load_file(folder / "model.safetensors"), names)
+    mapl = pour(
+        MAPL(DecoderConfig(width=36), 20, constants=6, width=24, layers=2, heads=4),
+        load_file(folder / "model.safetensors"),
+        names,
+    )
     y = mapl.prefix(mapl.see(x["x"]))
     check(case, "y", y, expected["y"])
     loss = fixed_loss(y)
@@ -78,10 +111,13 @@ def test_zero_init_is_pefts_adaption_prompt():
     folder, case, x, expected = golden("adapter-peft")
     decoder = load_decoder(folder)
     bridge = ZeroInit(decoder.config, 20, prompts=5, adapted=2, version=0, tanh=False, gate_per="layer")
-    theirs = {k.removeprefix("base_model.model."): v for k, v in load_file(folder / "adapter" / "adapter_model.safetensors").items()}
+    theirs = {
+        k.removeprefix("base_model.model."): v
+        for k, v in load_file(folder / "adapter" / "adapter_model.safetensors").items()
+    }
     key = "model.layers.{}.self_attn.adaption_{}"
     with torch.no_grad():
-        for l in (1, 2):                                                        # the topmost two of three layers
+        for l in (1, 2):  # the topmost two of three layers
             bridge.prompts[l - 1] = theirs[key.format(l, "prompt")]
             bridge.gate[l] = theirs[key.format(l, "gate")]
     logits = decoder(x["input_ids"], bridge=bridge)
@@ -90,13 +126,28 @@ def test_zero_init_is_pefts_adaption_prompt():
     loss.backward()
     check(case, "grad.loss", loss, expected["grad.loss"])
     for l in (1, 2):
-        check(case, "grad." + key.format(l, "prompt"), bridge.prompts.grad[l - 1:l], expected["grad." + key.format(l, "prompt")])
-        check(case, "grad." + key.format(l, "gate"), bridge.gate.grad[l], expected["grad." + key.format(l, "gate")])
+        check(
+            case,
+            "grad." + key.format(l, "prompt"),
+            bridge.prompts.grad[l - 1 : l],
+            expected["grad." + key.format(l, "prompt")],
+        )
+        check(
+            case,
+            "grad." + key.format(l, "gate"),
+            bridge.gate.grad[l],
+            expected["grad." + key.format(l, "gate")],
+        )
     mask = x["padded_attention_mask"].bool()
     with torch.no_grad():
         padded = decoder(x["padded_input_ids"], mask, bridge=bridge)
     check(case, "padded_logits", padded * mask[..., None], expected["padded_logits"])
-    check(case, "generated_ids", decoder.generate(x["input_ids"][:, :5], 10, bridge=bridge), expected["generated_ids"])
+    check(
+        case,
+        "generated_ids",
+        decoder.generate(x["input_ids"][:, :5], 10, bridge=bridge),
+        expected["generated_ids"],
+    )
 
 
 def test_zero_init_is_the_authors_adapter_with_and_without_tanh():
@@ -112,42 +163,97 @@ def test_zero_init_is_the_authors_adapter_with_and_without_tanh():
     loss = total / n
     loss.backward()
     check(case, "loss", loss, expected["loss"])
-    check(case, "grad.adapter_query.weight", bridge.prompts.grad.view(15, 24), expected["grad.adapter_query.weight"])
+    check(
+        case,
+        "grad.adapter_query.weight",
+        bridge.prompts.grad.view(15, 24),
+        expected["grad.adapter_query.weight"],
+    )
     for l in (1, 2, 3):
-        check(case, f"grad.gate.{l}", bridge.gate.grad[l].view(1, 4, 1, 1), expected[f"grad.layers.{l}.attention.gate"])
-    assert not bridge.gate.grad[0].any()                                        # the lowest layer is not adapted
-    bridge.tanh = False                                                         # the same repository's inference file
+        check(
+            case,
+            f"grad.gate.{l}",
+            bridge.gate.grad[l].view(1, 4, 1, 1),
+            expected[f"grad.layers.{l}.attention.gate"],
+        )
+    assert not bridge.gate.grad[0].any()  # the lowest layer is not adapted
+    bridge.tanh = False  # the same repository's inference file
     with torch.no_grad():
-        check(case, "inference_code_logits", decoder(x["input_ids"], bridge=bridge), expected["inference_code_logits"])
+        check(
+            case,
+            "inference_code_logits",
+            decoder(x["input_ids"], bridge=bridge),
+            expected["inference_code_logits"],
+        )
 
 
 V2_NAMES = {
-    **{f"{a}.{w}": f"{b}.{w}" for w in WB for a, b in (("vision", "clip_proj"), ("vision_norm", "clip_proj_norm"),
-                                                       ("project", "visual_proj"), ("project_norm", "visual_proj_norm"))},
-    "queries": "visual_query.weight", "prompts": "adapter_query.weight",
-    **{f"blocks.{{i}}.{p}.{w}": f"visual_blocks.{{i}}.attn.qkv.{w}[{n}/3]" for n, p in enumerate("qkv") for w in WB},
-    **{f"blocks.{{i}}.{a}.{w}": f"visual_blocks.{{i}}.{b}.{w}" for w in WB for a, b in (
-        ("o", "attn.proj"), ("norm1", "norm1"), ("norm2", "norm2"), ("up", "mlp.fc1"), ("down", "mlp.fc2"))},
+    **{
+        f"{a}.{w}": f"{b}.{w}"
+        for w in WB
+        for a, b in (
+            ("vision", "clip_proj"),
+            ("vision_norm", "clip_proj_norm"),
+            ("project", "visual_proj"),
+            ("project_norm", "visual_proj_norm"),
+        )
+    },
+    "queries": "visual_query.weight",
+    "prompts": "adapter_query.weight",
+    **{
+        f"blocks.{{i}}.{p}.{w}": f"visual_blocks.{{i}}.attn.qkv.{w}[{n}/3]"
+        for n, p in enumerate("qkv")
+        for w in WB
+    },
+    **{
+        f"blocks.{{i}}.{a}.{w}": f"visual_blocks.{{i}}.{b}.{w}"
+        for w in WB
+        for a, b in (
+            ("o", "attn.proj"),
+            ("norm1", "norm1"),
+            ("norm2", "norm2"),
+            ("up", "mlp.fc1"),
+            ("down", "mlp.fc2"),
+        )
+    },
 }
 
 
 def test_zero_init_is_the_authors_second_version_with_images(tmp_path):
     folder, case, x, expected = golden("adapter-llama-v2-multimodal")
     adapter = load_file(folder / "adapter.safetensors")
-    biases = {k.removeprefix("llama."): v for k, v in adapter.items() if k.startswith("llama.") and not k.endswith("gate")}
+    biases = {
+        k.removeprefix("llama."): v
+        for k, v in adapter.items()
+        if k.startswith("llama.") and not k.endswith("gate")
+    }
     write_tensors(tmp_path / "both.safetensors", {**load_file(folder / "model.safetensors"), **biases})
-    decoder = Decoder(DecoderConfig(vocab_size=72, width=24, layers=3, heads=4, kv_heads=4, head_width=6, hidden=64, tied=False,
-                                    attention_bias="qo", mlp_bias=True))        # bias tuning leaves k and v alone
+    decoder = Decoder(
+        DecoderConfig(
+            vocab_size=72,
+            width=24,
+            layers=3,
+            heads=4,
+            kv_heads=4,
+            head_width=6,
+            hidden=64,
+            tied=False,
+            attention_bias="qo",
+            mlp_bias=True,
+        )
+    )  # bias tuning leaves k and v alone
     fill(decoder, Checkpoint(tmp_path), expand(META_NAMES, 3, H=4, G=4))
     vit = load_vit(folder / "clip.safetensors", heads=4)
     assert vit.config == ViTConfig(image_size=28, patch=7, width=20, layers=2, heads=4, hidden=80)
-    out = load_file(folder / "clip.safetensors")["clip.visual.proj"]            # (Di, width of the shared space)
+    out = load_file(folder / "clip.safetensors")["clip.visual.proj"]  # (Di, width of the shared space)
     bridge = ZeroInit(decoder.config, 16, prompts=5, adapted=2, width=18, depth=2, heads=3, mlp=2)
     names = expand(V2_NAMES, 2)
     pour(bridge, adapter, names, ours_only=("gate",), unused=("llama.",))
     with torch.no_grad():
-        bridge.gate.copy_(torch.stack([adapter[f"llama.layers.{l}.attention.gate"].flatten() for l in range(3)]))
-        features = vit.post_norm(vit(x["pixel_values"])) @ out                  # all tokens, normalised and projected
+        bridge.gate.copy_(
+            torch.stack([adapter[f"llama.layers.{l}.attention.gate"].flatten() for l in range(3)])
+        )
+        features = vit.post_norm(vit(x["pixel_values"])) @ out  # all tokens, normalised and projected
     visual = bridge.see(features)
     check(case, "visual_query", visual, expected["visual_query"])
     logits = decoder(x["input_ids"], bridge=bridge, visual=visual)
@@ -163,16 +269,27 @@ def test_zero_init_is_the_authors_second_version_with_images(tmp_path):
 
 
 RESAMPLER_NAMES = {
-    **{f"layers.{{i}}.{n}.{w}": f"layers.{{i}}.0.{n}.{w}" for n in ("norm_media", "norm_latents") for w in WB},
-    **{f"layers.{{i}}.{p}.weight": f"layers.{{i}}.0.to_{t}.weight{part}" for p, t, part in (
-        ("q", "q", ""), ("k", "kv", "[0/2]"), ("v", "kv", "[1/2]"), ("o", "out", ""))},
+    **{
+        f"layers.{{i}}.{n}.{w}": f"layers.{{i}}.0.{n}.{w}" for n in ("norm_media", "norm_latents") for w in WB
+    },
+    **{
+        f"layers.{{i}}.{p}.weight": f"layers.{{i}}.0.to_{t}.weight{part}"
+        for p, t, part in (("q", "q", ""), ("k", "kv", "[0/2]"), ("v", "kv", "[1/2]"), ("o", "out", ""))
+    },
     **{f"layers.{{i}}.ff.norm.{w}": f"layers.{{i}}.1.0.{w}" for w in WB},
-    "layers.{i}.ff.up.weight": "layers.{i}.1.1.weight", "layers.{i}.ff.down.weight": "layers.{i}.1.3.weight",
+    "layers.{i}.ff.up.weight": "layers.{i}.1.1.weight",
+    "layers.{i}.ff.down.weight": "layers.{i}.1.3.weight",
 }
 XATTN_NAMES = {
-    **{f"norm.{w}": f"attn.norm.{w}" for w in WB}, "q.weight": "attn.to_q.weight", "k.weight": "attn.to_kv.weight[0/2]",
-    "v.weight": "attn.to_kv.weight[1/2]", "o.weight": "attn.to_out.weight", **{f"ff.norm.{w}": f"ff.0.{w}" for w in WB},
-    "ff.up.weight": "ff.1.weight", "ff.down.weight": "ff.3.weight", "attention_gate": "attn_gate",
+    **{f"norm.{w}": f"attn.norm.{w}" for w in WB},
+    "q.weight": "attn.to_q.weight",
+    "k.weight": "attn.to_kv.weight[0/2]",
+    "v.weight": "attn.to_kv.weight[1/2]",
+    "o.weight": "attn.to_out.weight",
+    **{f"ff.norm.{w}": f"ff.0.{w}" for w in WB},
+    "ff.up.weight": "ff.1.weight",
+    "ff.down.weight": "ff.3.weight",
+    "attention_gate": "attn_gate",
 }
 
 
@@ -190,7 +307,11 @@ def test_the_resampler_is_openflamingos():
 
 def test_gated_cross_attention_is_openflamingos():
     folder, case, x, expected = golden("flamingo-gated-xattn")
-    block = pour(GatedCrossAttention(32, 24, 3, 8, 4, "gelu", False), load_file(folder / "model.safetensors"), XATTN_NAMES)
+    block = pour(
+        GatedCrossAttention(32, 24, 3, 8, 4, "gelu", False),
+        load_file(folder / "model.safetensors"),
+        XATTN_NAMES,
+    )
     k, v = block.project(x["media"].flatten(1, 2))
     image = torch.arange(1, 4).repeat_interleave(4)                             # 3 images of 4 latents
     phi = x["media_locations"].cumsum(1)
@@ -198,7 +319,7 @@ def test_gated_cross_attention_is_openflamingos():
     y = block(x["x"], k, v, visible)
     check(case, "y", y, expected["y"])
     check(case, "y_attention_only", block.attention(x["x"], k, v, visible), expected["y_attention_only"])
-    later = (image == phi[:, -1:, None]).expand(-1, 2, -1)                      # two further words follow all images
+    later = (image == phi[:, -1:, None]).expand(-1, 2, -1)  # two further words follow all images
     check(case, "y_cached", block(x["x_next"], k, v, later), expected["y_cached"])
     loss = fixed_loss(y)
     loss.backward()
@@ -221,16 +342,23 @@ def test_flamingo_is_openflamingo_as_a_whole():
     vlm = VLM(None, bridge, decoder, image_token=71)
     is_image, mask = x["input_ids"] == 71, x["attention_mask"].bool()
     tokens = x["input_ids"].masked_fill(is_image, IMG)
-    features = torch.cat([f[:n] for f, n in zip(x["vision_features"], is_image.sum(1))])        # unused ones left out
+    features = torch.cat(
+        [f[:n] for f, n in zip(x["vision_features"], is_image.sum(1))]
+    )  # unused ones left out
     with torch.no_grad():
-        check(case, "resampled", bridge.resampler(x["vision_features"].flatten(0, 1)).unflatten(0, (3, 3)), expected["resampled"])
+        check(
+            case,
+            "resampled",
+            bridge.resampler(x["vision_features"].flatten(0, 1)).unflatten(0, (3, 3)),
+            expected["resampled"],
+        )
     logits = vlm(tokens, mask=mask, features=features) * mask[..., None]
     check(case, "logits", logits, expected["logits"])
     loss = fixed_loss(logits)
     loss.backward()
     check(case, "grad.loss", loss, expected["grad.loss"])
     check_grads(case, expected, (bridge, names))
-    with torch.no_grad():                                                       # rows 0 and 1 hold 3 and 2 images
+    with torch.no_grad():  # rows 0 and 1 hold 3 and 2 images
         ids = vlm.generate(tokens[:2], features=features[:5], max_new_tokens=8)
     check(case, "generated_ids", ids, expected["generated_ids"])
 
@@ -238,7 +366,7 @@ def test_flamingo_is_openflamingo_as_a_whole():
 # --- at the start -------------------------------------------------------------------------------------------------
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
-N = TINY_VIT.tokens                                                             # 10: nine patches and the class token
+N = TINY_VIT.tokens  # 10: nine patches and the class token
 
 
 def images(m: int, seed: int = 0) -> torch.Tensor:
@@ -246,9 +374,16 @@ def images(m: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(m, N, TINY_VIT.width, generator=G(seed))
 
 
-GATED = [("zero_init", dict(version=0)), ("zero_init", dict(version=1)), ("zero_init", dict(version=2)),
-         ("zero_init", dict(gate_per="layer", tanh=False)), ("flamingo", {}), ("flamingo", dict(act="squared_relu", norm_media=True)),
-         ("idefics", {}), ("idefics", dict(vector_gates=True, latents=0))]
+GATED = [
+    ("zero_init", dict(version=0)),
+    ("zero_init", dict(version=1)),
+    ("zero_init", dict(version=2)),
+    ("zero_init", dict(gate_per="layer", tanh=False)),
+    ("flamingo", {}),
+    ("flamingo", dict(act="squared_relu", norm_media=True)),
+    ("idefics", {}),
+    ("idefics", dict(vector_gates=True, latents=0)),
+]
 
 
 @pytest.mark.parametrize("gradients", [False, True, "of the bridge alone"])
@@ -258,17 +393,19 @@ def test_a_gate_at_zero_leaves_the_logits_alone_to_the_bit(name, options, image_
     vlm = tiny_vlm(name, image_token=image_token, stirred=False, **options)
     tokens = torch.randint(61, (3, 9), generator=G())
     mask = torch.tensor([[1] * 9, [0, 0] + [1] * 7, [0] + [1] * 8]).bool()
-    tokens[:, 3] = IMG                                                          # one image per row: nothing else moves
+    tokens[:, 3] = IMG  # one image per row: nothing else moves
     plain = tokens.masked_fill(tokens == IMG, 7) if image_token else tokens[tokens != IMG].view(3, 8)
     plain_mask = mask if image_token else mask[tokens != IMG].view(3, 8)
-    vlm.decoder.requires_grad_(gradients is True)                               # frozen: the decoder alone would need no graph
+    vlm.decoder.requires_grad_(gradients is True)  # frozen: the decoder alone would need no graph
     with torch.set_grad_enabled(bool(gradients)):
         assert torch.equal(vlm(tokens, features=images(3)), vlm.decoder(plain))
         padded = vlm(tokens, mask=mask, features=images(3))
         assert torch.equal(padded[plain_mask], vlm.decoder(plain, plain_mask)[plain_mask])
     assert all((g == 0).all() for g in vlm.bridge.gates())
     if not gradients:
-        assert torch.equal(vlm.generate(tokens, features=images(3), max_new_tokens=5), vlm.decoder.generate(plain, 5))
+        assert torch.equal(
+            vlm.generate(tokens, features=images(3), max_new_tokens=5), vlm.decoder.generate(plain, 5)
+        )
         stir(vlm.bridge)                                                        # and open gates do move them
         assert (vlm(tokens, features=images(3)) - vlm.decoder(plain)).abs().max() > 1e-2
 
@@ -297,21 +434,24 @@ def test_the_first_step_moves_the_gates_and_nothing_else(name, options):
         for key, p in bridge.named_parameters():
             grad = torch.zeros(1) if p.grad is None else p.grad
             if key.endswith("gate"):
-                used = grad[bridge.first:] if name == "zero_init" else grad     # gates below the adapted layers do nothing
+                used = (
+                    grad[bridge.first :] if name == "zero_init" else grad
+                )  # gates below the adapted layers do nothing
                 assert used.all(), key
             elif step == 0:
-                assert not grad.any(), key                                      # exactly zero: tanh(0) multiplies the branch
-        with torch.no_grad():                                                   # one step on the gates alone...
+                assert not grad.any(), key  # exactly zero: tanh(0) multiplies the branch
+        with torch.no_grad():  # one step on the gates alone...
             for key, p in bridge.named_parameters():
                 if key.endswith("gate"):
                     p -= 0.1 * p.grad
     if name == "zero_init":
-        assert all(p.any() for p in bridge.prompts.grad)                        # ...and every prompt matrix learns
+        assert all(p.any() for p in bridge.prompts.grad)  # ...and every prompt matrix learns
     else:
         assert all(b.ff.up.weight.grad.any() and b.k.weight.grad.any() for b in bridge.blocks)
 
 
 # --- zero-init attention, the maths -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("tanh", [False, True])
 def test_the_papers_concatenation_with_two_softmaxes_is_our_added_term(tanh):
@@ -329,14 +469,18 @@ def test_the_papers_concatenation_with_two_softmaxes_is_our_added_term(tanh):
     wide = lambda y: y.repeat_interleave(2, -3)                                 # 4 query heads on 2 key heads
     prompts = bridge.prompts[l - bridge.first].expand(2, -1, -1)
     q = turn(heads(attention.q(x), 4))
-    k = torch.cat((wide(heads(attention.k(prompts), 2)), wide(turn(heads(attention.k(x), 2)))), dim=2)      # (B, H, Q+T, E)
+    k = torch.cat(
+        (wide(heads(attention.k(prompts), 2)), wide(turn(heads(attention.k(x), 2)))), dim=2
+    )  # (B, H, Q+T, E)
     v = torch.cat((wide(heads(attention.v(prompts), 2)), wide(heads(attention.v(x), 2))), dim=2)
     scores = q @ k.transpose(-2, -1) / math.sqrt(8)
     words = scores[..., 3:].masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
     gate = bridge.gate[l].tanh() if tanh else bridge.gate[l]
     s_g = torch.cat((scores[..., :3].softmax(-1) * gate.view(4, 1, 1), words), dim=-1)
     by_eq8 = attention.o((s_g @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(mine, by_eq8, atol=1e-5, rtol=1e-5)              # float32, sums of 9 terms in another order
+    torch.testing.assert_close(
+        mine, by_eq8, atol=1e-5, rtol=1e-5
+    )  # float32, sums of 9 terms in another order
     assert (mine - attention(x, cos, sin, None, True, l, None, Bridge(), None)).abs().max() > 1e-2
 
 
@@ -345,21 +489,30 @@ def test_one_vector_for_the_image_cannot_be_steered_by_the_question_and_one_per_
     """Version 1 adds the same I to every prompt: q·k(I) is equal for all of them and cancels in the softmax, so the weights over the
     prompts do not depend on the image, and the image adds tanh(g) v(I) to every word, whatever the word is."""
     decoder, l = tiny_decoder(), 3
-    bridge = stir(ZeroInit(TINY, 20, prompts=4, adapted=2, version=version, width=16, depth=2, heads=2, hidden=12))
-    attention, q = decoder.layers[l].attention, torch.randn(1, 4, 7, 8, generator=G())      # seven words of any question
+    bridge = stir(
+        ZeroInit(TINY, 20, prompts=4, adapted=2, version=version, width=16, depth=2, heads=2, hidden=12)
+    )
+    attention, q = (
+        decoder.layers[l].attention,
+        torch.randn(1, 4, 7, 8, generator=G()),
+    )  # seven words of any question
     with torch.no_grad():
         weights, added = [], []
         for seed in (1, 2):
-            image = 3 * bridge.see(images(1, seed))                             # (1, 1 or Q, D), large: the effect is not small
+            image = 3 * bridge.see(images(1, seed))  # (1, 1 or Q, D), large: the effect is not small
             k, v = attention.project(bridge.prompts[l - bridge.first] + image)
             weights.append((q @ k.transpose(-2, -1) / math.sqrt(8)).softmax(-1))
-            added.append(bridge.beside(l, q, attention.project, image) - bridge.beside(l, q, attention.project, None))
+            added.append(
+                bridge.beside(l, q, attention.project, image) - bridge.beside(l, q, attention.project, None)
+            )
         differ = (weights[0] - weights[1]).abs().max()
         spread = max((a - a[:, :, :1]).abs().max() for a in added)              # over the words
         assert all(a.abs().max() > 0.1 for a in added)                          # the image does something
         if version == 1:
             patches = torch.cat((images(1)[:, :1], images(1, 5)[:, 1:]), 1)
-            assert torch.equal(bridge.see(images(1)), bridge.see(patches))      # I comes from the class token alone
+            assert torch.equal(
+                bridge.see(images(1)), bridge.see(patches)
+            )  # I comes from the class token alone
             # 1e-5: float32; the score of a prompt is a sum of 8 products that each round at 1e-7 of their size
             assert differ < 1e-5 and spread < 1e-5
             constant = bridge.gate[l].tanh().view(4, 1, 1) * attention.project(image)[1]
@@ -371,7 +524,9 @@ def test_one_vector_for_the_image_cannot_be_steered_by_the_question_and_one_per_
 def test_prompts_leave_the_words_own_attention_alone():
     """Two softmaxes: scaling the gate scales the branch, so the words' part is what remains at gate 0, bit for bit."""
     decoder, tokens = tiny_decoder(), torch.randint(61, (1, 6), generator=G())
-    bridge = stir(ZeroInit(TINY, 20, prompts=3, adapted=1, version=0))          # the last layer only: nothing downstream
+    bridge = stir(
+        ZeroInit(TINY, 20, prompts=3, adapted=1, version=0)
+    )  # the last layer only: nothing downstream
     seen = []
     hook = decoder.layers[3].attention.o.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
@@ -380,7 +535,9 @@ def test_prompts_leave_the_words_own_attention_alone():
             bridge.gate[3] = value
             decoder(tokens, bridge=bridge)
     hook.remove()
-    torch.testing.assert_close(seen[2] - seen[0], 2 * (seen[1] - seen[0]), atol=1e-5, rtol=1e-5)    # linear in tanh(g)
+    torch.testing.assert_close(
+        seen[2] - seen[0], 2 * (seen[1] - seen[0]), atol=1e-5, rtol=1e-5
+    )  # linear in tanh(g)
 
 
 # --- who sees what, by perturbation -----------------------------------------------------------------------------------
@@ -403,9 +560,16 @@ def test_flamingos_words_see_the_last_image_only(see_all):
         block = {}
         for key, f in (("plain", plain), ("first", first), ("second", second)):
             inputs, _ = vlm.prepare(TWO, f)
-            block[key] = vlm.bridge.before(1, x, inputs["visual"])              # one block alone: no mixing over positions
+            block[key] = vlm.bridge.before(
+                1, x, inputs["visual"]
+            )  # one block alone: no mixing over positions
         assert moved(block["plain"], block["first"]) == ([1, 2, 3, 4, 5, 6, 7] if see_all else [1, 2, 3])
-        assert moved(block["plain"], block["second"]) == [4, 5, 6, 7]           # the tag sees its own image, as in OpenFlamingo
+        assert moved(block["plain"], block["second"]) == [
+            4,
+            5,
+            6,
+            7,
+        ]  # the tag sees its own image, as in OpenFlamingo
         # the whole decoder: self-attention carries it onwards, never back
         logits = [vlm(TWO, features=f) for f in (plain, first, second)]
         assert moved(logits[0], logits[1]) == [1, 2, 3, 4, 5, 6, 7]
@@ -428,7 +592,9 @@ def test_flamingo_cares_for_the_order_of_images_not_of_patches():
     f, shuffle = images(2), torch.randperm(N, generator=G())
     with torch.no_grad():
         same = vlm(TWO, features=f[:, shuffle])
-        torch.testing.assert_close(same, vlm(TWO, features=f), atol=1e-5, rtol=1e-5)    # no positions: sums in another order
+        torch.testing.assert_close(
+            same, vlm(TWO, features=f), atol=1e-5, rtol=1e-5
+        )  # no positions: sums in another order
         assert (vlm(TWO, features=f.flip(0)) - vlm(TWO, features=f)).abs().max() > 1e-2
 
 
@@ -436,7 +602,9 @@ def test_the_papers_norm_on_the_keys_makes_the_latents_scale_irrelevant():
     for norm_media in (True, False):
         block = stir(GatedCrossAttention(32, 20, 2, 8, 4, "gelu", norm_media))
         media = torch.randn(1, 6, 20, generator=G())
-        close = torch.allclose(block.project(100 * media)[0], block.project(media)[0], atol=1e-3)      # the norm's ε is all that differs
+        close = torch.allclose(
+            block.project(100 * media)[0], block.project(media)[0], atol=1e-3
+        )  # the norm's ε is all that differs
         assert close == norm_media
 
 
@@ -454,16 +622,20 @@ TEXT = torch.tensor([[5, 6, 7, 8, 9]])
 
 @pytest.mark.parametrize("kind", ["itm", "itg", "itc"])
 def test_the_qformers_three_masks_by_perturbation(kind):
-    former = stir(QFormer(TINY, 20, queries=3, width=16, layers=3, heads=2, hidden=24, vocab=30, positions=12))
+    former = stir(
+        QFormer(TINY, 20, queries=3, width=16, layers=3, heads=2, hidden=24, vocab=30, positions=12)
+    )
     image, other = images(1), images(1, 5)
     changed = TEXT.clone()
     changed[0, 3] = 20                                                          # the fourth word
     with torch.no_grad():
-        plain, word, picture = (former.encode(i, t, kind)[-1] for i, t in ((image, TEXT), (image, changed), (other, TEXT)))
+        plain, word, picture = (
+            former.encode(i, t, kind)[-1] for i, t in ((image, TEXT), (image, changed), (other, TEXT))
+        )
     queries, words = [0, 1, 2], [3, 4, 5, 6, 7]
     assert moved(plain, word) == {"itm": queries + words, "itg": [6, 7], "itc": words}[kind]
     assert moved(plain, picture) == (queries if kind == "itc" else queries + words)
-    padding = torch.tensor([[1, 1, 1, 0, 0]]).bool()                            # a padded word is seen by nobody
+    padding = torch.tensor([[1, 1, 1, 0, 0]]).bool()  # a padded word is seen by nobody
     with torch.no_grad():
         a, b = (former.encode(image, t, kind, padding)[-1] for t in (TEXT, changed))
     assert set(moved(a, b)) <= {6, 7}
@@ -476,7 +648,11 @@ def test_the_qformers_three_masks_by_perturbation(kind):
 
 def test_the_three_masks_are_the_figures():
     from bridges import qformer_mask
-    mask = {kind: qformer_mask(kind, 2, torch.ones(1, 3, dtype=torch.bool))[0, 0].int().tolist() for kind in ("itm", "itg", "itc")}
+
+    mask = {
+        kind: qformer_mask(kind, 2, torch.ones(1, 3, dtype=torch.bool))[0, 0].int().tolist()
+        for kind in ("itm", "itg", "itc")
+    }
     assert mask["itm"] == [[1, 1, 1, 1, 1]] * 5
     assert mask["itg"] == [[1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert mask["itc"] == [[1, 1, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 1]] * 3
@@ -488,7 +664,9 @@ def test_equal_queries_would_stay_equal_for_ever():
         former.queries.copy_(former.queries[:1].expand_as(former.queries))
         y = former.encode(images(1))[-1]
     torch.testing.assert_close(y, y[:, :1].expand_as(y))
-    assert QFormer(TINY, 20, queries=3, width=16, layers=3, heads=2, hidden=24).queries.std() > 1e-3    # so they are born apart
+    assert (
+        QFormer(TINY, 20, queries=3, width=16, layers=3, heads=2, hidden=24).queries.std() > 1e-3
+    )  # so they are born apart
 
 
 def test_the_instruction_reaches_the_queries_and_only_they_go_on():
@@ -505,7 +683,13 @@ def test_the_instruction_reaches_the_queries_and_only_they_go_on():
 
 # --- the splice -------------------------------------------------------------------------------------------------------
 
-ROWS = [[3, IMG, 4, 5, IMG, 6], [7, 8], [IMG], [9, 10, 11, IMG, 12, 13, 14], [IMG, IMG, 15]]    # 2, 0, 1, 1 and 2 images
+ROWS = [
+    [3, IMG, 4, 5, IMG, 6],
+    [7, 8],
+    [IMG],
+    [9, 10, 11, IMG, 12, 13, 14],
+    [IMG, IMG, 15],
+]  # 2, 0, 1, 1 and 2 images
 
 
 def batch(rows: list, side: str):
@@ -521,10 +705,16 @@ def batch(rows: list, side: str):
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:2], [[3, IMG, 4], [IMG, IMG, 5], [6, 7, 8]]])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name, image_token", [("linear", None), ("none", None), ("none", 7), ("flamingo", 7), ("flamingo", None)])
+@pytest.mark.parametrize(
+    "name, image_token", [("linear", None), ("none", None), ("none", 7), ("flamingo", 7), ("flamingo", None)]
+)
 def test_the_splice_is_a_loop_over_rows(name, image_token, side, rows):
     """What `prepare` scatters in one go, written as lists: soft tokens, the ordinary token or nothing in place of each image."""
-    vlm = tiny_vlm(name, image_token=image_token) if name != "none" else VLM(None, Bridge(), tiny_decoder(), image_token)
+    vlm = (
+        tiny_vlm(name, image_token=image_token)
+        if name != "none"
+        else VLM(None, Bridge(), tiny_decoder(), image_token)
+    )
     tokens, mask, labels = batch(rows, side)
     features = images(int((tokens == IMG).sum()))
     with torch.no_grad():
@@ -540,7 +730,7 @@ def test_the_splice_is_a_loop_over_rows(name, image_token, side, rows):
                 if soft is not None:
                     embeds += list(soft[m - 1])
                     expect += [IGNORE] * N
-                    last += [None] * N                                          # a soft token's own entry is never read
+                    last += [None] * N  # a soft token's own entry is never read
                     continue
                 if image_token is None:
                     continue
@@ -580,8 +770,12 @@ def test_the_loss_is_the_cross_entropy_of_the_shifted_labels():
             total, n = vlm.loss(tokens, labels, mask=mask, features=features)
             inputs, moved_labels = vlm.prepare(tokens, features, mask, labels)
             logits = vlm.decoder(**inputs)
-        want = F.cross_entropy(logits[:, :-1].flatten(0, 1), moved_labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
-        torch.testing.assert_close(total, want, atol=1e-4, rtol=1e-5)           # float32 sum of some 15 losses of size 5
+        want = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), moved_labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        torch.testing.assert_close(
+            total, want, atol=1e-4, rtol=1e-5
+        )  # float32 sum of some 15 losses of size 5
         # a first word is predicted by nothing, except after an image at the very front
         assert n == int((moved_labels[:, 1:] != IGNORE).sum()) and n > 0
 
@@ -627,7 +821,7 @@ def test_a_batch_is_its_rows(name, options, side, image_token):
         logits, inputs = vlm(tokens, mask=mask, features=features), vlm.prepare(tokens, features, mask)[0]
         for i, (row, own) in enumerate(per_row(rows, features)):
             if name in ("zero_init", "flamingo", "idefics") and not image_token and row.shape[1] == len(own):
-                continue                                                        # its images dropped, no word is left
+                continue  # its images dropped, no word is left
             alone = vlm(row, features=own)[0]
             torch.testing.assert_close(logits[i][inputs["mask"][i]], alone, atol=1e-4, rtol=1e-4)
 
@@ -636,7 +830,11 @@ def test_a_batch_is_its_rows(name, options, side, image_token):
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_cache_changes_nothing_beside_a_bridge(name, options, padded):
     vlm = tiny_vlm(name, image_token=7 if name == "flamingo" else None, **options)
-    rows = ([[3, IMG, 4, 5], [6, 7, IMG, 8]] if name == "zero_init" else [[3, IMG, 4, IMG, 5], [IMG, 6, 8, IMG, 9]])
+    rows = (
+        [[3, IMG, 4, 5], [6, 7, IMG, 8]]
+        if name == "zero_init"
+        else [[3, IMG, 4, IMG, 5], [IMG, 6, 8, IMG, 9]]
+    )
     rows[1] = rows[1][2 if padded else 0:]
     tokens, mask, _ = batch(rows, "left")
     features = images(int((tokens == IMG).sum()))
@@ -646,7 +844,9 @@ def test_the_cache_changes_nothing_beside_a_bridge(name, options, padded):
         cache = Cache(vlm.decoder.config, 2, inputs["embeds"].shape[1] + 4, "cpu", torch.float32)
         steps = [vlm.decoder(**inputs, cache=cache)[:, -1:]]
         for t in range(4):
-            steps.append(vlm.decoder(more[:, t:t + 1], cache=cache, bridge=vlm.bridge, visual=inputs["visual"]))
+            steps.append(
+                vlm.decoder(more[:, t : t + 1], cache=cache, bridge=vlm.bridge, visual=inputs["visual"])
+            )
         full_mask = None if mask is None else torch.cat((mask, mask.new_ones(2, 4)), 1)
         whole = vlm(torch.cat((tokens, more), 1), mask=full_mask, features=features)
     torch.testing.assert_close(torch.cat(steps, 1), whole[:, -5:], atol=1e-4, rtol=1e-4)
@@ -659,7 +859,7 @@ def test_generating_for_a_batch_is_generating_for_its_rows(name, options, beams,
     vlm = tiny_vlm(name, image_token=image_token, **options)
     if name == "zero_init":
         groups = [rows_for(name), [[3, 4, 5, 6], [7, IMG, 8, 9]]]
-    else:                                                                       # the second needs no padding before its images unfold
+    else:  # the second needs no padding before its images unfold
         groups = [[r for r in ROWS if len(r) > 1], [[3, IMG, 4, 5], [6, 7, 8, 9], [IMG, 10, IMG, 11]]]
     for rows in groups:
         tokens, mask, _ = batch(rows, "left")
@@ -694,7 +894,10 @@ def test_bfloat16_follows_float32_and_learns(name, options, how):
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         logits = vlm(tokens, mask=mask, features=features).float()
         total, n = vlm.loss(tokens, labels, mask=mask, features=features)
-        assert vlm.generate(tokens, mask=mask, features=features, max_new_tokens=3, beams=2).shape == (len(rows), 3)
+        assert vlm.generate(tokens, mask=mask, features=features, max_new_tokens=3, beams=2).shape == (
+            len(rows),
+            3,
+        )
     # 8 bits of mantissa through some 60 roundings: about 2 %; twice that, since the bridge adds its own depth
     assert (logits - exact)[real].norm() < 4e-2 * exact[real].norm()
     (total / n).backward()
@@ -726,6 +929,7 @@ def test_pixels_and_cached_features_are_the_same(name):
 
 # --- on disk, by name, by number ----------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_run_folder_loads_back_to_the_bit(name, tmp_path):
     vlm = tiny_vlm(name, image_token=7, reads_layer=-3)
@@ -736,7 +940,7 @@ def test_a_run_folder_loads_back_to_the_bit(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(tokens, pixels), vlm(tokens, pixels))
     file = tmp_path / "bridge.safetensors"
-    assert set(load_file(file)) == set(vlm.bridge.state_dict())                 # the bridge's parameters and no other
+    assert set(load_file(file)) == set(vlm.bridge.state_dict())  # the bridge's parameters and no other
     other = "mlp" if name != "mlp" else "linear"
     with pytest.raises(UserError, match=f'holds a "{name}" bridge, not "{other}"'):
         load_bridge_file(make_bridge(other, TINY, TINY_VIT.width), file)
@@ -751,24 +955,38 @@ def test_a_bridge_owns_all_of_its_parameters_and_the_decoder_none():
     for name in SMALL:
         vlm = tiny_vlm(name)
         assert set(vlm.decoder.state_dict()) == set(Decoder(TINY).state_dict())
-        assert not {id(p) for p in vlm.bridge.parameters()} & {id(p) for p in [*vlm.decoder.parameters(), *vlm.vit.parameters()]}
+        assert not {id(p) for p in vlm.bridge.parameters()} & {
+            id(p) for p in [*vlm.decoder.parameters(), *vlm.vit.parameters()]
+        }
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("qfomer", {}, 'unknown bridge "qfomer"; did you mean "qformer"'), ("zzz", {}, "Known: linear, mlp, frozen, mapl, qformer, zero_init, flamingo"),
-    ("mapl", dict(constant=3), 'mapl has no option "constant"; did you mean "constants"'),
-    ("linear", dict(read_layer=1), 'did you mean "reads_layer"'), ("flamingo", dict(xyz=1), "Known: every, first"),
-    ("zero_init", dict(adapted=5), "topmost 5 layers, but the decoder has 4"), ("zero_init", dict(adapted=0), "adapted=1..4"),
-    ("zero_init", dict(adapted=2, gate_per="heads"), '"head" or "layer", not "heads"'),
-    ("zero_init", dict(adapted=2, version=3), "0, 1 and 2, not 3"),
-    ("mapl", dict(width=10, heads=3), "10.*3"), ("qformer", dict(width=10, heads=3), "10.*3"),
-    ("zero_init", dict(adapted=2, width=10, heads=3), "10.*3"), ("flamingo", dict(act="geluu"), 'no activation "geluu"; known: .*gelu')])
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("qfomer", {}, 'unknown bridge "qfomer"; did you mean "qformer"'),
+        ("zzz", {}, "Known: linear, mlp, frozen, mapl, qformer, zero_init, flamingo"),
+        ("mapl", dict(constant=3), 'mapl has no option "constant"; did you mean "constants"'),
+        ("linear", dict(read_layer=1), 'did you mean "reads_layer"'),
+        ("flamingo", dict(xyz=1), "Known: every, first"),
+        ("zero_init", dict(adapted=5), "topmost 5 layers, but the decoder has 4"),
+        ("zero_init", dict(adapted=0), "adapted=1..4"),
+        ("zero_init", dict(adapted=2, gate_per="heads"), '"head" or "layer", not "heads"'),
+        ("zero_init", dict(adapted=2, version=3), "0, 1 and 2, not 3"),
+        ("mapl", dict(width=10, heads=3), "10.*3"),
+        ("qformer", dict(width=10, heads=3), "10.*3"),
+        ("zero_init", dict(adapted=2, width=10, heads=3), "10.*3"),
+        ("flamingo", dict(act="geluu"), 'no activation "geluu"; known: .*gelu'),
+    ],
+)
 def test_an_unknown_name_or_impossible_option_is_said_in_words(name, options, message):
     with pytest.raises(UserError, match=message):
         make_bridge(name, TINY, 20, **options)
 
 
-C7, C13 = (DecoderConfig(width=d, layers=l, heads=d // 128, kv_heads=d // 128, head_width=128) for d, l in ((4096, 32), (5120, 40)))
+C7, C13 = (
+    DecoderConfig(width=d, layers=l, heads=d // 128, kv_heads=d // 128, head_width=128)
+    for d, l in ((4096, 32), (5120, 40))
+)
 width = lambda d: DecoderConfig(width=d)
 
 
@@ -786,27 +1004,63 @@ def without(module: nn.Module, *names: str) -> nn.Module:
 
 
 text_former = lambda d, v: QFormer(width(d), v, vocab=30523)
-PUBLISHED = {       # what: (published, build); sources in reference/*.md
-    "LLaVA 7B": (4_198_400, lambda: Linear(C7, 1024)), "LLaVA 13B": (5_248_000, lambda: Linear(C13, 1024)),
-    "LLaVA-1.5 7B": (20_979_712, lambda: MLP(C7, 1024)), "LLaVA-1.5 13B": (31_467_520, lambda: MLP(C13, 1024)),
-    "MiniGPT-4 7B": (3_149_824, lambda: Linear(C7, 768)), "MiniGPT-4 13B": (3_937_280, lambda: Linear(C13, 768)),
-    "MiniGPT-v2": (23_072_768, lambda: Linear(C7, 5632)), "LiMBeR-CLIP": (12_587_008, lambda: Linear(C7, 3072)),
-    "MAGMA's map": (8_392_704, lambda: Linear(C7, 2048)), "Mllama's projector": (31_461_376, lambda: Linear(C7, 7680)),
-    "MAPL": (3_431_680, lambda: MAPL(C7, 1024)), "a layer of MAPL": (527_104, lambda: EncoderBlock(256, 8, 512, "relu", 1e-5)),
+PUBLISHED = {  # what: (published, build); sources in reference/*.md
+    "LLaVA 7B": (4_198_400, lambda: Linear(C7, 1024)),
+    "LLaVA 13B": (5_248_000, lambda: Linear(C13, 1024)),
+    "LLaVA-1.5 7B": (20_979_712, lambda: MLP(C7, 1024)),
+    "LLaVA-1.5 13B": (31_467_520, lambda: MLP(C13, 1024)),
+    "MiniGPT-4 7B": (3_149_824, lambda: Linear(C7, 768)),
+    "MiniGPT-4 13B": (3_937_280, lambda: Linear(C13, 768)),
+    "MiniGPT-v2": (23_072_768, lambda: Linear(C7, 5632)),
+    "LiMBeR-CLIP": (12_587_008, lambda: Linear(C7, 3072)),
+    "MAGMA's map": (8_392_704, lambda: Linear(C7, 2048)),
+    "Mllama's projector": (31_461_376, lambda: Linear(C7, 7680)),
+    "MAPL": (3_431_680, lambda: MAPL(C7, 1024)),
+    "a layer of MAPL": (527_104, lambda: EncoderBlock(256, 8, 512, "relu", 1e-5)),
     # BLIP-2, stage 2: vision g = 1408, L = 1024; OPT-2.7B 2560, OPT-6.7B and FlanT5-XXL 4096, FlanT5-XL 2048
-    **{f"BLIP-2 {v} {d}": (n, lambda d=d, v=v: QFormer(width(d), v)) for n, d, v in (
-        (107_133_696, 2560, 1408), (103_593_984, 2560, 1024), (108_314_880, 4096, 1408), (106_739_968, 2048, 1408), (103_200_256, 2048, 1024))},
-    "stage-2 Q-Former g": (105_137_664, lambda: without(QFormer(C7, 1408), "queries", "vision_norm", "project")),
-    "stage-2 Q-Former L": (101_598_720, lambda: without(QFormer(C7, 1024), "queries", "vision_norm", "project")),
+    **{
+        f"BLIP-2 {v} {d}": (n, lambda d=d, v=v: QFormer(width(d), v))
+        for n, d, v in (
+            (107_133_696, 2560, 1408),
+            (103_593_984, 2560, 1024),
+            (108_314_880, 4096, 1408),
+            (106_739_968, 2048, 1408),
+            (103_200_256, 2048, 1024),
+        )
+    },
+    "stage-2 Q-Former g": (
+        105_137_664,
+        lambda: without(QFormer(C7, 1408), "queries", "vision_norm", "project"),
+    ),
+    "stage-2 Q-Former L": (
+        101_598_720,
+        lambda: without(QFormer(C7, 1024), "queries", "vision_norm", "project"),
+    ),
     "InstructBLIP 7B": (188_837_376, lambda: text_former(4096, 1408)),
     "BLIP-2's 188M": (188_834_560, lambda: without(text_former(4096, 1408), "vision_norm")),
-    "bare Q-Former g": (185_660_160, lambda: without(text_former(4096, 1408), "queries", "vision_norm", "project")),
-    "bare Q-Former L": (182_121_216, lambda: without(text_former(4096, 1024), "queries", "vision_norm", "project")),
-    "encoder g": (161_823_744, lambda: text_former(4096, 1408).layers), "encoder L": (158_284_800, lambda: text_former(4096, 1024).layers),
-    "BERT layer, one feed-forward": (2_363_904 + 4_723_968, lambda: QFormerLayer(768, 12, 3072, None, False, 0.0)),
+    "bare Q-Former g": (
+        185_660_160,
+        lambda: without(text_former(4096, 1408), "queries", "vision_norm", "project"),
+    ),
+    "bare Q-Former L": (
+        182_121_216,
+        lambda: without(text_former(4096, 1024), "queries", "vision_norm", "project"),
+    ),
+    "encoder g": (161_823_744, lambda: text_former(4096, 1408).layers),
+    "encoder L": (158_284_800, lambda: text_former(4096, 1024).layers),
+    "BERT layer, one feed-forward": (
+        2_363_904 + 4_723_968,
+        lambda: QFormerLayer(768, 12, 3072, None, False, 0.0),
+    ),
     "BERT layer, both": (2_363_904 + 2 * 4_723_968, lambda: QFormerLayer(768, 12, 3072, None, True, 0.0)),
-    "with cross-attention g": (2_363_904 + 4_723_968 + 3_346_944, lambda: QFormerLayer(768, 12, 3072, 1408, False, 0.0)),
-    "with cross-attention L": (2_363_904 + 4_723_968 + 2_757_120, lambda: QFormerLayer(768, 12, 3072, 1024, False, 0.0)),
+    "with cross-attention g": (
+        2_363_904 + 4_723_968 + 3_346_944,
+        lambda: QFormerLayer(768, 12, 3072, 1408, False, 0.0),
+    ),
+    "with cross-attention L": (
+        2_363_904 + 4_723_968 + 2_757_120,
+        lambda: QFormerLayer(768, 12, 3072, 1024, False, 0.0),
+    ),
     "stage 1 g": (186_705_470, lambda: Stage1(None, QFormer(None, 1408, vocab=30523))),
     "stage 1 L": (183_165_758, lambda: Stage1(None, QFormer(None, 1024, vocab=30523))),
     "LLaMA-Adapter": (1_229_824, lambda: ZeroInit(C7, 768, version=0)),
@@ -829,26 +1083,45 @@ def matrices(module: nn.Module) -> nn.ParameterList:
 
 
 def paper_flamingo(width: int, layers: int, every: int) -> Flamingo:
-    config = DecoderConfig(width=width, layers=layers, heads=width // 128, kv_heads=width // 128, head_width=128)
-    return Flamingo(config, 1536, every=every, heads=width // 128, head_width=128, norm_media=True, act="squared_relu",
-                    resampler_heads=16, resampler_head_width=128)
+    config = DecoderConfig(
+        width=width, layers=layers, heads=width // 128, kv_heads=width // 128, head_width=128
+    )
+    return Flamingo(
+        config,
+        1536,
+        every=every,
+        heads=width // 128,
+        head_width=128,
+        norm_media=True,
+        act="squared_relu",
+        resampler_heads=16,
+        resampler_head_width=128,
+    )
 
 
-@pytest.mark.parametrize("published, unit, build", [                            # to the digits that were printed
-    (1.79, 1e6, lambda: ZeroInit(C7, 768, version=1)),                          # LLaMA-Adapter, multimodal
-    (0.97, 1e6, lambda: ZeroInit(C7, 768, adapted=10, version=1)),              # with 10 layers
-    (189.6, 1e6, lambda: text_former(5120, 1408)), (187.3, 1e6, lambda: text_former(2048, 1408)),          # InstructBLIP 13B, T5-XL
-    (48.2, 1e6, lambda: paper_flamingo(2048, 24, 1).blocks[0]), (1.158, 1e9, lambda: paper_flamingo(2048, 24, 1).blocks),      # 3B
-    (180.4, 1e6, lambda: paper_flamingo(4096, 40, 4).blocks[0]), (1.80, 1e9, lambda: paper_flamingo(4096, 40, 4).blocks),      # 9B
-    (696.3, 1e6, lambda: paper_flamingo(8192, 80, 7).blocks[0]), (8.36, 1e9, lambda: paper_flamingo(8192, 80, 7).blocks),      # 80B
-    (188.8, 1e6, lambda: matrices(paper_flamingo(2048, 24, 1).resampler))])     # their arithmetic leaves the norms out
+@pytest.mark.parametrize(
+    "published, unit, build",
+    [  # to the digits that were printed
+        (1.79, 1e6, lambda: ZeroInit(C7, 768, version=1)),  # LLaMA-Adapter, multimodal
+        (0.97, 1e6, lambda: ZeroInit(C7, 768, adapted=10, version=1)),  # with 10 layers
+        (189.6, 1e6, lambda: text_former(5120, 1408)),
+        (187.3, 1e6, lambda: text_former(2048, 1408)),  # InstructBLIP 13B, T5-XL
+        (48.2, 1e6, lambda: paper_flamingo(2048, 24, 1).blocks[0]),
+        (1.158, 1e9, lambda: paper_flamingo(2048, 24, 1).blocks),  # 3B
+        (180.4, 1e6, lambda: paper_flamingo(4096, 40, 4).blocks[0]),
+        (1.80, 1e9, lambda: paper_flamingo(4096, 40, 4).blocks),  # 9B
+        (696.3, 1e6, lambda: paper_flamingo(8192, 80, 7).blocks[0]),
+        (8.36, 1e9, lambda: paper_flamingo(8192, 80, 7).blocks),  # 80B
+        (188.8, 1e6, lambda: matrices(paper_flamingo(2048, 24, 1).resampler)),
+    ],
+)  # their arithmetic leaves the norms out
 def test_published_sizes_that_were_rounded_are_met_to_the_last_digit(published, unit, build):
     digits = len(str(published).split(".")[1])
     assert round(numel(build) / unit, digits) == published
 
 
 def test_every_bridge_is_tested_here():
-    assert set(SMALL) == set(BRIDGES)
+    assert set(SMALL) == set(ALL_BRIDGES)
 
 
 def test_an_instruction_for_the_qformer_reaches_generate_and_loss_and_its_padding_is_not_read():
@@ -860,7 +1133,9 @@ def test_an_instruction_for_the_qformer_reaches_generate_and_loss_and_its_paddin
         a, _ = vlm.loss(tokens, labels, features=x, bridge_tokens=text, bridge_mask=real)
         b, _ = vlm.loss(tokens, labels, features=x, bridge_tokens=text[:, :3])
         c, _ = vlm.loss(tokens, labels, features=x, bridge_tokens=text)
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)                  # float32, sums of 7 and of 6 keys
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)  # float32, sums of 7 and of 6 keys
         assert not torch.isclose(a, c, atol=1e-4)
         wrote = vlm.generate(tokens, features=x, bridge_tokens=text, bridge_mask=real, max_new_tokens=4)
-        assert torch.equal(wrote, vlm.generate(tokens, features=x, bridge_tokens=text[:, :3], max_new_tokens=4))
+        assert torch.equal(
+            wrote, vlm.generate(tokens, features=x, bridge_tokens=text[:, :3], max_new_tokens=4)
+        )

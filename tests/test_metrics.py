@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from eval import CONTRACTIONS, NUMBER_WORDS, bleu, cider, ptb_tokenize, rouge_l, vqa_accuracy, vqa_normalize
+from eval import CONTRACTIONS, NUMBER_WORDS, bleu, cider, rouge_l, vqa_accuracy, vqa_normalize
+from support.formats.ptb import ptb_tokenize
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 TOKENS, CAPTIONS, VQA, TABLES = (json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
                                  for name in ("tokenizer", "captions", "vqa", "text_constants"))
 CORPORA = {"all kinds": CAPTIONS, **CAPTIONS["corner_corpora"]}
-ALMOST = dict(rel=1e-9, abs=1e-15)      # double precision, sums in another order; tiny BLEUs such as 1e-11 count as well
+ALMOST = dict(
+    rel=1e-9, abs=1e-15
+)  # double precision, sums in another order; tiny BLEUs such as 1e-11 count as well
 
 
 @pytest.mark.parametrize("group", sorted({group for group, _, _ in TOKENS["cases"]}))
@@ -26,7 +29,9 @@ def test_tokens_are_those_of_the_java_tokenizer(group):
 
 def test_captions_are_tokenised_as_officially():
     for item in (item for corpus in CORPORA.values() for item in corpus["items"]):
-        for text, tokens in zip([item["candidate"], *item["references"]], [item["candidate_tokens"], *item["references_tokens"]]):
+        for text, tokens in zip(
+            [item["candidate"], *item["references"]], [item["candidate_tokens"], *item["references_tokens"]]
+        ):
             assert " ".join(ptb_tokenize(text)) == tokens, repr(text)
 
 
@@ -46,7 +51,10 @@ def test_raw_captions_get_the_official_scores():
     def tokens(text):
         return " ".join(ptb_tokenize(text))
     items = CAPTIONS["items"]
-    inputs = [tokens(item["candidate"]) for item in items], [[tokens(r) for r in item["references"]] for item in items]
+    inputs = (
+        [tokens(item["candidate"]) for item in items],
+        [[tokens(r) for r in item["references"]] for item in items],
+    )
     for name, metric in (("bleu", bleu), ("rouge_l", rouge_l), ("cider", cider)):
         assert metric(*inputs)[0] == pytest.approx(CAPTIONS["corpus"][name], **ALMOST), name
 
@@ -74,7 +82,10 @@ def test_vqa_accuracy_is_official():
     total = 0.0
     for item in VQA["items"]:
         accuracy = 100 * vqa_accuracy(item["prediction"], [a["answer"] for a in item["answers"]])
-        assert accuracy == pytest.approx(item["accuracy"], abs=1e-9), (item["question_id"], item["prediction"])
+        assert accuracy == pytest.approx(item["accuracy"], abs=1e-9), (
+            item["question_id"],
+            item["prediction"],
+        )
         total += accuracy
     assert total / len(VQA["items"]) == pytest.approx(VQA["overall"]["overall"], abs=1e-9)
 

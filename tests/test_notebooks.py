@@ -1,4 +1,5 @@
 """The course: every notebook and every solution runs from a clean kernel with all its assertions, and is stored to be read and diffed."""
+
 from __future__ import annotations
 
 import asyncio
@@ -21,7 +22,11 @@ name = lambda p: str(p.relative_to(ROOT / "notebooks").with_suffix(""))
 
 def code(file: Path) -> str:
     """All code of a notebook."""
-    return "\n".join("".join(c["source"]) for c in json.loads(file.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code")
+    return "\n".join(
+        "".join(c["source"])
+        for c in json.loads(file.read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == "code"
+    )
 
 
 def text(file: Path) -> str:
@@ -34,9 +39,17 @@ def execute(file: Path) -> list[str]:
     from nbclient import NotebookClient
     asyncio.set_event_loop(asyncio.new_event_loop())                            # of this thread of the pool
     notebook = nbformat.read(file, as_version=4)
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(file.parent)}})
-    client.execute(env={**{k: v for k, v in os.environ.items() if k != "MPLBACKEND"}, "OMP_NUM_THREADS": "1"})    # plots are drawn, too
-    return ["".join(o.get("text", "") for o in c.get("outputs", [])) for c in notebook.cells if c.cell_type == "code"]
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(file.parent)}}
+    )
+    client.execute(
+        env={**{k: v for k, v in os.environ.items() if k != "MPLBACKEND"}, "OMP_NUM_THREADS": "1"}
+    )  # plots are drawn, too
+    return [
+        "".join(o.get("text", "") for o in c.get("outputs", []))
+        for c in notebook.cells
+        if c.cell_type == "code"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +90,16 @@ def test_it_is_stored_stripped_small_and_without_this_machine(file):
     pytest.importorskip("matplotlib", reason="pip install -r notebooks/requirements.txt")
     from course import strip
     raw = file.read_text(encoding="utf-8")
-    assert raw == json.dumps(strip(json.loads(raw)), indent=1, ensure_ascii=False) + "\n", "run python notebooks/course.py"
+    assert raw == json.dumps(strip(json.loads(raw)), indent=1, ensure_ascii=False) + "\n", (
+        "run python notebooks/course.py"
+    )
     assert len(raw.encode()) < 200_000
     assert not re.search(r"(?<![\w.])/(?:home|work|tmp|root|Users|usr|mnt)/|!\s*pip", raw)
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=name)
 def test_its_equations_carry_the_tags_of_the_code(file):
-    known = {tag for f in ("model.py", "bridges.py") for tag in TAG.findall((ROOT / f).read_text(encoding="utf-8"))}
+    known = {
+        tag for f in ("model.py", "bridges.py") for tag in TAG.findall((ROOT / f).read_text(encoding="utf-8"))
+    }
     assert set(TAG.findall(text(file))) <= known

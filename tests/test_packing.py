@@ -1,4 +1,5 @@
 """Claim: documents packed into one row, with walls between them, give what they give alone: losses, gradients, and no leak."""
+
 from __future__ import annotations
 
 import pytest
@@ -25,7 +26,9 @@ def pack(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, to
         tokens[b, :len(line)] = line
         mask[b, :len(line)] = torch.cat([torch.full((len(d),), n) for n, d in enumerate(row, 1)])
     labels = tokens.masked_fill((mask == 0) | (tokens == IMAGE), IGNORE)
-    first = mask != torch.nn.functional.pad(mask, (1, 0))[:, :-1]                # a document's first word has nothing before it
+    first = (
+        mask != torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    )  # a document's first word has nothing before it
     return tokens, labels.masked_fill(first, IGNORE), mask
 
 
@@ -43,7 +46,7 @@ def test_packed_equals_unpacked(bridge):
         grads.append(torch.cat([p.grad.flatten() for p in vlm.bridge.parameters()]))
     for (loss, n), grad in zip(losses[1:], grads[1:]):
         assert n == losses[0][1]
-        assert abs(loss - losses[0][0]) < 1e-4                                   # float32 sums of ~25 terms of size 4 in another order
+        assert abs(loss - losses[0][0]) < 1e-4  # float32 sums of ~25 terms of size 4 in another order
         assert (grad - grads[0]).abs().max() < 1e-4 * grads[0].abs().max()
 
 
@@ -51,11 +54,13 @@ def test_no_word_reads_over_a_wall():
     vlm, rows = tiny_vlm("linear"), documents(3, images=False)
     tokens, _, mask = pack([rows])
     before = vlm.decoder(tokens, mask)
-    for n in range(1, 5):                                                        # change one document: no other one notices, to the bit
+    for n in range(1, 5):  # change one document: no other one notices, to the bit
         changed = torch.where(mask == n, (tokens + 1) % 60, tokens)
         after = vlm.decoder(changed, mask)
         same = mask[0] != n
-        assert torch.equal(before[0, same], after[0, same]) and not torch.equal(before[0, ~same], after[0, ~same])
+        assert torch.equal(before[0, same], after[0, same]) and not torch.equal(
+            before[0, ~same], after[0, ~same]
+        )
 
 
 def test_an_image_is_seen_by_its_own_document_alone():
@@ -68,8 +73,10 @@ def test_an_image_is_seen_by_its_own_document_alone():
     features[1] += 1.0                                                           # the image of document 2
     inputs, _ = vlm.prepare(tokens, features, mask)
     after = vlm.decoder(**inputs)
-    assert torch.equal(before[0, owner != 2], after[0, owner != 2]) and not torch.equal(before[0, owner == 2], after[0, owner == 2])
-    assert (owner == 2).sum() == 8 + TINY_VIT.tokens                             # eight words and the unfolded image
+    assert torch.equal(before[0, owner != 2], after[0, owner != 2]) and not torch.equal(
+        before[0, owner == 2], after[0, owner == 2]
+    )
+    assert (owner == 2).sum() == 8 + TINY_VIT.tokens  # eight words and the unfolded image
 
 
 def test_recomputed_activations_give_the_same_gradients():

@@ -24,13 +24,15 @@ DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 def status() -> dict[str, int]:
     """Bytes: VmHWM, VmRSS, RssAnon."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0] in ("VmHWM:", "VmRSS:", "RssAnon:")}
+    return {
+        words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0] in ("VmHWM:", "VmRSS:", "RssAnon:")
+    }
 
 
 def child(folder: str, dtype: str) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
-    from model import load_decoder
+    from support.formats.llama import load_decoder
     torch.ones(1).to(torch.bfloat16)                    # the first tensor starts the threads
     before, most, done = status(), [0], threading.Event()
 
@@ -45,27 +47,42 @@ def child(folder: str, dtype: str) -> None:
     done.set()
     thread.join()
     after = status()
-    print(json.dumps(dict(
-        size=sum(p.numel() * p.element_size() for p in decoder.parameters()), seconds=seconds, baseline=before["VmRSS"],
-        anonymous=max(most[0], after["RssAnon"]) - before["RssAnon"], total=after["VmHWM"] - before["VmRSS"],
-        kept=after["VmRSS"] - before["VmRSS"])))
+    print(
+        json.dumps(
+            dict(
+                size=sum(p.numel() * p.element_size() for p in decoder.parameters()),
+                seconds=seconds,
+                baseline=before["VmRSS"],
+                anonymous=max(most[0], after["RssAnon"]) - before["RssAnon"],
+                total=after["VmHWM"] - before["VmRSS"],
+                kept=after["VmRSS"] - before["VmRSS"],
+            )
+        )
+    )
 
 
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("folder")
-    args.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "f32"], help="dtypes to load into")
+    args.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["bf16", "f32"], help="dtypes to load into"
+    )
     args.add_argument("--repeats", type=int, default=3, help="processes per dtype: largest peak, median time")
     args.add_argument("--child", help=argparse.SUPPRESS)
     a = args.parse_args()
     if a.child:
         return child(a.folder, a.child)
     rows = {}
-    print(f"{a.folder} on {platform.machine()}, Python {platform.python_version()}; MB above the bare imports\n")
+    print(
+        f"{a.folder} on {platform.machine()}, Python {platform.python_version()}; MB above the bare imports\n"
+    )
     print("dtype    size   peak: own pages   with the file's pages   kept   seconds   peak/size")
     for dtype in a.dtype:
         command = [sys.executable, __file__, a.folder, "--child", dtype]
-        said = (subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout for _ in range(a.repeats))
+        said = (
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            for _ in range(a.repeats)
+        )
         runs = [json.loads(text.splitlines()[-1]) for text in said]
         row = {k: max(r[k] for r in runs) for k in ("size", "baseline", "anonymous", "total", "kept")}
         row["seconds"] = sorted(r["seconds"] for r in runs)[len(runs) // 2]

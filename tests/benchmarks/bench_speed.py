@@ -33,17 +33,23 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-import data                                                                     # noqa: E402  (after the path)
+import data
+from support.formats.tokenizer_files import load_tokenizer  # noqa: E402  (after the path)
 from bench_loading import status                                                # noqa: E402
-from model import IGNORE, IMAGE, VLM, load_bridge, load_decoder, load_vit, load_vlm, next_token_loss     # noqa: E402
+from model import IGNORE, IMAGE, VLM, next_token_loss
+from support.formats.llama import load_decoder
+from support.formats.vision import load_vit
+from support.formats.vlm import load_bridge, load_vlm     # noqa: E402
 
-SIZES = {           # decoder: layers, width, heads, key heads, feed-forward, words; ViT: image, patch, width, layers, heads, feed-forward
+SIZES = {  # decoder: layers, width, heads, key heads, feed-forward, words; ViT: image, patch, width, layers, heads, feed-forward
     "tiny": ((4, 128, 4, 2, 384, 512), (48, 16, 128, 4, 4, 512)),
     "135m": ((30, 576, 9, 3, 1536, 49152), (224, 16, 768, 12, 12, 3072)),
     "1b": ((16, 2048, 32, 8, 8192, 128256), (224, 14, 1024, 24, 16, 4096)),
     "7b": ((32, 4096, 32, 32, 11008, 32000), (336, 14, 1024, 24, 16, 4096)),
 }
-TRAINED = torch.float32             # trained parameters; the frozen ones have the dtype asked for, and autocast joins them
+TRAINED = (
+    torch.float32
+)  # trained parameters; the frozen ones have the dtype asked for, and autocast joins them
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -52,9 +58,28 @@ TRAINED = torch.float32             # trained parameters; the frozen ones have t
 
 def configs(size: str) -> tuple[dict, dict]:
     (L, D, H, G, hidden, V), (S, p, Di, Lv, Hv, hv) = SIZES[size]
-    text = dict(num_hidden_layers=L, hidden_size=D, num_attention_heads=H, num_key_value_heads=G, intermediate_size=hidden, vocab_size=V,
-                max_position_embeddings=4096, tie_word_embeddings=V > 40000, head_dim=D // H, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    vision = dict(image_size=S, patch_size=p, hidden_size=Di, num_hidden_layers=Lv, num_attention_heads=Hv, intermediate_size=hv)
+    text = dict(
+        num_hidden_layers=L,
+        hidden_size=D,
+        num_attention_heads=H,
+        num_key_value_heads=G,
+        intermediate_size=hidden,
+        vocab_size=V,
+        max_position_embeddings=4096,
+        tie_word_embeddings=V > 40000,
+        head_dim=D // H,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    vision = dict(
+        image_size=S,
+        patch_size=p,
+        hidden_size=Di,
+        num_hidden_layers=Lv,
+        num_attention_heads=Hv,
+        intermediate_size=hv,
+    )
     return text, vision
 
 
@@ -68,25 +93,56 @@ def build(kind: str, size: str, folder: Path) -> None:
     elif kind == "clip":
         model = t.CLIPVisionModel(t.CLIPVisionConfig(**vision, hidden_act="quick_gelu"))
     elif kind == "llava":
-        model = t.LlavaForConditionalGeneration(t.LlavaConfig(
-            vision_config=t.CLIPVisionConfig(**vision, hidden_act="quick_gelu"), text_config=t.LlamaConfig(**text), image_token_index=3,
-            tie_word_embeddings=text["tie_word_embeddings"]))
+        model = t.LlavaForConditionalGeneration(
+            t.LlavaConfig(
+                vision_config=t.CLIPVisionConfig(**vision, hidden_act="quick_gelu"),
+                text_config=t.LlamaConfig(**text),
+                image_token_index=3,
+                tie_word_embeddings=text["tie_word_embeddings"],
+            )
+        )
     elif kind == "instructblip":
         wide = size != "tiny"
-        former = dict(vocab_size=30523 if wide else 512, encoder_hidden_size=vision["hidden_size"],
-                      **(dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
-                      **({} if wide else dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)))
-        config = t.InstructBlipConfig(vision_config=dict(vision, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True), qformer_config=former,
-                                      text_config=dict(text, model_type="llama"), num_query_tokens=32, image_token_index=3)
+        former = dict(
+            vocab_size=30523 if wide else 512,
+            encoder_hidden_size=vision["hidden_size"],
+            **(dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
+            **(
+                {}
+                if wide
+                else dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
+            ),
+        )
+        config = t.InstructBlipConfig(
+            vision_config=dict(vision, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True),
+            qformer_config=former,
+            text_config=dict(text, model_type="llama"),
+            num_query_tokens=32,
+            image_token_index=3,
+        )
         model = t.InstructBlipForConditionalGeneration(config)
     elif kind == "idefics":
         text.pop("num_key_value_heads"), text.pop("head_dim")
-        every = next(n for n in (5, 4, 2, 1) if text["num_hidden_layers"] % n == 0)     # what is left over makes the library fail
+        every = next(
+            n for n in (5, 4, 2, 1) if text["num_hidden_layers"] % n == 0
+        )  # what is left over makes the library fail
         v = {"embed_dim" if k == "hidden_size" else k: x for k, x in vision.items()}
-        config = t.IdeficsConfig(**text, additional_vocab_size=2, cross_layer_interval=every, use_resampler=True, alpha_initializer="ones",
-                                 vision_config=dict(v, hidden_act="gelu"),
-                                 perceiver_config=dict(use_resampler=True, resampler_n_latents=64, resampler_depth=6, resampler_n_heads=8,
-                                                       resampler_head_dim=64, qk_layer_norms_perceiver=False))
+        config = t.IdeficsConfig(
+            **text,
+            additional_vocab_size=2,
+            cross_layer_interval=every,
+            use_resampler=True,
+            alpha_initializer="ones",
+            vision_config=dict(v, hidden_act="gelu"),
+            perceiver_config=dict(
+                use_resampler=True,
+                resampler_n_latents=64,
+                resampler_depth=6,
+                resampler_n_heads=8,
+                resampler_head_dim=64,
+                qk_layer_norms_perceiver=False,
+            ),
+        )
         model = t.IdeficsForVisionText2Text(config)
     model.save_pretrained(folder, max_shard_size="50GB")
 
@@ -139,9 +195,13 @@ def batch(a, image: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens.to(a.device), labels.to(a.device)
 
 
-def unfold(tokens: torch.Tensor, labels: torch.Tensor, K: int, image: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def unfold(
+    tokens: torch.Tensor, labels: torch.Tensor, K: int, image: int = 3
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The library's prompt holds K image tokens where ours has one IMAGE."""
-    wide = lambda x, fill: torch.cat((x[:, :1], torch.full((len(x), K), fill, device=x.device), x[:, 2:]), dim=1)
+    wide = lambda x, fill: torch.cat(
+        (x[:, :1], torch.full((len(x), K), fill, device=x.device), x[:, 2:]), dim=1
+    )
     return wide(tokens, image), wide(labels, IGNORE)
 
 
@@ -202,7 +262,11 @@ def train_mlp(a, folder: Path, side: str):
     S, p = SIZES[a.size][1][:2]
     tokens, labels = unfold(tokens, labels, (S // p) ** 2)
     mask = torch.ones_like(tokens)
-    return step_of(a, parameters, lambda: model(input_ids=tokens, pixel_values=pixels, attention_mask=mask, labels=labels).loss)
+    return step_of(
+        a,
+        parameters,
+        lambda: model(input_ids=tokens, pixel_values=pixels, attention_mask=mask, labels=labels).loss,
+    )
 
 
 def composed(a, folder: Path, side: str, name: str):
@@ -211,20 +275,36 @@ def composed(a, folder: Path, side: str, name: str):
     torch.manual_seed(3)
     bridge = nn.ModuleDict({"map": nn.Linear(Di, D)}) if name == "linear" else LibraryMAPL(Di, D)
     if side == "ours":
-        vit, decoder = load_vit(folder("clip"), a.device, a.dtype), load_decoder(folder("llama"), a.device, a.dtype)
+        vit, decoder = (
+            load_vit(folder("clip"), a.device, a.dtype),
+            load_decoder(folder("llama"), a.device, a.dtype),
+        )
         if name == "linear":
-            from bridges import make_bridge
+            from papers import make_bridge
             mine = make_bridge("linear", decoder.config, Di, reads_layer=-2)
             mine.map.load_state_dict(bridge["map"].state_dict())
         else:
             with tempfile.TemporaryDirectory() as tmp:
-                save_file({k: v.contiguous() for k, v in bridge.state_dict().items()}, Path(tmp) / "model.safetensors")
+                save_file(
+                    {k: v.contiguous() for k, v in bridge.state_dict().items()},
+                    Path(tmp) / "model.safetensors",
+                )
                 mine = load_bridge("mapl", tmp)
         vlm = VLM(vit, mine, decoder).train()
         return ours_step(a, vlm, frozen_but(vlm, a, vlm.bridge))
     import transformers as t
-    vit, lm = t.CLIPVisionModel.from_pretrained(folder("clip"), dtype=a.dtype), t.LlamaForCausalLM.from_pretrained(folder("llama"), dtype=a.dtype)
-    model = Composed(vit, bridge["map"] if name == "linear" else bridge, lm, -2 if name == "linear" else -1, name != "linear").train()
+
+    vit, lm = (
+        t.CLIPVisionModel.from_pretrained(folder("clip"), dtype=a.dtype),
+        t.LlamaForCausalLM.from_pretrained(folder("llama"), dtype=a.dtype),
+    )
+    model = Composed(
+        vit,
+        bridge["map"] if name == "linear" else bridge,
+        lm,
+        -2 if name == "linear" else -1,
+        name != "linear",
+    ).train()
     parameters = frozen_but(model, a, model.bridge)
     (tokens, labels), pixels = batch(a, True), pictures(a).to(a.dtype)
     tokens, labels = unfold(tokens, labels, 32 if name == "mapl" else (S // p) ** 2)
@@ -248,15 +328,32 @@ def train_qformer(a, folder: Path, side: str):
         vlm = load_vlm(folder("instructblip"), a.device, a.dtype).train()
         return ours_step(a, vlm, frozen_but(vlm, a, vlm.bridge), bridge_tokens=words)
     from transformers import InstructBlipForConditionalGeneration
-    model = InstructBlipForConditionalGeneration.from_pretrained(folder("instructblip"), dtype=a.dtype).train()
-    parameters = frozen_but(model, a, model.qformer, model.language_projection, model.vision_model.post_layernorm)
+
+    model = InstructBlipForConditionalGeneration.from_pretrained(
+        folder("instructblip"), dtype=a.dtype
+    ).train()
+    parameters = frozen_but(
+        model, a, model.qformer, model.language_projection, model.vision_model.post_layernorm
+    )
     model.query_tokens.data = model.query_tokens.data.to(TRAINED)
     parameters.append(model.query_tokens.requires_grad_(True))
     (tokens, labels), pixels = batch(a, True), pictures(a).to(a.dtype)
     tokens, labels = unfold(tokens, labels, 32)
     mask = torch.ones_like(tokens)
-    return step_of(a, parameters, lambda: model(pixel_values=pixels, qformer_input_ids=words, qformer_attention_mask=torch.ones_like(words), input_ids=tokens,
-                                                attention_mask=mask, labels=labels).loss)
+    return step_of(
+        a,
+        parameters,
+        lambda: (
+            model(
+                pixel_values=pixels,
+                qformer_input_ids=words,
+                qformer_attention_mask=torch.ones_like(words),
+                input_ids=tokens,
+                attention_mask=mask,
+                labels=labels,
+            ).loss
+        ),
+    )
 
 
 def train_zero_init(a, folder: Path, side: str):
@@ -268,7 +365,9 @@ def train_zero_init(a, folder: Path, side: str):
     if side == "theirs" or not (where := Path(folder("llama")) / "adapter").exists():
         torch.manual_seed(5)
         base = t.LlamaForCausalLM.from_pretrained(folder("llama"), dtype=a.dtype)
-        model = get_peft_model(base, AdaptionPromptConfig(adapter_layers=L - 2, adapter_len=10, task_type="CAUSAL_LM")).train()
+        model = get_peft_model(
+            base, AdaptionPromptConfig(adapter_layers=L - 2, adapter_len=10, task_type="CAUSAL_LM")
+        ).train()
         if not (where := Path(folder("llama")) / "adapter").exists():
             model.float().save_pretrained(where)
         if side == "theirs":
@@ -277,7 +376,9 @@ def train_zero_init(a, folder: Path, side: str):
             for p in parameters:
                 p.data = p.data.to(TRAINED)
             mask = torch.ones_like(tokens)
-            return step_of(a, parameters, lambda: model(input_ids=tokens, attention_mask=mask, labels=labels).loss)
+            return step_of(
+                a, parameters, lambda: model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+            )
     decoder = load_decoder(folder("llama"), a.device, a.dtype)
     bridge = load_bridge("zero_init", where, a.device)
     both = nn.ModuleDict({"decoder": decoder, "bridge": bridge}).train()
@@ -304,8 +405,10 @@ def train_flamingo(a, folder: Path, side: str):
     seen[:, 0] = 0
     mask = torch.ones_like(tokens)
 
-    def loss():                         # by hand: its own takes the logits of the two new words for another row, and fails
-        logits = model(input_ids=tokens, attention_mask=mask, pixel_values=pixels, image_attention_mask=seen).logits
+    def loss():  # by hand: its own takes the logits of the two new words for another row, and fails
+        logits = model(
+            input_ids=tokens, attention_mask=mask, pixel_values=pixels, image_attention_mask=seen
+        ).logits
         return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
     return step_of(a, parameters, loss)
 
@@ -339,22 +442,38 @@ def vit(a, folder, side):
 
     @torch.no_grad()
     def run() -> float:
-        states = tower.features(pixels, -2) if side == "ours" else tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        states = (
+            tower.features(pixels, -2)
+            if side == "ours"
+            else tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        )
         return states.float().square().mean().item()
     return run
 
 
 def generate(a, folder, side, texts: int = 1, same: int = 8):
     """Greedy, texts of 32 tokens, 128 more, with a cache; ours packs its matrices in every call."""
-    model, tokens = llama(a, folder, side), batch(argparse.Namespace(**{**vars(a), "batch": max(a.batch, texts)}), False)[0][:texts, :32]
+    model, tokens = (
+        llama(a, folder, side),
+        batch(argparse.Namespace(**{**vars(a), "batch": max(a.batch, texts)}), False)[0][:texts, :32],
+    )
 
     @torch.no_grad()
     def run() -> float:
         if side == "ours":
             ids = model.generate(tokens, max_new_tokens=128)
         else:
-            ids = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=128, min_new_tokens=128, do_sample=False)[:, 32:]
-        return float(ids[0, :same].sum())       # later tokens may differ where two logits of random weights tie in bfloat16
+            ids = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=128,
+                min_new_tokens=128,
+                do_sample=False,
+            )[:, 32:]
+        return float(
+            ids[0, :same].sum()
+        )  # later tokens may differ where two logits of random weights tie in bfloat16
+
     return run
 
 
@@ -392,25 +511,38 @@ def tokenize(a, folder, side):
     """The README's paragraphs, 20 times, one by one, with the vocabulary of the folder that SMOLLM2 names."""
     where, texts = os.environ["SMOLLM2"], (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n") * 20
     if side == "ours":
-        encode = data.load_tokenizer(where).encode
+        encode = load_tokenizer(where).encode
     else:
-        from transformers import PreTrainedTokenizerFast    # AutoTokenizer takes GPT-2's class, which does not split digits as the file says
+        from transformers import (
+            PreTrainedTokenizerFast,
+        )  # AutoTokenizer takes GPT-2's class, which does not split digits as the file says
+
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{where}/tokenizer.json")
         encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     return lambda: float(sum(len(encode(text)) for text in texts))
 
 
-CASES = {           # name → its function, the models it needs, whether memory says anything
-    "forward": (forward, True), "vit": (vit, True), "train-linear": (train_linear, True), "train-mlp": (train_mlp, True),
-    "train-mapl": (train_mapl, True), "train-qformer": (train_qformer, True), "train-zero_init": (train_zero_init, True),
-    "train-flamingo": (train_flamingo, True), "generate": (generate, True), "generate-batch": (generate_batch, True), "load": (load, True),
-    "preprocess": (preprocess, False), "tokenize": (tokenize, False),
+CASES = {  # name → its function, the models it needs, whether memory says anything
+    "forward": (forward, True),
+    "vit": (vit, True),
+    "train-linear": (train_linear, True),
+    "train-mlp": (train_mlp, True),
+    "train-mapl": (train_mapl, True),
+    "train-qformer": (train_qformer, True),
+    "train-zero_init": (train_zero_init, True),
+    "train-flamingo": (train_flamingo, True),
+    "generate": (generate, True),
+    "generate-batch": (generate_batch, True),
+    "load": (load, True),
+    "preprocess": (preprocess, False),
+    "tokenize": (tokenize, False),
 }
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ------------------------------------------------------------------------------------------------------------------
+
 
 def timed(a, run) -> tuple[float, float]:
     if a.device == "cuda":
@@ -429,7 +561,7 @@ def resident(word: str) -> float:
 
 def child(a, folder) -> None:
     """One side of one case, alone: MB at the peak, above the bare imports."""
-    import peft                                                                 # noqa: F401  both sides import the same
+    import peft  # noqa: F401  both sides import the same
     import transformers                                                         # noqa: F401
     transformers.LlamaForCausalLM, transformers.LlavaForConditionalGeneration
     torch.ones(8, 8, dtype=a.dtype, device=a.device) @ torch.ones(8, 8, dtype=a.dtype, device=a.device)
@@ -437,7 +569,11 @@ def child(a, folder) -> None:
     run = CASES[a.cases[0]][0](a, folder, a.child)
     for _ in range(2):
         run()
-    print(json.dumps(torch.cuda.max_memory_allocated() / 1e6 if a.device == "cuda" else resident("VmHWM") - before))
+    print(
+        json.dumps(
+            torch.cuda.max_memory_allocated() / 1e6 if a.device == "cuda" else resident("VmHWM") - before
+        )
+    )
 
 
 def main() -> None:
@@ -449,14 +585,25 @@ def main() -> None:
     args.add_argument("--batch", type=int, default=4)
     args.add_argument("--text", type=int, default=64, help="tokens of a text, the image's apart")
     args.add_argument("--rounds", type=int, default=5)
-    args.add_argument("--cached", action="store_true", help="ours reads the frozen ViT's features from a cache, as train.py --cache does from the second epoch on")
+    args.add_argument(
+        "--cached",
+        action="store_true",
+        help="ours reads the frozen ViT's features from a cache, as train.py --cache does from the second epoch on",
+    )
     args.add_argument("--no-memory", action="store_true")
     args.add_argument("--models", help="folder that keeps the random models between calls")
     args.add_argument("--child", help=argparse.SUPPRESS)
     a = args.parse_args()
     if unknown := [c for c in a.cases if c not in CASES]:
         args.error(f"unknown case {unknown[0]}; known: {', '.join(CASES)}")
-    flags = [f"--size={a.size}", f"--dtype={a.dtype}", f"--device={a.device}", f"--batch={a.batch}", f"--text={a.text}", *["--cached"] * a.cached]
+    flags = [
+        f"--size={a.size}",
+        f"--dtype={a.dtype}",
+        f"--device={a.device}",
+        f"--batch={a.batch}",
+        f"--text={a.text}",
+        *["--cached"] * a.cached,
+    ]
     a.dtype = getattr(torch, a.dtype)
     with tempfile.TemporaryDirectory() as tmp:
         root = Path(a.models or tmp) / a.size
@@ -468,20 +615,36 @@ def main() -> None:
         if a.child:
             return child(a, folder)
         import transformers
-        print(f"{a.size}, {str(a.dtype)[6:]}, {a.device} ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}, transformers "
-              f"{transformers.__version__}; batch {a.batch}, {a.text} tokens of text, {a.rounds} rounds\n")
+
+        print(
+            f"{a.size}, {str(a.dtype)[6:]}, {a.device} ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}, transformers "
+            f"{transformers.__version__}; batch {a.batch}, {a.text} tokens of text, {a.rounds} rounds\n"
+        )
         print(f"{'':16s}{'ours':>10s}{'theirs':>10s}   ratio (quartiles)        peak MB: ours   theirs")
         cases = a.cases or [c for c in CASES if c != "tokenize" or "SMOLLM2" in os.environ]
         rows = [measure(a, case, folder, [*flags, f"--models={root.parent}"]) for case in cases]
-    print("\n" + json.dumps(dict(size=a.size, dtype=str(a.dtype)[6:], device=a.device, threads=torch.get_num_threads(), rows=rows)))
+    print(
+        "\n"
+        + json.dumps(
+            dict(
+                size=a.size,
+                dtype=str(a.dtype)[6:],
+                device=a.device,
+                threads=torch.get_num_threads(),
+                rows=rows,
+            )
+        )
+    )
 
 
 def measure(a, case: str, folder, flags: list[str]) -> dict:
     make, weighs = CASES[case]
     runs = {side: make(a, folder, side) for side in ("theirs", "ours")}
-    first = {side: run() for side, run in runs.items()}                         # warms up, and both must say the same
+    first = {side: run() for side, run in runs.items()}  # warms up, and both must say the same
     off = abs(first["ours"] - first["theirs"]) / max(1e-6, abs(first["theirs"]))
-    assert off < (2e-2 if a.dtype != torch.float32 else 2e-4), f"{case}: ours {first['ours']}, theirs {first['theirs']}"
+    assert off < (2e-2 if a.dtype != torch.float32 else 2e-4), (
+        f"{case}: ours {first['ours']}, theirs {first['theirs']}"
+    )
     seconds = {side: [] for side in runs}
     for _ in range(a.rounds):
         for side, run in runs.items():
@@ -489,14 +652,28 @@ def measure(a, case: str, folder, flags: list[str]) -> dict:
     del runs
     ratios = sorted(t / o for o, t in zip(seconds["ours"], seconds["theirs"]))
     low, high = (statistics.quantiles(ratios, n=4)[i] for i in (0, 2)) if len(ratios) > 1 else ratios * 2
-    row = dict(case=case, ours_s=statistics.median(seconds["ours"]), theirs_s=statistics.median(seconds["theirs"]), ratio=statistics.median(ratios),
-               low=low, high=high)
+    row = dict(
+        case=case,
+        ours_s=statistics.median(seconds["ours"]),
+        theirs_s=statistics.median(seconds["theirs"]),
+        ratio=statistics.median(ratios),
+        low=low,
+        high=high,
+    )
     if weighs and not a.no_memory:
         for side in ("ours", "theirs"):
-            said = subprocess.run([sys.executable, __file__, case, *flags, "--child", side], check=True, stdout=subprocess.PIPE, text=True).stdout
+            said = subprocess.run(
+                [sys.executable, __file__, case, *flags, "--child", side],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            ).stdout
             row[f"{side}_mb"] = json.loads(said.splitlines()[-1])
-    print(f"{case:16s}{1e3 * row['ours_s']:7.0f} ms{1e3 * row['theirs_s']:7.0f} ms   {row['ratio']:5.2f} ({low:.2f} to {high:.2f})"
-          + (f"{row['ours_mb']:20.0f} {row['theirs_mb']:8.0f}" if "ours_mb" in row else ""), flush=True)
+    print(
+        f"{case:16s}{1e3 * row['ours_s']:7.0f} ms{1e3 * row['theirs_s']:7.0f} ms   {row['ratio']:5.2f} ({low:.2f} to {high:.2f})"
+        + (f"{row['ours_mb']:20.0f} {row['theirs_mb']:8.0f}" if "ours_mb" in row else ""),
+        flush=True,
+    )
     return row
 
 

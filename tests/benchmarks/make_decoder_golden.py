@@ -14,24 +14,54 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SEED, NEW, V = 15, 12, 48                               # NEW: greedy tokens
-SIZES = dict(vocab_size=V, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-CASES = {               # case → (config class, model class, fields, RoPE, what else a published config.json says, note)
+SIZES = dict(
+    vocab_size=V,
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+CASES = {  # case → (config class, model class, fields, RoPE, what else a published config.json says, note)
     "qwen2-bias": (
-        Qwen2Config, Qwen2ForCausalLM, dict(rms_norm_eps=1e-6, tie_word_embeddings=True), dict(rope_theta=1000.0),
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        dict(rms_norm_eps=1e-6, tie_word_embeddings=True),
+        dict(rope_theta=1000.0),
         dict(use_sliding_window=False, sliding_window=32, max_window_layers=2),
-        "biases on q, k and v, none on o; the published window is shorter than the context and not in use"),
+        "biases on q, k and v, none on o; the published window is shorter than the context and not in use",
+    ),
     "mistral-plain": (
-        MistralConfig, MistralForCausalLM, dict(rms_norm_eps=1e-5, head_dim=10, sliding_window=None),
-        dict(rope_theta=1000.0), dict(sliding_window=None, head_dim=10),
-        "no sliding window, as from version 0.2 on; heads × head_dim is not the width"),
+        MistralConfig,
+        MistralForCausalLM,
+        dict(rms_norm_eps=1e-5, head_dim=10, sliding_window=None),
+        dict(rope_theta=1000.0),
+        dict(sliding_window=None, head_dim=10),
+        "no sliding window, as from version 0.2 on; heads × head_dim is not the width",
+    ),
     "llama-rope-linear": (
-        LlamaConfig, LlamaForCausalLM, dict(rms_norm_eps=1e-5), dict(rope_theta=100.0, rope_type="linear", factor=4.0),
-        dict(rope_scaling={"type": "linear", "factor": 4.0}), "positions divided by 4; the published key is `type`"),
+        LlamaConfig,
+        LlamaForCausalLM,
+        dict(rms_norm_eps=1e-5),
+        dict(rope_theta=100.0, rope_type="linear", factor=4.0),
+        dict(rope_scaling={"type": "linear", "factor": 4.0}),
+        "positions divided by 4; the published key is `type`",
+    ),
 }
 
 
@@ -43,7 +73,13 @@ def make_model(kind, cls, fields: dict, ropes: dict):
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=g)
-            noise *= 0.3 if "norm" in name else 0.5 if p.ndim == 1 or "embed" in name else 1 / math.sqrt(p.shape[1])
+            noise *= (
+                0.3
+                if "norm" in name
+                else 0.5
+                if p.ndim == 1 or "embed" in name
+                else 1 / math.sqrt(p.shape[1])
+            )
             p.copy_(noise + ("norm" in name))
     return model
 
@@ -70,7 +106,11 @@ def greedy(model, ids) -> tuple[torch.Tensor, float]:
 
 def main() -> None:
     for case, (kind, cls, fields, ropes, published, note) in CASES.items():
-        model, g, folder = make_model(kind, cls, fields, ropes), torch.Generator().manual_seed(SEED + 1), GOLDEN / case
+        model, g, folder = (
+            make_model(kind, cls, fields, ropes),
+            torch.Generator().manual_seed(SEED + 1),
+            GOLDEN / case,
+        )
         ids, prompt = torch.randint(3, V, (2, 24), generator=g), torch.randint(3, V, (2, 6), generator=g)
         padded, mask = torch.randint(3, V, (3, 13), generator=g), torch.ones(3, 13, dtype=torch.long)
         for row, gap in enumerate((5, 0, 9)):
@@ -95,21 +135,46 @@ def main() -> None:
         inputs = dict(input_ids=ids, prompt_ids=prompt, padded_input_ids=padded, padded_attention_mask=mask)
         save("inputs.safetensors", inputs)
         save("expected.safetensors", expected)
-        exact = run(model.double(), ids, padded, mask)  # float64; rows that are masked completely become NaN there
-        describe = lambda tensors: {k: f"{v.dtype}{list(v.shape)}".removeprefix("torch.") for k, v in tensors.items()}
-        (folder / "case.json").write_text(json.dumps({
-            "case": case, "reference": {"library": "transformers", "version": transformers.__version__,
-                                        "class": cls.__name__, "attention": "eager", "torch": torch.__version__},
-            "seed": SEED, "inputs": describe(inputs), "outputs": describe(expected),
-            "outputs_meaning": {"hidden_states.*": "0 = embeddings, i = after layer i, the last after the final norm",
-                                "padded_logits": "left-padded batch, positions count real tokens; 0 at padding",
-                                "generated_ids": f"{NEW} greedy tokens per prompt (argmax, no stop token)"},
-            "tolerance": {"atol": 1e-4, "rtol": 1e-4}, "min_top1_top2_logit_gap_while_decoding": gap, "notes": [note],
-            "reference_float32_vs_float64_max_abs": max(
-                float((expected[k] - exact[k]).abs().max()) for k in exact if k != "padded_logits"),
-            "files": {"config.json": "as transformers writes it",
-                      "config.hub.json": "as published checkpoints look; must load identically"},
-        }, indent=2) + "\n")
+        exact = run(
+            model.double(), ids, padded, mask
+        )  # float64; rows that are masked completely become NaN there
+        describe = lambda tensors: {
+            k: f"{v.dtype}{list(v.shape)}".removeprefix("torch.") for k, v in tensors.items()
+        }
+        (folder / "case.json").write_text(
+            json.dumps(
+                {
+                    "case": case,
+                    "reference": {
+                        "library": "transformers",
+                        "version": transformers.__version__,
+                        "class": cls.__name__,
+                        "attention": "eager",
+                        "torch": torch.__version__,
+                    },
+                    "seed": SEED,
+                    "inputs": describe(inputs),
+                    "outputs": describe(expected),
+                    "outputs_meaning": {
+                        "hidden_states.*": "0 = embeddings, i = after layer i, the last after the final norm",
+                        "padded_logits": "left-padded batch, positions count real tokens; 0 at padding",
+                        "generated_ids": f"{NEW} greedy tokens per prompt (argmax, no stop token)",
+                    },
+                    "tolerance": {"atol": 1e-4, "rtol": 1e-4},
+                    "min_top1_top2_logit_gap_while_decoding": gap,
+                    "notes": [note],
+                    "reference_float32_vs_float64_max_abs": max(
+                        float((expected[k] - exact[k]).abs().max()) for k in exact if k != "padded_logits"
+                    ),
+                    "files": {
+                        "config.json": "as transformers writes it",
+                        "config.hub.json": "as published checkpoints look; must load identically",
+                    },
+                },
+                indent=2,
+            )
+            + "\n"
+        )
         print(case, "gap", round(gap, 3), "bytes", sum(f.stat().st_size for f in folder.iterdir()))
 
 

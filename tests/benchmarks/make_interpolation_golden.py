@@ -16,7 +16,11 @@ from transformers import Blip2VisionModel, CLIPVisionModel, SiglipVisionModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDER, SEED = GOLDEN / "vision-interpolate", 23
-TOWERS = {"clip-vision-gelu": CLIPVisionModel, "siglip-vision": SiglipVisionModel, "blip2-vision": Blip2VisionModel}
+TOWERS = {
+    "clip-vision-gelu": CLIPVisionModel,
+    "siglip-vision": SiglipVisionModel,
+    "blip2-vision": Blip2VisionModel,
+}
 GRIDS = {"larger": (5, 5), "smaller": (3, 3), "wide": (2, 8), "tall": (5, 2)}   # patches; the towers: 4 × 4
 
 
@@ -39,15 +43,32 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     save_file(inputs, FOLDER / "inputs.safetensors", {"format": "pt"})
     save_file(expected, FOLDER / "expected.safetensors", {"format": "pt"})
-    (FOLDER / "case.json").write_text(json.dumps({
-        "case": "vision-interpolate", "seed": SEED, "towers": list(TOWERS), "grids": GRIDS,
-        "reference": {"library": "transformers", "version": transformers.__version__,
-                      "class": [c.__name__ for c in TOWERS.values()], "attention": "eager",
-                      "call": "interpolate_pos_encoding=True", "torch": torch.__version__},
-        "outputs_meaning": {"*.first": "hidden_states[0]", "*.last": "hidden_states[-1]"},
-        "tolerance": {"atol": 1e-4, "rtol": 1e-4}, "reference_float32_vs_float64_max_abs": worst,
-        "notes": ["wide has as many patches as the towers are made for, arranged otherwise: it is interpolated too"],
-    }, indent=2) + "\n")
+    (FOLDER / "case.json").write_text(
+        json.dumps(
+            {
+                "case": "vision-interpolate",
+                "seed": SEED,
+                "towers": list(TOWERS),
+                "grids": GRIDS,
+                "reference": {
+                    "library": "transformers",
+                    "version": transformers.__version__,
+                    "class": [c.__name__ for c in TOWERS.values()],
+                    "attention": "eager",
+                    "call": "interpolate_pos_encoding=True",
+                    "torch": torch.__version__,
+                },
+                "outputs_meaning": {"*.first": "hidden_states[0]", "*.last": "hidden_states[-1]"},
+                "tolerance": {"atol": 1e-4, "rtol": 1e-4},
+                "reference_float32_vs_float64_max_abs": worst,
+                "notes": [
+                    "wide has as many patches as the towers are made for, arranged otherwise: it is interpolated too"
+                ],
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     print("float32 against float64:", worst, "bytes:", sum(f.stat().st_size for f in FOLDER.iterdir()))
 
 

@@ -21,21 +21,60 @@ from transformers.models.mllama.processing_mllama import (convert_sparse_cross_a
 FOLDER = Path(__file__).parents[1] / "golden" / "mllama"
 SEED, NEW = 7, 12                                    # NEW: greedy tokens
 V, TILES, S = 64, 4, 12
-IMAGE = V                                               # the first id beyond the vocabulary, as in the releases
+IMAGE = V  # the first id beyond the vocabulary, as in the releases
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]       # ids count from 1
-ASPECT = [6, 2, 1, 7, 4, 5]                             # arrangement of each of the six images: 4, 2, 1, 3, 4, 2 tiles
-PROMPTS = {"start": "I T6", "middle": "T4 I T5", "two": "T2 I T3 I T3", "pair": "T2 I I T3 I T2", "text": "T6"}
-ROWS = {"start": [0], "middle": [1], "two": [2, 3], "pair": [4, 0, 5], "text": []}       # images that each prompt uses
+ASPECT = [6, 2, 1, 7, 4, 5]  # arrangement of each of the six images: 4, 2, 1, 3, 4, 2 tiles
+PROMPTS = {
+    "start": "I T6",
+    "middle": "T4 I T5",
+    "two": "T2 I T3 I T3",
+    "pair": "T2 I I T3 I T2",
+    "text": "T6",
+}
+ROWS = {
+    "start": [0],
+    "middle": [1],
+    "two": [2, 3],
+    "pair": [4, 0, 5],
+    "text": [],
+}  # images that each prompt uses
 
-TEXT = dict(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=7, num_attention_heads=4,
-            num_key_value_heads=2, rms_norm_eps=1e-3, max_position_embeddings=64, cross_attention_layers=[1, 2, 5],
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, hidden_act="silu", dropout=0.0, tie_word_embeddings=False)
+TEXT = dict(
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-3,
+    max_position_embeddings=64,
+    cross_attention_layers=[1, 2, 5],
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    hidden_act="silu",
+    dropout=0.0,
+    tie_word_embeddings=False,
+)
 THETA = 100.0
 SCALING = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=16)
-VISION = dict(hidden_size=12, num_hidden_layers=3, num_global_layers=2, attention_heads=2, intermediate_size=16,
-              vision_output_dim=36, image_size=S, patch_size=4, norm_eps=1e-2, max_num_tiles=TILES, num_channels=3,
-              intermediate_layers_indices=[0, 2], hidden_act="gelu", supported_aspect_ratios=RATIOS)
+VISION = dict(
+    hidden_size=12,
+    num_hidden_layers=3,
+    num_global_layers=2,
+    attention_heads=2,
+    intermediate_size=16,
+    vision_output_dim=36,
+    image_size=S,
+    patch_size=4,
+    norm_eps=1e-2,
+    max_num_tiles=TILES,
+    num_channels=3,
+    intermediate_layers_indices=[0, 2],
+    hidden_act="gelu",
+    supported_aspect_ratios=RATIOS,
+)
 
 
 def make_model() -> MllamaForConditionalGeneration:
@@ -48,7 +87,7 @@ def make_model() -> MllamaForConditionalGeneration:
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=g)
-            if "gate" in name.rsplit(".", 1)[-1]:       # signs alternate, and no gate is a rounding of another
+            if "gate" in name.rsplit(".", 1)[-1]:  # signs alternate, and no gate is a rounding of another
                 p.fill_((0.35 + 0.85 * torch.rand((), generator=g).item()) * (-1) ** gates)
                 gates += 1
             elif "norm" in name and name.endswith("weight"):
@@ -69,7 +108,9 @@ def make_prompt(form: str, g: torch.Generator) -> list[int]:
     return ids
 
 
-def arguments(rows: list[list[int]], images: list[list[int]], pixels, aspect, mask, dtype=torch.float32) -> dict:
+def arguments(
+    rows: list[list[int]], images: list[list[int]], pixels, aspect, mask, dtype=torch.float32
+) -> dict:
     """What the processor hands to the model for these rows (already padded on the left with 0) and their images."""
     ids = torch.tensor(rows)
     real = torch.ones_like(ids)
@@ -143,8 +184,10 @@ def run(model, prompts, batches, pixels, aspect, mask) -> dict[str, torch.Tensor
         got = model(**inputs, output_hidden_states=True)
         out[f"{name}.logits"] = got.logits
         if name in ("middle", "pair", "text"):
-            layers = []                                 # of every layer, cross-attention layers too: what it returns
-            hooks = [l.register_forward_hook(lambda m, a, o: layers.append(o)) for l in core.language_model.layers]
+            layers = []  # of every layer, cross-attention layers too: what it returns
+            hooks = [
+                l.register_forward_hook(lambda m, a, o: layers.append(o)) for l in core.language_model.layers
+            ]
             model(**inputs)
             for hook in hooks:
                 hook.remove()
@@ -175,9 +218,13 @@ def main() -> None:
     aspect = torch.tensor(ASPECT)
     mask = torch.tensor([[int(t < math.prod(RATIOS[a - 1])) for t in range(TILES)] for a in ASPECT])
     pixels = torch.randn(len(ASPECT), TILES, 3, S, S, generator=g) * mask[..., None, None, None]
-    pad = lambda names: [[0] * (max(len(prompts[n]) for n in names) - len(prompts[n])) + prompts[n] for n in names]
-    batches = {name: (pad(rows), [ROWS[r] for r in rows])
-               for name, rows in (("batch", ("start", "middle")), ("zeroed.mixed", ("middle", "two", "text")))}
+    pad = lambda names: [
+        [0] * (max(len(prompts[n]) for n in names) - len(prompts[n])) + prompts[n] for n in names
+    ]
+    batches = {
+        name: (pad(rows), [ROWS[r] for r in rows])
+        for name, rows in (("batch", ("start", "middle")), ("zeroed.mixed", ("middle", "two", "text")))
+    }
 
     with torch.no_grad():
         expected = run(model, prompts, batches, pixels, aspect, mask)
@@ -186,12 +233,16 @@ def main() -> None:
         inputs = arguments([ids], [ROWS[name]], pixels, aspect, mask)
         expected[f"{name}.generated_ids"], gaps[name] = greedy(model, inputs)
         inputs.pop("position_ids")
-        again = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        again = model.generate(
+            **inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         cached &= torch.equal(again[:, len(ids):], expected[f"{name}.generated_ids"])
 
     def gradients(m, dtype=torch.float32):
         m.zero_grad()
-        loss = loss_of(m(**arguments([prompts["pair"]], [ROWS["pair"]], pixels.to(dtype), aspect, mask, dtype)).logits)
+        loss = loss_of(
+            m(**arguments([prompts["pair"]], [ROWS["pair"]], pixels.to(dtype), aspect, mask, dtype)).logits
+        )
         loss.backward()
         layers = [f"model.language_model.layers.{l}." for l in TEXT["cross_attention_layers"]]
         grads = {f"grad.{n}": p.grad.clone() for n, p in m.named_parameters()
@@ -212,11 +263,19 @@ def main() -> None:
         same = torch.equal(MllamaForConditionalGeneration.from_pretrained(tmp, attn_implementation="eager")(
             **arguments([prompts["pair"]], [ROWS["pair"]], pixels, aspect, mask)).logits, expected["pair.logits"])
     with tempfile.TemporaryDirectory() as tmp:
-        save_file({n: t.contiguous() for n, t in keys.items()}, Path(tmp) / "model.safetensors", {"format": "pt"})
+        save_file(
+            {n: t.contiguous() for n, t in keys.items()}, Path(tmp) / "model.safetensors", {"format": "pt"}
+        )
         (Path(tmp) / "config.json").write_text(json.dumps(config))
-        same &= torch.equal(MllamaForConditionalGeneration.from_pretrained(tmp, attn_implementation="eager")(
-            **arguments([prompts["pair"]], [ROWS["pair"]], pixels, aspect, mask)).logits, expected["pair.logits"])
-    assert {"language_model.model.layers.1.cross_attn.q_proj.weight", "language_model.lm_head.weight"} <= set(written)
+        same &= torch.equal(
+            MllamaForConditionalGeneration.from_pretrained(tmp, attn_implementation="eager")(
+                **arguments([prompts["pair"]], [ROWS["pair"]], pixels, aspect, mask)
+            ).logits,
+            expected["pair.logits"],
+        )
+    assert {"language_model.model.layers.1.cross_attn.q_proj.weight", "language_model.lm_head.weight"} <= set(
+        written
+    )
     assert {"model.language_model.layers.1.cross_attn.q_proj.weight", "lm_head.weight"} <= set(keys)
 
     exact = model.double()
@@ -232,48 +291,65 @@ def main() -> None:
     inputs = {"pixel_values": pixels, "aspect_ratio_ids": aspect, "aspect_ratio_mask": mask,
               **{f"{n}.input_ids": torch.tensor([ids]) for n, ids in prompts.items()}}
     for name, (rows, _) in batches.items():
-        inputs |= {f"{name}.input_ids": torch.tensor(rows), f"{name}.attention_mask": (torch.tensor(rows) != 0).long()}
+        inputs |= {
+            f"{name}.input_ids": torch.tensor(rows),
+            f"{name}.attention_mask": (torch.tensor(rows) != 0).long(),
+        }
     put("model.safetensors", written)
     memory = {w: next(k for k, u in keys.items() if torch.equal(u, t)) for w, t in written.items()}
     assert sorted(memory.values()) == sorted(keys)
     put("inputs.safetensors", inputs)
     put("expected.safetensors", expected)
-    hub = dict(architectures=["MllamaForConditionalGeneration"], image_token_index=IMAGE, model_type="mllama",
-               text_config={**TEXT, "model_type": "mllama_text_model", "rope_theta": THETA, "rope_scaling": SCALING},
-               torch_dtype="float32", transformers_version="4.45.0",
-               vision_config={**VISION, "model_type": "mllama_vision_model"})
+    hub = dict(
+        architectures=["MllamaForConditionalGeneration"],
+        image_token_index=IMAGE,
+        model_type="mllama",
+        text_config={**TEXT, "model_type": "mllama_text_model", "rope_theta": THETA, "rope_scaling": SCALING},
+        torch_dtype="float32",
+        transformers_version="4.45.0",
+        vision_config={**VISION, "model_type": "mllama_vision_model"},
+    )
     kind = lambda v: f"{str(v.dtype).removeprefix('torch.')}[{', '.join(map(str, v.shape))}]"
     describe = lambda tensors: {k: kind(v) for k, v in tensors.items()}
     case = {
         "case": "mllama",
-        "reference": {"library": "transformers", "version": transformers.__version__,
-                      "class": "MllamaForConditionalGeneration", "attention": "eager", "torch": torch.__version__},
+        "reference": {
+            "library": "transformers",
+            "version": transformers.__version__,
+            "class": "MllamaForConditionalGeneration",
+            "attention": "eager",
+            "torch": torch.__version__,
+        },
         "seed": SEED,
         "inputs": describe(inputs),
         "inputs_meaning": {
             "pixel_values": "6 images [image, tile, 3, S, S], absent tiles are zeros; 'pixel_values_rows' says which "
-                            "each prompt uses",
+            "each prompt uses",
             "aspect_ratio_ids": "arrangement of each image's tiles, from 1, in the config's supported_aspect_ratios",
             "aspect_ratio_mask": "1 = a tile, 0 = no tile here",
-            **{f"{n}.input_ids": f"prompt '{n}' ({form}; T = text, I = image), ONE image_token_index per image"
-               for n, form in PROMPTS.items()},
+            **{
+                f"{n}.input_ids": f"prompt '{n}' ({form}; T = text, I = image), ONE image_token_index per image"
+                for n, form in PROMPTS.items()
+            },
             "batch.input_ids": "prompts 'start' and 'middle', left-padded with 0",
             "zeroed.mixed.input_ids": "prompts 'middle', 'two' and 'text', left-padded with 0",
-            "*.attention_mask": "1 = real position"},
+            "*.attention_mask": "1 = real position",
+        },
         "outputs": describe(expected),
         "outputs_meaning": {
             "features": "[image, tile, patches + 1, vision_output_dim]: last_hidden_state of the vision model",
             "projected": "the same after multi_modal_projector: what cross-attention sees",
             "*.hidden_states.*": "0 = embeddings, i + 1 = output of layer i of ALL layers (cross-attention too), the last "
-                                 "one after the final norm; a text without images skips the cross-attention layers",
+            "one after the final norm; a text without images skips the cross-attention layers",
             "*.logits": "vocab_size columns; rows at pad positions of a batch set to 0",
             "zeroed.*": "Meta's own rule: the cross-attention of a word that sees no image is multiplied by 0, here by "
-                        "a hook on transformers' layers, which zero that word's MLP only; the rows of zeroed.mixed have "
-                        "1, 2 and 0 images",
+            "a hook on transformers' layers, which zero that word's MLP only; the rows of zeroed.mixed have "
+            "1, 2 and 0 images",
             "*.generated_ids": f"{NEW} greedy tokens, no stop token",
             "grad.loss": "scalar loss of pair.logits: loss = 10 * mean_i( y_i * cos(0.37*i + 0.1) ), i = C-order flat "
-                         "index over the named output, cosines computed in float64 then cast to float32",
-            "grad.*": "its gradient with respect to projector and cross-attention layers, by their names in memory"},
+            "index over the named output, cosines computed in float64 then cast to float32",
+            "grad.*": "its gradient with respect to projector and cross-attention layers, by their names in memory",
+        },
         "tolerance": {"atol": 1e-4, "rtol": 1e-4, "grad_rtol_of_max": 1e-3},
         "reference_float32_vs_float64_max_abs": distance,
         "reference_float32_vs_float64_gradients_relative_to_largest_entry": relative,
@@ -281,18 +357,23 @@ def main() -> None:
         "weights_without_effect_on_outputs": idle,
         "files": {
             "model.safetensors + config.json": "as transformers 5 writes them: the names of the published checkpoints "
-                                               "(language_model.model.*, language_model.lm_head.weight, "
-                                               "multi_modal_projector.*, vision_model.*)",
+            "(language_model.model.*, language_model.lm_head.weight, "
+            "multi_modal_projector.*, vision_model.*)",
             "config.hub.json": "the same in the form of the published config.json (rope_theta, rope_scaling)",
             "names_in_memory.json": "name in model.safetensors: name of the same tensor in memory, which a file may "
-                                    "have too (model.language_model.*, model.vision_model.*, "
-                                    "model.multi_modal_projector.*, lm_head.weight)"},
-        "cross_checks": {"both_layouts_give_identical_logits": bool(same),
-                         "generate_with_cache_equals_full_recompute": bool(cached)},
+            "have too (model.language_model.*, model.vision_model.*, "
+            "model.multi_modal_projector.*, lm_head.weight)",
+        },
+        "cross_checks": {
+            "both_layouts_give_identical_logits": bool(same),
+            "generate_with_cache_equals_full_recompute": bool(cached),
+        },
         "pixel_values_rows": ROWS,
-        "notes": ["cross-attention masks come from the processor's own functions",
-                  "layernorm_pre and layernorm_post have ε 1e-5, whatever norm_eps says",
-                  "hidden size 12 with 2 taps: channel c of tap j is column 12 + 2 c + j of the features"],
+        "notes": [
+            "cross-attention masks come from the processor's own functions",
+            "layernorm_pre and layernorm_post have ε 1e-5, whatever norm_eps says",
+            "hidden size 12 with 2 taps: channel c of tap j is column 12 + 2 c + j of the features",
+        ],
     }
     texts = {"config.json": config, "config.hub.json": hub, "case.json": case, "names_in_memory.json": memory}
     for name, value in texts.items():
@@ -302,8 +383,10 @@ def main() -> None:
     leak = float((expected["middle.logits"] - expected["zeroed.middle.logits"]).abs().max())
     largest = max(float(t.abs().max()) for t in expected.values() if t.is_floating_point())
     size = sum(f.stat().st_size for f in FOLDER.iterdir()) / 1000
-    print(f"largest output {largest:.2f}; the two rules differ by {leak:.2f}; float32 - float64: {distance:.1e}, "
-          f"gradients {relative:.1e}; smallest gap {min(gaps.values()):.3f}; {same=} {cached=}; {size:.0f} kB; {idle=}")
+    print(
+        f"largest output {largest:.2f}; the two rules differ by {leak:.2f}; float32 - float64: {distance:.1e}, "
+        f"gradients {relative:.1e}; smallest gap {min(gaps.values()):.3f}; {same=} {cached=}; {size:.0f} kB; {idle=}"
+    )
 
 
 if __name__ == "__main__":

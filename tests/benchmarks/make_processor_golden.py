@@ -57,16 +57,27 @@ def main() -> None:
         (OUT / f"preprocessor_config.{name}.json").write_text(text + "\n", encoding="utf-8")
     case = {
         "case": "mllama-processor",
-        "reference": {"library": "transformers", "version": transformers.__version__, "pillow": PIL.__version__,
-                      "class": "MllamaImageProcessorPil (4 tiles of 20 pixels), IdeficsImageProcessorPil (24 pixels)"},
+        "reference": {
+            "library": "transformers",
+            "version": transformers.__version__,
+            "pillow": PIL.__version__,
+            "class": "MllamaImageProcessorPil (4 tiles of 20 pixels), IdeficsImageProcessorPil (24 pixels)",
+        },
         "images": "those of the case image-processors, turned upright by EXIF, then .convert('RGB')",
         "outputs_meaning": {
             "<image>/mllama": "pixel_values of the tiles that are there, float16 (the rest of four are zero)",
-            "<image>/mllama/aspect_ratio_id": "1 to 8", "<image>/mllama/aspect_ratio_mask": "(4,)",
+            "<image>/mllama/aspect_ratio_id": "1 to 8",
+            "<image>/mllama/aspect_ratio_mask": "(4,)",
             "<image>/idefics": "pixel_values (3, 24, 24), float16",
             "<image>/full/mllama": "the four tiles at the published 560 pixels, only [:, :, ::35, ::35]",
-            "sizes": "height, width of a picture; rows, columns of its canvas; height, width of the picture on it"},
-        "tolerance": {"atol": 0.004, "rtol": 0, "why": "a quarter of a grey level; float16 storage costs up to 1e-3"}}
+            "sizes": "height, width of a picture; rows, columns of its canvas; height, width of the picture on it",
+        },
+        "tolerance": {
+            "atol": 0.004,
+            "rtol": 0,
+            "why": "a quarter of a grey level; float16 storage costs up to 1e-3",
+        },
+    }
     (OUT / "case.json").write_text(json.dumps(case, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,39 @@
+"""lab/words.py: the words nearest to soft tokens, and both in one plane."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Bridge, VLM
+from support.formats.files import UserError
+from support.formats.tokenizers import Tokenizer
+
+
+@torch.no_grad()
+def nearest_words(vlm: VLM, tokenizer: Tokenizer, features: Tensor, k: int = 5) -> list[list[tuple[str, float]]]:
+    """The k words nearest to each soft token h of one picture (1, N, Di): K lists of (word, cosine), the nearest first.
+
+    (A1)  cos(h, e_v) = h · e_v / (‖h‖ ‖e_v‖)        e_v: row v of the embedding matrix
+
+    Lengths are left out because soft tokens are far longer than words (mlp on shapes: 54 against 1.8 of the world's own words).
+    """
+    if type(vlm.bridge).prefix is Bridge.prefix:
+        raise UserError(f"a {vlm.bridge.name} bridge puts no soft tokens among the words, so none has a nearest word.")
+    soft = vlm.bridge.prefix(vlm.bridge.see(features))[0].float()               # (K, D)
+    words = vlm.decoder.embed.weight[:vlm.decoder.config.vocab_size].float()
+    near = (F.normalize(soft, dim=-1) @ F.normalize(words, dim=-1).T).topk(k)   # (K, k) (A1)
+    return [[(tokenizer.decode([v], special=True), c) for v, c in zip(*row)]
+            for row in zip(near.indices.tolist(), near.values.tolist())]
+
+
+def joint_projection(visual: Tensor, words: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Visual tokens (K, D) and words (V, D) in one plane: (K, 2), (V, 2), and the shares of the variance on its axes.
+
+    The first two principal components of all directions h / ‖h‖; an axis points to where its largest coordinate is.
+    """
+    x = F.normalize(torch.cat((visual, words)).detach().double(), dim=-1)
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    plane = u[:, :2] * s[:2]
+    plane = plane * plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()
+    return *plane.float().tensor_split([len(visual)]), (s[:2].square() / s.square().sum()).tolist()

@@ -1,0 +1,213 @@
+"""worlds/text.py: text about shapes, from which the bundled decoder learned to read."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+import functools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import data
+from data import (CAPTION, COLORS, Document, KINDS, LIST, NUMBERS, PLACES, PLURALS, QUESTION, SHAPES, SIZES,
+                  STYLES, Shapes, Thing, WORDS, caption_scene, describe_scene)
+from model import Bridge, Decoder, DecoderConfig, IGNORE, VLM
+from papers.recipe import Recipe, Task
+from support.formats.files import write_json
+from support.formats.llama import load_decoder, save_decoder
+from support.formats.tokenizers import ByteLevel, Tokenizer, train_bpe
+
+if TYPE_CHECKING:
+    from support.plumbing.ranks import Ranks
+    from train import Settings
+
+
+@functools.cache
+def shapes_tokenizer() -> ByteLevel:
+    """The bundled byte-level BPE: trained on text with every word of the world, so each word is one token."""
+    world, texts = Shapes("all"), [CAPTION, LIST]
+    for i in range(400):
+        rng = world.rng(i)
+        things = world.scene(rng)
+        texts += [describe_scene(things, s) for s in STYLES] + [caption_scene(things)]
+        texts += [QUESTION.format(q.question) + " " + q.answer for q in world.questions(things, rng, (*KINDS, "shape"))]
+    return train_bpe(texts, 512, ["<|begin|>", "<|end|>", "<image>"], bos="<|begin|>", eos="<|end|>", image="<image>")
+
+
+EMPTY = -1              # an unused slot of a bag of words
+BAG = 5                 # slots: size, color, shape, row, column
+
+
+class ShapesText:
+    """Documents for stage `lm`: a scene in words, then questions and answers, so that answering means reading the context.
+
+    Half of the scenes stand as sentences (four styles). In the other half each thing is pressed into ONE position: its five
+    words, whose embeddings the trainer adds up. It is still text alone, but it teaches the decoder to read several words out
+    of one vector, which is what any bridge writes; a decoder of billions of parameters can do that without being taught
+    (LiMBeR, 2209.15162v3), one of a million cannot. document(i) → (Document, bags (n, BAG) int64 in the order of its IMAGEs).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seed: int = 0, bags: float = 0.5):
+        self.tokenizer, self.world, self.bags = tokenizer, Shapes("all", seed), bags
+        self.word = {w: tokenizer.encode(" " + w)[0] for w in (*COLORS, *SHAPES, *SIZES, *PLACES[0].split(), *PLACES[4].split(),
+                                                               *PLACES[8].split(), "objects")}
+
+    def bag(self, t: Thing) -> list[int]:
+        return [self.word[w] for w in (t.size, t.color, t.shape, *t.place.split())]
+
+    def document(self, index: int, progress: float = 1.0) -> tuple[Document, list[list[int]]]:
+        """`progress` (0..1) through the training: drills make up most of the documents at first and few at the end.
+
+        progress = 1 is a second training (--init): more of what was weakest after the first, counting and the style "place".
+        """
+        rng = self.world.rng(index)
+        drills, again = min(0.7, max(0.1, 1.0 - 1.5 * progress)), progress >= 1
+        if rng.random() < 0.6 * drills:
+            return self.recall(rng)
+        things = self.world.scene(rng)
+        order = [things[i] for i in rng.permutation(len(things))]
+        d, bags = Document(self.tokenizer), []
+        everything = rng.random() < 0.05                            # one document in twenty is learned whole, as a language model
+        if rng.random() < self.bags:
+            bags = [self.bag(t) for t in order]
+            if rng.random() < 0.7:                                  # the grid as a ViT sees it: empty cells too, row by row
+                by_cell = {t.cell: self.bag(t) for t in things}
+                void = rng.random() < 0.5                           # an empty cell says nothing, or where it is
+                bags = [by_cell.get(c) or [EMPTY] * 3 + ([EMPTY] * 2 if void else [self.word[w] for w in PLACES[c].split()]) for c in range(9)]
+            for _ in bags:
+                d.image()
+        else:
+            d.add(describe_scene(order, rng.choice(list(STYLES), p=(0.15, 0.15, 0.55, 0.15) if again else None)), learn=everything)
+        if rng.random() < drills:
+            return self.drill(d, things, rng), bags
+        kinds = [*KINDS, *(["count"] * 5 if again else KINDS), "count", "position", "shape", "caption"]
+        for kind in rng.permutation(kinds)[:rng.integers(3, 7)]:
+            if kind == "caption":
+                d.add(CAPTION, everything).add(" " + caption_scene(sorted(things, key=lambda t: t.cell)), learn=True).end()
+            elif q := self.world.question(things, kind, rng):
+                d.add(QUESTION.format(q.question), everything).add(" " + q.answer, learn=True).end()
+        return d, bags
+
+    def recall(self, rng: np.random.Generator) -> tuple[Document, list[list[int]]]:
+        """A drill without a scene: random words said twice, or pairs "a b, c d" (as words or as bags) and then "List: c d, b a"."""
+        words = [int(w) for w in rng.permutation(list(self.word.values()))[:2 * rng.integers(2, 9)]]
+        d, bags, comma = Document(self.tokenizer), [], self.tokenizer.encode(",")
+        pairs = list(zip(words[::2], words[1::2]))
+        form = rng.integers(3)
+        if form == 0:
+            return d.ids(words).add(LIST).ids(words, learn=True).end(), bags
+        for a, b in pairs:
+            if form == 1:
+                bags.append([a, b] + [EMPTY] * (BAG - 2))
+                d.image()
+            else:
+                d.ids([a, b]).ids(comma)
+        d.add(LIST)
+        for i in rng.permutation(len(pairs)):
+            a, b = pairs[i][::rng.choice((1, -1))]
+            d.ids([a]).ids([b], learn=True).ids(comma)
+        return d.end(), bags
+
+    def drill(self, d: Document, things: list[Thing], rng: np.random.Generator) -> Document:
+        """Key-value recall: "List: circle red at top left, blue ring at middle center, rings two, …": a key, then what goes with it.
+
+        The answer follows its key directly, so that the circuit that binds (find the thing with this word, read its other
+        words) is learned first; whole questions then only have to bring their key to it. Without drills a decoder of this
+        size knew the words of a scene for thousands of steps and not which belong together.
+        """
+        d.add(LIST)
+        for i in rng.integers(0, len(things), int(rng.integers(6, 13))):
+            t, key = things[int(i)], ("color", "shape", "place", "pair", "pair", "count")[int(rng.integers(6))]
+            if key == "count":                                      # also of words that do not occur: zero
+                word, plural = PLURALS[int(rng.integers(len(PLURALS)))] if rng.random() < 0.4 else PLURALS[WORDS.index(t.pair[int(rng.integers(2))])]
+                d.add(" " + plural).add(" " + NUMBERS[sum(word in o.pair for o in things)], learn=True)
+            elif sum(getattr(o, key) == getattr(t, key) for o in things) == 1:
+                if key == "pair":
+                    d.add(f" {t.color} {t.shape} at").add(" " + t.place, learn=True)
+                else:
+                    d.add(" " + getattr(t, key)).add(" " + (t.shape if key == "color" else t.color), learn=True)
+                    if key != "place" and rng.random() < 0.3:
+                        d.add(" at").add(" " + t.place, learn=True)
+            else:
+                continue
+            d.add(",")
+        return d.end()
+
+
+class TextTask(Task):
+    """Recipe `lm`: the decoder alone, on worded scenes, questions and answers (data.ShapesText)."""
+
+    def __init__(self, s: Settings, recipe: Recipe, ranks: Ranks):
+        from support.plumbing.ranks import require_one_process
+        require_one_process(ranks, s)
+        self.s, self.device = s, ranks.device
+        self.tokenizer = shapes_tokenizer()
+        config = DecoderConfig(vocab_size=self.tokenizer.vocab_size)
+        self.module = nn.ModuleDict({"decoder": (load_decoder(Path(s.init) / "decoder") if s.init else Decoder(config).init_weights())}).to(self.device)
+        self.decoder = self.module["decoder"]
+        self.text = ShapesText(self.tokenizer, seed=s.seed)
+        self.vlm = VLM(nn.Module(), WordBag(self.decoder), self.decoder)
+        self.expect = f"(a uniform guess over the vocabulary: ln {config.vocab_size} = {math.log(config.vocab_size):.2f})"
+        self.pool: dict[int, list] = {}
+
+    def describe(self, step: int) -> str:
+        return f"documents of block {step // BLOCK}"
+
+    def read(self, step: int) -> list[dict]:
+        """Documents are drawn in blocks of 8 batches and sorted by length inside a block: less padding, same mixture."""
+        block = step // BLOCK
+        if block not in self.pool:
+            n = self.s.batch * BLOCK
+            progress = 1.0 if self.s.init else block * BLOCK / self.s.steps     # drills come first, once
+            documents = sorted((self.text.document(block * n + i, progress) for i in range(n)), key=lambda d: len(d[0].tokens))
+            order = np.random.default_rng((self.s.seed, 2, block)).permutation(BLOCK)
+            self.pool = {block: [documents[i * self.s.batch:(i + 1) * self.s.batch] for i in order]}
+        documents = self.pool[block][step % BLOCK]
+        pieces, size = [], math.ceil(len(documents) / self.s.accumulate)
+        for i in range(0, len(documents), size):
+            tokens, labels, mask = data.collate([d for d, _ in documents[i:i + size]])
+            bags = torch.tensor([bag for _, bags in documents[i:i + size] for bag in bags], dtype=torch.long).view(-1, BAG)
+            pieces.append(dict(tokens=tokens, labels=labels, mask=mask, features=bags, set=0, weight=1.0, count=int((labels != IGNORE).sum())))
+        return pieces
+
+    def loss(self, tokens: Tensor, labels: Tensor, mask: Tensor, features: Tensor, **_) -> Tensor:
+        return self.vlm.loss(tokens, labels, None, mask, features)[0]
+
+    def save(self, out: Path, facts: dict) -> None:
+        save_decoder(self.decoder, out / "decoder", bos_token_id=self.tokenizer.bos, eos_token_id=self.tokenizer.eos)
+        self.tokenizer.save(out / "decoder")
+        write_json(out / "config.json", facts)
+
+    def check(self) -> dict:
+        from support.lab.probe import measure_reading
+        return measure_reading(self.decoder, self.tokenizer, 50)
+
+    def report(self, out: Path) -> None:
+        """The gate: above 97 % per question type and per number of objects, on scenes told in words (three styles; the fourth apart)."""
+        from support.lab.probe import measure_reading
+        result = measure_reading(self.decoder, self.tokenizer, self.s.eval_items)
+        other = measure_reading(self.decoder, self.tokenizer, self.s.eval_items, ["place"])
+        write_json(out / "decoder" / "reading.json", {"gate": result, 'style "place"': other})
+        for name, r in (("worded scenes", result), ('style "place"', other)):
+            print(f"reading  {name}, exact answers in %: " + "  ".join(f"{k} {100 * v:.1f}" for k, v in r.items()))
+        worst = min(result.values())
+        print(f"gate     {'PASSED' if worst > 0.97 else 'NOT PASSED'}: the lowest is {100 * worst:.1f} %, the gate is 97 %")
+
+
+BLOCK = 8                                               # batches that are sorted by length together
+
+
+class WordBag(Bridge):
+    """Not a bridge to images: several words in one position, as the sum of their embeddings (stage `lm`, the oracle's bag form)."""
+    name = "bag"
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.embed = (decoder.embed,)                   # in a tuple: its parameters stay the decoder's
+
+    def prefix(self, visual: Tensor) -> Tensor:
+        there = visual != EMPTY                                            # (ΣM, BAG)
+        words = self.embed[0](visual.clamp(min=0))                              # (ΣM, BAG, D)
+        return (words * there[..., None]).sum(1, keepdim=True)                  # (ΣM, 1, D)

@@ -1,0 +1,148 @@
+"""Claim: a published bridge alone loads by its own names and computes what its authors' code computes, gradients included."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support.formats.adapter import tune_decoder
+from conftest import check, fixed_loss, golden
+from model import IMAGE, VLM
+from support.formats.files import UserError, write_json, write_tensors
+from support.formats.llama import load_decoder
+from support.formats.vision import load_vit
+from support.formats.vlm import load_bridge
+
+FILES = [
+    ("mapl", "mapl-mapper", "model.safetensors"),
+    ("zero_init", "adapter-llama-v1", "adapter.safetensors"),
+    ("zero_init", "adapter-llama-v2-multimodal", "adapter.safetensors"),
+    ("zero_init", "adapter-peft", "adapter/adapter_model.safetensors"),
+    ("flamingo", "flamingo-open", "flamingo.safetensors"),
+]
+
+
+def test_mapls_mapper():
+    folder, case, x, expected = golden("mapl-mapper")
+    mapl = load_bridge("mapl", folder)
+    check(case, "y", mapl.prefix(mapl.see(x["x"])), expected["y"])
+    with pytest.raises(UserError, match="width 24 does not divide into 5 heads"):
+        load_bridge("mapl", folder, heads=5)
+
+
+def test_pefts_adaption_prompt():
+    folder, case, x, expected = golden("adapter-peft")
+    decoder, bridge = load_decoder(folder), load_bridge("zero_init", folder / "adapter")
+    assert bridge.gate.shape == (3, 1) and not bridge.gate[0].any() and not bridge.tanh
+    logits = decoder(x["input_ids"], bridge=bridge)
+    check(case, "logits", logits, expected["logits"])
+    fixed_loss(logits).backward()
+    for l in (1, 2):
+        key = f"grad.model.layers.{l}.self_attn.adaption_"
+        check(case, key + "prompt", bridge.prompts.grad[l - 1:l], expected[key + "prompt"])
+        check(case, key + "gate", bridge.gate.grad[l], expected[key + "gate"])
+
+
+@pytest.mark.parametrize("tanh, key", [(True, "logits"), (False, "inference_code_logits")])
+def test_llama_adapters_adapter_as_its_training_and_its_inference_file_read_it(tanh, key):
+    folder, case, x, expected = golden("adapter-llama-v1")
+    bridge = load_bridge("zero_init", folder, tanh=tanh)
+    assert bridge.gate.shape == (4, 4) and bridge.prompts.shape == (3, 5, 24)
+    check(case, key, load_decoder(folder)(x["input_ids"], bridge=bridge), expected[key])
+
+
+def test_llama_adapters_second_version_with_its_decoders_biases_and_clip(tmp_path):
+    folder, case, x, expected = golden("adapter-llama-v2-multimodal")
+    shutil.copy(folder / "model.safetensors", tmp_path / "consolidated.00.safetensors")
+    write_json(
+        tmp_path / "params.json",
+        dict(dim=24, n_layers=3, n_heads=4, multiple_of=16, norm_eps=1e-5, vocab_size=72),
+    )
+    decoder, bridge, vit = (
+        load_decoder(tmp_path),
+        load_bridge("zero_init", folder),
+        load_vit(folder / "clip.safetensors", heads=4),
+    )
+    plain = decoder(x["input_ids"]).detach()
+    tune_decoder(decoder, folder / "adapter.safetensors")
+    assert (
+        decoder.config.attention_bias == "qo"
+        and decoder.config.mlp_bias
+        and not torch.equal(decoder(x["input_ids"]), plain)
+    )
+    out = load_file(folder / "clip.safetensors")["clip.visual.proj"]  # (Di, width of the shared space)
+    visual = bridge.see(vit.post_norm(vit(x["pixel_values"])) @ out)  # all tokens, normalised and projected
+    check(case, "visual_query", visual, expected["visual_query"])
+    check(case, "logits", decoder(x["input_ids"], bridge=bridge, visual=visual), expected["logits"])
+    tensors = load_file(folder / "adapter.safetensors")
+    tensors["llama.layers.1.attention.wq.bias"] = torch.zeros(5)
+    write_tensors(tmp_path / "odd" / "a.safetensors", tensors)
+    with pytest.raises(
+        UserError, match=r"layers.1.attention.wq.bias.*has shape \(5,\), this decoder expects \(24,\)"
+    ):
+        tune_decoder(load_decoder(tmp_path), tmp_path / "odd" / "a.safetensors")
+
+
+def test_openflamingos_resampler_and_blocks():
+    folder, case, x, expected = golden("flamingo-open")
+    decoder, bridge = load_decoder(folder), load_bridge("flamingo", folder)
+    with torch.no_grad():  # the new rows of the words are trained too; they are the decoder's
+        decoder.embed.weight.copy_(
+            load_file(folder / "flamingo.safetensors")["lang_encoder.model.embed_tokens.weight"]
+        )
+    is_image, mask = x["input_ids"] == 71, x["attention_mask"].bool()
+    features = torch.cat([f[:n] for f, n in zip(x["vision_features"], is_image.sum(1))])
+    logits = VLM(None, bridge, decoder, image_token=71)(
+        x["input_ids"].masked_fill(is_image, IMAGE), mask=mask, features=features
+    )
+    check(case, "logits", logits * mask[..., None], expected["logits"])
+
+
+@pytest.mark.parametrize("name, case, file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "misshapen", "extra"])
+def test_every_layout_is_strict_and_names_the_tensor(tmp_path, name, case, file, damage):
+    source = golden(case)[0]
+    tensors = load_file(source / file)
+    # one tensor that no size is read from
+    key = next(
+        k
+        for k in sorted(tensors)
+        if k.endswith(
+            (
+                "linear2.bias",
+                "clip_proj.bias",
+                "layers.3.attention.gate",
+                "2.self_attn.adaption_gate",
+                "3.gated_cross_attn_layer.ff_gate",
+            )
+        )
+    )
+    if damage == "missing":
+        del tensors[key]
+    elif damage == "misshapen":
+        tensors[key] = torch.zeros(3, 7)
+    else:
+        key = "nobodys.weight"
+        tensors[key] = torch.zeros(2)
+    write_tensors(tmp_path / "bridge.safetensors", tensors)
+    decoder = (
+        load_decoder(source).config if name == "zero_init" and "peft" in case else None
+    )  # how many layers there must be
+    for config in source.glob("*config.json"):
+        if decoder is None:
+            shutil.copy(config, tmp_path)
+    with pytest.raises(UserError) as error:
+        load_bridge(name, tmp_path / "bridge.safetensors", decoder=decoder)
+    assert key in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_an_unknown_bridge_and_a_foreign_file_are_named(tmp_path):
+    with pytest.raises(UserError, match='"mapel" is known; did you mean "mapl"'):
+        load_bridge("mapel", tmp_path)
+    with pytest.raises(UserError, match='tensor "const" is missing'):
+        load_bridge("mapl", golden("adapter-llama-v1")[0] / "adapter.safetensors")
+    with pytest.raises(UserError, match="no gated_cross_attn_layer"):
+        load_bridge("flamingo", golden("adapter-llama-v1")[0] / "adapter.safetensors")

@@ -1,0 +1,490 @@
+"""`return_attention` shows the very weights that were used, maps lead back to patches, analyses count what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+from support.lab.attention import attention_to_patches, gate_history, overlay_attention
+from support.lab.targets import attention_on_target, words_on_target
+from support.lab.words import joint_projection, nearest_words
+from support.worlds.text import shapes_tokenizer
+import eval as evaluation
+import model
+from bridges import GatedCrossAttention, PostNormAttention, ResamplerLayer, rolled
+from papers import make_bridge
+from conftest import SMALL, small_pictures, small_vlm, tiny_vlm
+from model import Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, split_heads, watching
+from support.formats.files import UserError
+from support.formats.llama import load_decoder
+from support.formats.vision import load_vit
+from support.formats.vlm import save_vlm
+
+ROOT = Path(evaluation.__file__).parent
+H, T, N = 4, 5, 10  # heads of the decoder, words behind the picture, ViT tokens with the class token
+TOKENS = torch.tensor([[3, IMAGE, 5, 9, 14, 20, 33]])
+PIXELS = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(5))
+
+
+def vlm_of(name: str, **options) -> VLM:
+    return tiny_vlm(name, image_token=7, **options)
+
+
+# --- return_attention -------------------------------------------------------------------------------------------------
+
+LAYERS = [f"decoder.layers.{l}.attention" for l in range(4)]
+NAMES = {                # what each bridge shows besides the decoder's own attention, and its shape
+    "linear": {}, "mlp": {}, "frozen": {},
+    "mapl": {f"bridge.blocks.{l}": (1, 2, N + 3, N + 3) for l in range(2)},
+    "qformer": {**{f"bridge.layers.{l}.attention": (1, 2, 3, 3) for l in range(3)},
+                **{f"bridge.layers.{l}.cross": (1, 2, 3, N) for l in (0, 2)}},
+    "zero_init": {**{f"bridge.blocks.{l}": (1, 2, 3 + N, 3 + N) for l in range(2)},
+                  **{f"decoder.layers.{l}.attention.prompts": (1, H, 7, 3) for l in (1, 2, 3)}},
+    "flamingo": {**{f"bridge.resampler.layers.{l}": (1, 2, 3, 9 + 3) for l in range(2)},
+                 **{f"bridge.blocks.{l}": (1, 2, 7, 3) for l in range(2)}},
+    "idefics": {**{f"bridge.resampler.layers.{l}": (1, 2, 3, N + 3) for l in range(2)},
+                **{f"bridge.blocks.{l}": (1, H, 7, 3) for l in range(2)}},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_attention_is_there_under_its_modules_name_and_its_rows_sum_to_1(name):
+    vlm = vlm_of(name)
+    with torch.no_grad():
+        logits, attention = vlm(TOKENS, PIXELS, return_attention=True)
+    assert set(attention) == {*LAYERS, *NAMES[name]}
+    for key, weights in attention.items():
+        assert weights.shape == (NAMES[name].get(key) or (1, H, logits.shape[1], logits.shape[1])), key
+        # 1e-6: float32, sums of at most 17 terms
+        assert (weights >= 0).all() and (weights.sum(-1) - 1).abs().max() < 1e-6, key
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_watching_changes_nothing_and_leaves_nothing_behind(name):
+    vlm = vlm_of(name)
+    watched, attention = vlm(TOKENS, PIXELS, return_attention=True)  # with gradients: explicit either way
+    assert torch.equal(watched, vlm(TOKENS, PIXELS)) and attention
+    with torch.no_grad():
+        (watched, hidden), _ = vlm(TOKENS, PIXELS, return_attention=True, return_hidden=True)
+        logits, plain = vlm(TOKENS, PIXELS, return_hidden=True)                 # the fused kernel
+    # 2e-5: float32; the stirred logits reach 10, the fused kernel sums in another order
+    torch.testing.assert_close(watched, logits, atol=2e-5, rtol=0)
+    for a, b in zip(hidden, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+    assert model.SHOW == [] and not any(m._forward_hooks or m._forward_pre_hooks for m in vlm.modules())
+
+
+def test_a_forward_that_fails_leaves_nothing_behind():
+    vlm = vlm_of("mapl")
+    with pytest.raises(UserError):
+        vlm(TOKENS[:, 2:], PIXELS, return_attention=True)
+    assert model.SHOW == [] and not any(m._forward_hooks or m._forward_pre_hooks for m in vlm.modules())
+
+
+def again(m, args: tuple, w: torch.Tensor, beside: torch.Tensor | None):
+    """The output of the attending module m from its inputs and the shown weights w: W_o (w V) and its surroundings."""
+    read = lambda v, heads: m.o(merge_heads(w @ split_heads(v, heads)))
+    if isinstance(m, Attention):
+        y = w @ m.widen(split_heads(m.v(args[0]), m.kv_heads))
+        return m.o(merge_heads(y if beside is None else y + beside))
+    if isinstance(m, EncoderBlock):
+        x = args[0] + read(m.v(m.norm1(args[0])), m.heads)
+        return x + m.down(m.act(m.up(m.norm2(x))))
+    if isinstance(m, PostNormAttention):
+        return m.norm(args[0] + read(m.v(args[1]), m.heads))
+    if isinstance(m, ResamplerLayer):
+        x = args[1] + read(m.v(torch.cat((m.norm_media(args[0]), m.norm_latents(args[1])), 1)), m.heads)
+        return x + m.ff(x)
+    assert isinstance(m, GatedCrossAttention)
+    x, k, v, visible = args
+    x = x + m.attention_gate.tanh() * m.o(merge_heads(w @ v)) * visible.any(-1, keepdim=True)
+    return x + m.ff_gate.tanh() * m.ff(x)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_output_follows_from_the_weights_that_were_shown(name):
+    vlm, calls = vlm_of(name), {}
+    modules = dict(vlm.named_modules())
+    keep = lambda n: lambda m, args, y: calls.__setitem__(n, (args, y))
+    hooks = [m.register_forward_hook(keep(n)) for n, m in modules.items()]
+    with torch.no_grad():
+        _, attention = vlm(TOKENS, PIXELS, return_attention=True)
+        for h in hooks:
+            h.remove()
+        for key, weights in attention.items():
+            if key.endswith(".prompts"):
+                continue  # with its layer's attention, below
+            beside, prompts = None, attention.get(f"{key}.prompts")
+            if prompts is not None:  # zero_init: y + tanh(g) · A_p V_p
+                l, b = int(key.split(".")[2]), vlm.bridge
+                p = b.prompts[l - b.first] + b.see(vlm.features(PIXELS))
+                beside = b.gate[l].tanh().view(-1, 1, 1) * (prompts @ modules[key].project(p)[1])
+            args, y = calls[key]
+            # 1e-5: float32; `see` ran again by the fused kernel
+            mine = again(modules[key], args, weights, beside)
+            torch.testing.assert_close(mine, y, atol=1e-5, rtol=1e-5, msg=lambda m: f"{key}: {m}")
+
+
+def test_a_padded_batch_shows_each_row_what_it_shows_alone():
+    vlm = vlm_of("qformer")
+    both = torch.tensor([[3, IMAGE, 5, 9, 14, 20, 33], [0, 0, 3, 5, IMAGE, 9, 14]])
+    pixels = torch.cat((PIXELS, PIXELS.flip(3)))
+    with torch.no_grad():
+        _, batch = vlm(both, pixels, both != 0, return_attention=True)
+        _, alone = vlm(both[1:, 2:], pixels[1:], return_attention=True)
+    for key in LAYERS:
+        torch.testing.assert_close(batch[key][1:, :, 2:, 2:], alone[key], atol=1e-5, rtol=0)
+        assert (batch[key][1, :, 2:, :2] == 0).all()  # nobody looks at padding
+    torch.testing.assert_close(
+        batch["bridge.layers.0.cross"][1:], alone["bridge.layers.0.cross"], atol=1e-5, rtol=0
+    )
+
+
+def test_any_module_can_be_watched():
+    block = EncoderBlock(8, 2, 16, "gelu", 1e-5)
+    x = torch.randn(1, 4, 8)
+    with watching(block) as attention:
+        y = block(x)
+    assert list(attention) == [""] and torch.equal(y, block(x))
+    q = k = split_heads(x, 2)
+    with watching(block) as attention, pytest.raises(IndexError):
+        attend(q, k, k)  # outside of every watched module
+
+
+# --- made_of: from visual tokens to patches ---------------------------------------------------------------------------
+
+
+def test_rollout_keeps_half_and_reads_half():
+    x, source = torch.tensor([[1.0, 0.0]]), torch.eye(2)
+    weights = torch.tensor([[[[0.0, 1.0]], [[0.5, 0.5]]]])  # two heads, whose mean is (0.25, 0.75)
+    assert rolled(x, weights, source).tolist() == [[[0.625, 0.375]]]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_visual_tokens_are_made_of_is_a_share_of_each_patch(name):
+    vlm = vlm_of(name)
+    pixels = torch.cat((PIXELS, PIXELS.flip(3)))
+    features = vlm.features(pixels)
+    with torch.no_grad():
+        _, attention = vlm(torch.cat((TOKENS, TOKENS)), features=features, return_attention=True)
+    made = vlm.bridge.made_of(attention, features)
+    K = {"linear": 9, "mlp": 9, "frozen": 2}.get(name, 3)
+    assert made.shape == (2, K, features.shape[1])
+    torch.testing.assert_close(made.sum(-1), torch.ones(2, K), atol=1e-6, rtol=0)
+    assert (made >= 0).all() and (name in ("linear", "mlp", "frozen") or not torch.equal(made[0], made[1]))
+
+
+def staring(name: str, at: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Hand-made weights: visual token k looks at ViT token at[k] and nowhere else, a ViT token at itself."""
+    n = 9 if name == "flamingo" else N
+    weights = {
+        "mapl": torch.cat((torch.eye(N, N + 3), F.one_hot(at, N + 3))),  # [features ; constants]
+        "zero_init": torch.cat((F.one_hot(3 + at, 3 + N), torch.eye(3 + N)[3:])),  # [queries ; features]
+    }.get(name, F.one_hot(at, n if name == "qformer" else n + 3).float())
+    return {
+        key: torch.eye(3).expand(shape) if key.endswith(".attention") else weights.expand(*shape[:2], -1, -1)
+        for key, shape in NAMES[name].items()
+    }
+
+
+@pytest.mark.parametrize("name", ["mapl", "qformer", "zero_init", "flamingo", "idefics"])
+def test_a_visual_token_that_looks_at_one_patch_alone_is_made_of_it(name):
+    vlm, at = vlm_of(name), torch.tensor([8, 0, 4])
+    features = vlm.features(PIXELS)
+    assert torch.equal(
+        vlm.bridge.made_of(staring(name, at), features)[0], F.one_hot(at, features.shape[1]).float()
+    )
+
+
+@pytest.mark.parametrize("name, first", [("mapl", N), ("zero_init", 0), ("flamingo", 9)])
+def test_a_visual_token_that_reads_another_is_half_made_of_what_that_is_made_of(name, first):
+    vlm, at = vlm_of(name), torch.tensor([8, 0, 4])
+    weights = staring(name, at)  # layer 0: k looks at ViT token at[k]
+    last = next(key for key in weights if key in ("bridge.resampler.layers.1", "bridge.blocks.1"))
+    looks = torch.eye(weights[last].shape[-1])[first]  # layer 1: all look at visual token 0
+    weights[last] = looks.expand(weights[last].shape)
+    made = vlm.bridge.made_of(weights, vlm.features(PIXELS))[0]
+    assert torch.equal(made, (F.one_hot(at, made.shape[1]) + F.one_hot(at[:1], made.shape[1])) / 2)
+
+
+def test_mllama_shows_its_cross_layers_over_the_patches_of_all_tiles():
+    vlm, pictures = small_vlm(), small_pictures(1)
+    words, patches = attention_to_patches(vlm, TOKENS, vlm.features(pictures))
+    assert words.shape == (3, H, T, 15) and torch.equal(patches, torch.eye(15))    # 3 tiles of 5 ViT tokens
+    assert (words[..., :5].sum(-1) - 1).abs().max() < 1e-6                      # two of the tiles are absent
+    with torch.no_grad():
+        watched, attention = vlm(TOKENS, pictures, return_attention=True)
+        torch.testing.assert_close(watched, vlm(TOKENS, pictures), atol=2e-5, rtol=0)
+    assert {*attention} == {*LAYERS, *(f"bridge.blocks.{l}" for l in range(3))}
+
+
+def test_bridges_without_layers_between():
+    features = lambda vlm: vlm.features(PIXELS)
+    for name in ("linear", "mlp"):
+        assert torch.equal(vlm_of(name).bridge.made_of({}, features(vlm_of(name)))[0], torch.eye(9))
+    v1, v0 = vlm_of("zero_init", version=1), vlm_of("zero_init", version=0)
+    class_token = torch.eye(1, N).expand(3, -1)                                 # the same for every prompt
+    assert torch.equal(v1.bridge.made_of({}, features(v1))[0], class_token)
+    assert not v0.bridge.made_of({}, features(v0)).any()                        # prompts that hold no picture
+    bare = vlm_of("idefics", latents=0)
+    assert torch.equal(bare.bridge.made_of({}, features(bare))[0], torch.eye(N))
+
+
+# --- gaze -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gaze_is_the_attention_of_the_words_behind_the_picture_to_its_visual_tokens(name):
+    vlm = vlm_of(name)
+    features = vlm.features(PIXELS)
+    words, patches = attention_to_patches(vlm, TOKENS, features)
+    with torch.no_grad():
+        _, attention = vlm(TOKENS, features=features, return_attention=True)
+    L, heads, K = {"zero_init": (3, H, 3), "flamingo": (2, 2, 3), "idefics": (2, H, 3)}.get(
+        name, (4, H, len(patches))
+    )
+    assert words.shape == (L, heads, T, K) and patches.shape == (K, features.shape[1])
+    if L == 4:  # soft tokens stand behind one word
+        mine = torch.stack([attention[k][0, :, 1 + K:, 1:1 + K] for k in LAYERS])
+        assert (words.sum(-1) < 1).all()
+    else:
+        reading = "prompts" if name == "zero_init" else "bridge.blocks"
+        mine = torch.stack([attention[k][0, :, 2:] for k in NAMES[name] if reading in k])
+        torch.testing.assert_close(words.sum(-1), torch.ones(L, heads, T), atol=1e-6, rtol=0)
+    assert torch.equal(words, mine)
+    torch.testing.assert_close((words @ patches).sum(-1), words.sum(-1), atol=1e-5, rtol=0)
+
+
+def test_gaze_takes_one_text_about_one_picture():
+    vlm = vlm_of("mlp")
+    for tokens in (TOKENS.repeat(2, 1), torch.tensor([[1, 2]]), torch.tensor([[IMAGE, IMAGE, 2]])):
+        with pytest.raises(UserError, match="one picture"):
+            attention_to_patches(vlm, tokens, vlm.features(PIXELS))
+
+
+def test_a_text_that_ends_with_its_picture_has_no_words_behind_it():
+    for name in ("mlp", "flamingo"):
+        vlm = vlm_of(name)
+        assert attention_to_patches(vlm, TOKENS[:, :2], vlm.features(PIXELS))[0].shape[2] == 0
+
+
+# --- words, projection, gates, pictures -------------------------------------------------------------------------------
+
+TOKENIZER = shapes_tokenizer()
+
+
+def shapes_vlm(name: str, **options) -> VLM:
+    """An untrained bridge between the bundled towers."""
+    torch.manual_seed(0)
+    decoder = load_decoder(ROOT / "weights/decoder")
+    return VLM(load_vit(ROOT / "weights/vit"), make_bridge(name, decoder.config, 128, **options), decoder,
+               TOKENIZER.special["<image>"]).eval()
+
+
+def test_a_soft_token_along_an_embedding_has_that_word():
+    vlm = shapes_vlm("linear")
+    red, = TOKENIZER.encode(" red")
+    with torch.no_grad():
+        vlm.bridge.map.weight.zero_()
+        vlm.bridge.map.bias.copy_(20 * vlm.decoder.embed.weight[red])
+        near = nearest_words(vlm, TOKENIZER, torch.zeros(1, 9, 128), k=3)
+    assert len(near) == 9 and near[0][0] == (" red", pytest.approx(1, abs=1e-6))
+    assert [w for w, _ in near[0]] == [
+        w for w, _ in near[8]
+    ]  # cosines of equal rows may differ in the last bit
+    assert [c for _, c in near[0]] == pytest.approx([c for _, c in near[8]], abs=1e-6)
+    e = vlm.decoder.embed.weight.detach()
+    cosine = (e @ e[red] / e.norm(dim=1) / e[red].norm()).tolist()
+    for word, c in near[0]:
+        assert c == pytest.approx(cosine[TOKENIZER.encode(word)[0]], abs=1e-6)
+    assert [c for _, c in near[0]] == pytest.approx(sorted(cosine)[:-4:-1], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["zero_init", "flamingo"])
+def test_a_bridge_without_soft_tokens_says_so(name):
+    with pytest.raises(UserError, match=f"a {name} bridge"):
+        nearest_words(vlm_of(name), TOKENIZER, torch.zeros(1, 9, 20))
+
+
+def test_a_projection_of_directions_that_lie_in_a_plane_keeps_their_distances():
+    g = torch.Generator().manual_seed(0)
+    plane = torch.linalg.qr(torch.randn(7, 2, generator=g)).Q
+    flat = F.normalize(torch.randn(12, 2, generator=g), dim=-1)
+    vectors = (1 + torch.rand(12, 1, generator=g) * 50) * (flat @ plane.T)      # lengths do not count
+    visual, words, shares = joint_projection(vectors[:4], vectors[4:])
+    assert visual.shape == (4, 2) and words.shape == (8, 2)
+    assert sum(shares) == pytest.approx(1) and shares[0] >= shares[1]
+    torch.testing.assert_close(torch.cdist(visual, words), torch.cdist(flat[:4], flat[4:]), atol=1e-6, rtol=0)
+    x = torch.cat((visual, words))
+    assert (x.gather(0, x.abs().argmax(0)[None]) > 0).all() and x.mean(0).abs().max() < 1e-6
+
+
+def test_the_shares_of_a_projection_are_those_of_the_covariance():
+    vectors = F.normalize(torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).double(), dim=-1)
+    _, _, shares = joint_projection(vectors[:10], vectors[10:])
+    values = torch.linalg.eigvalsh(torch.cov(vectors.T)).flip(0)
+    assert shares == pytest.approx((values[:2] / values.sum()).tolist())
+
+
+def test_gates_are_read_back_from_the_log(tmp_path):
+    lines = [{"step": 1, "gates": [[0.0, 0.1], [-0.2, 0.3]]}, {"step": 2, "loss": 1.0},
+             {"step": 50, "gates": [[0.5, 0.6], [0.7, -0.8]]}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps, gates = gate_history(tmp_path)
+    assert steps.tolist() == [1, 50] and gates.shape == (2, 2, 2) and gates[1, 1, 1] == -0.8
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    for run in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="log.jsonl: holds no gates"):
+            gate_history(run)
+
+
+def test_an_overlay_reddens_the_patch_and_nothing_else():
+    picture = np.full((48, 48, 3), 100, np.uint8)
+    patches = [0, 0, 0, 0, 0, 0.5, 0, 0, 0]
+    for weights in (patches, [9, *patches]):  # without and with a class token
+        shown = overlay_attention(picture, weights, top=0.5, side=90)
+        assert shown.shape == (90, 90, 3) and shown.dtype == np.uint8
+        red = (shown != 100).any(-1)
+        assert red[30:60, 60:].all() and red.sum() == 900
+        assert (shown[45, 75] == np.round(0.3 * 100 + 0.7 * np.array([255, 40, 0]))).all()
+    half = overlay_attention(picture, [0, 0, 0, 0.25], top=0.5, side=90)
+    assert (half[80, 80] == np.round(0.65 * 100 + 0.35 * np.array([255, 40, 0]))).all()
+    assert (overlay_attention(picture, np.zeros(4)) == 100).all()              # looking nowhere
+
+
+# --- measured on shapes -----------------------------------------------------------------------------------------------
+
+
+def target_by_answer(q: data.QA, things: list[data.Thing]) -> data.Thing:
+    """Another way to find the thing that is asked about: by the true answer."""
+    if q.kind == "position":
+        return next(t for t in things if t.place == q.answer)
+    return next(
+        t
+        for t in things
+        if t.color == q.answer and (t.place in q.question or f"the {t.shape}?" in q.question)
+    )
+
+
+def test_attention_on_target_finds_the_thing_and_the_word(monkeypatch):
+    """A reader who gives the asked thing half of the attention, from the question's last word, in layer 1."""
+    world = data.Shapes("test")
+    questions = {(i, q.question): q for i in range(30) for q in world.item(i).qas}
+
+    def gaze(vlm, tokens, features):
+        text = TOKENIZER.decode([t for t in tokens[0].tolist() if t >= 0])
+        i, asked = int(features[0, 0, 0]), text.split("Question: ")[1].split(" Answer")[0]
+        words = torch.full((2, 4, tokens.shape[1] - 2, 9), 0.5 / 9)
+        last = [n for n, t in enumerate(tokens[0, 2:].tolist()) if TOKENIZER.decode([t]) == "?"][0] - 1
+        target = target_by_answer(questions[i, asked], world.scene(world.rng(i)))
+        words[1, :, last] = 0.5 * torch.eye(9)[target.cell]
+        return words, torch.eye(10)[1:]  # a class token stands in front
+
+    monkeypatch.setattr("support.lab.targets.attention_to_patches", gaze)
+    monkeypatch.setattr("support.lab.targets.vision_features", lambda vlm, items, blind: torch.arange(len(items)).view(-1, 1, 1).float())
+    right = [q.answer for i in range(30) if len(world.scene(world.rng(i))) > 1
+             for q in world.item(i).qas if q.kind in ("color", "position")]
+    monkeypatch.setattr("support.lab.targets.generate_texts", lambda *a, **k: right)
+    rows = {r.pop("row"): list(r.values()) for r in attention_on_target(vlm_of("mlp"), TOKENIZER, 30)}
+    cell, picture = (0.5 / 9, 0.5 / 9), (0.5, 0.5)
+    expected = {
+        "question: asked": (0.5 / 9, 0.5),
+        "question: another": (0.5 / 9, 0.0),
+        "question: picture": picture,
+        "answer: asked": cell,
+        "answer: another": cell,
+        "answer: picture": picture,
+        "all words: picture": picture,
+    }
+    assert rows.keys() == expected.keys()
+    for name, shares in expected.items():
+        assert rows[name] == pytest.approx(shares, abs=1e-6), name
+    monkeypatch.setattr("support.lab.targets.generate_texts", lambda *a, **k: ["wrong"] * len(right))
+    assert attention_on_target(vlm_of("mlp"), TOKENIZER, 30) == []   # wrong answers do not count
+
+
+def test_words_on_target_count_the_things_own_words_and_anothers_where_they_differ(monkeypatch):
+    world = data.Shapes("test")
+
+    def spell(vlm, tokenizer, features):  # the tokens spell their cells backwards
+        words = [[] for _ in range(9)]
+        for t in world.scene(world.rng(int(features[0, 0, 0]))):
+            words[8 - t.cell] = [(f" {w}", 0.5) for w in (t.color, t.shape, t.size, *t.place.split())]
+        return words
+
+    monkeypatch.setattr("support.lab.targets.nearest_words", spell)
+    monkeypatch.setattr(
+        "support.lab.targets.attention_to_patches", lambda vlm, tokens, features: (None, torch.eye(9).flip(0))
+    )
+    monkeypatch.setattr(
+        "support.lab.targets.vision_features",
+        lambda vlm, items, blind: torch.arange(len(items)).view(-1, 1, 1).float(),
+    )
+    own, another = words_on_target(vlm_of("mlp"), TOKENIZER, 30)
+    kinds = {"color", "shape", "size", "top/middle/bottom", "left/center/right"}
+    assert own == {"row": "own", **dict.fromkeys(kinds, 1.0)}
+    assert another == {"row": "another's", **dict.fromkeys(kinds, 0.0)}
+
+
+def test_other_grids_than_three_by_three_are_refused():
+    vlm = vlm_of("mlp")
+    vlm.vit = model.ViT(model.ViTConfig(image_size=56, patch=8, width=20, layers=1, heads=2, hidden=20))
+    for measure in (attention_on_target, words_on_target):
+        with pytest.raises(UserError, match="7 x 7"):
+            measure(vlm, TOKENIZER, 2)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Untrained runs of two bridges, and a picture."""
+    folder = tmp_path_factory.mktemp("runs")
+    sizes = {"mapl": dict(constants=4, layers=2), "zero_init": dict(prompts=4, adapted=2, depth=1)}
+    for name, options in sizes.items():
+        vlm = shapes_vlm(name, width=16, heads=2, **options)
+        save_vlm(vlm, folder / name, vit="weights/vit", decoder="weights/decoder")
+    Image.fromarray(data.Shapes("test").item(0).image).save(folder / "scene.png")
+    return folder
+
+
+@pytest.mark.parametrize("name, layers", [("mapl", 4), ("zero_init", 2)])
+def test_look_writes_a_map_per_word_and_layer_and_one_per_visual_token(runs, name, layers, capsys, tmp_path):
+    asked = ["--image", str(runs / "scene.png"), "--prompt", "what color is the ring?"]
+    evaluation.main([str(runs / name), *asked, "--look", str(tmp_path / "maps")])
+    text = capsys.readouterr().out
+    with Image.open(tmp_path / "maps/words.png") as words, Image.open(tmp_path / "maps/tokens.png") as tokens:
+        assert words.size == (150 * 11, 150 * layers + 20)  # \n Question : what … ? Answer :
+        assert tokens.size == (150 * 4, 170)
+        assert np.asarray(words).std() > 0
+    assert text.count("attention to the picture") == layers
+    assert ("nearest" in text) == (name == "mapl") and ("mean |gate| 0.000" in text) == (name == "zero_init")
+
+
+def test_look_without_a_picture_is_one_sentence(runs):
+    with pytest.raises(UserError, match="--look needs --image"):
+        evaluation.main([str(runs / "mapl"), "--look", "maps"])
+
+
+def test_an_untrained_run_has_nothing_right_and_no_words(runs, capsys):
+    evaluation.main([str(runs / "mapl"), "--analyse", "--items", "3"])
+    text = capsys.readouterr().out
+    assert "no question was answered right" in text and "own" in text and "another's" in text
+
+
+def test_analyse_prints_a_table_per_run(runs, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "support.lab.targets.attention_on_target", lambda *a: [{"row": "question: asked", "layer 0": 0.625}]
+    )
+    evaluation.main(["--analyse", "--items", "4", str(runs / "mapl"), str(runs / "zero_init")])
+    text = capsys.readouterr().out
+    assert text.count("62.5") == 2 and "mapl:" in text and "zero_init:" in text
+    assert text.count("another's") == 1                                         # zero_init has no soft tokens
