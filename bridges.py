@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from model import (ACTIVATIONS, Bridge, DecoderConfig, EncoderBlock, ImagePositions, attend, causal_mask,
                    merge_heads, shown, split_heads, visible_to_bias)
-from support.formats.files import UserError
 
 
 def rolled(x: Tensor, weights: Tensor, source: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ class Linear(Bridge):
 
     Paper and published code differ: the code adds a bias. bias=True follows the code.
     """
-    name = "linear"
+    name, soft_tokens = "linear", True
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, bias: bool = True):
         super().__init__()
@@ -62,7 +61,7 @@ class MLP(Bridge):
 
     (L2)  H_v = W_2 · GELU(W_1 · Z_v + b_1) + b_2
     """
-    name = "mlp"
+    name, soft_tokens = "mlp", True
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, hidden: int | None = None):
         super().__init__()
@@ -93,7 +92,7 @@ class MAPL(Bridge):
     At the published sizes (Di 1024, D 4096) this has 3,431,680 parameters. Where the code and we differ: it deep-copies one
     layer, so its layers start equal; ours start apart. Its training branch has dropout 0.1, its release none; so have we.
     """
-    name, reads_layer, reads_cls = "mapl", -1, True
+    name, soft_tokens, reads, reads_cls = "mapl", True, -1, True
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, constants: int = 32, width: int = 256, layers: int = 4,
                  heads: int = 8, hidden: int | None = None):
@@ -133,7 +132,7 @@ class PostNormAttention(nn.Module):
     def __init__(self, width: int, source: int, heads: int, dropout: float):
         super().__init__()
         if width % heads:
-            raise UserError(f"a Q-Former of width {width} does not divide into {heads} heads.")
+            raise ValueError(f"a Q-Former of width {width} does not divide into {heads} heads.")
         self.heads, self.dropout = heads, dropout
         self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(source, width), nn.Linear(source, width)
         self.o, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
@@ -214,7 +213,7 @@ class QFormer(Bridge):
     transformers; decoder=None leaves (Q5) out: the first stage has no decoder. A bare Q-Former (queries=0, vision_eps=None)
     has no queries and no ln_vision of its own.
     """
-    name, reads_layer, reads_cls = "qformer", -1, True
+    name, soft_tokens, reads, reads_cls = "qformer", True, -1, True
 
     def __init__(self, decoder: DecoderConfig | None, vision_width: int, queries: int = 32, width: int = 768, layers: int = 12,
                  heads: int = 12, hidden: int = 3072, cross_every: int = 2, vocab: int = 0, positions: int = 512,
@@ -249,9 +248,9 @@ class QFormer(Bridge):
             parts.append(self.queries.expand(len(image), -1, -1) if queries is None else queries)
         if text is not None:
             if self.words is None:
-                raise UserError("this Q-Former was built without its text branch; give vocab=30523 (BERT's words and [DEC]).")
+                raise ValueError("this Q-Former was built without its text branch; give vocab=30523 (BERT's words and [DEC]).")
             if text.shape[1] > len(self.positions.weight):
-                raise UserError(f"a text of {text.shape[1]} tokens, but this Q-Former has {len(self.positions.weight)} positions; cut it.")
+                raise ValueError(f"a text of {text.shape[1]} tokens, but this Q-Former has {len(self.positions.weight)} positions; cut it.")
             parts.append(self.words(text) + self.positions.weight[:text.shape[1]])
         Q = parts[0].shape[1] if image is not None else 0
         x = F.dropout(self.norm(torch.cat(parts, dim=1)), self.dropout, self.training)      # (Q1)
@@ -315,7 +314,7 @@ class ZeroInit(Bridge):
     At g = 0 the branch adds exactly 0 and ∂/∂P = 0: the first step moves only the gates. gate_init="random" (g ~ N(0, 1)) is our reading
     of the paper's rand-init ablation, which it does not define.
     """
-    name, reads_layer, reads_cls = "zero_init", -1, True
+    name, reads, reads_cls = "zero_init", -1, True
     looks = "decoder.layers.*.attention.prompts"
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, prompts: int = 10, adapted: int = 30, version: int = 2, tanh: bool = True,
@@ -323,10 +322,10 @@ class ZeroInit(Bridge):
                  gate_init: str = "zero"):
         super().__init__()
         if not 0 < adapted <= decoder.layers:
-            raise UserError(f"zero_init adapts the topmost {adapted} layers, but the decoder has {decoder.layers}; "
+            raise ValueError(f"zero_init adapts the topmost {adapted} layers, but the decoder has {decoder.layers}; "
                             f"give adapted=1..{decoder.layers}.")
         if gate_per not in ("head", "layer") or version not in (0, 1, 2) or gate_init not in ("zero", "random"):
-            raise UserError(f'zero_init has version 0, 1 and 2, not {version!r}, gate_per "head" or "layer", not "{gate_per}", and gate_init '
+            raise ValueError(f'zero_init has version 0, 1 and 2, not {version!r}, gate_per "head" or "layer", not "{gate_per}", and gate_init '
                             f'"zero" or "random", not "{gate_init}".')
         D = decoder.width
         self.first, self.version, self.tanh = decoder.layers - adapted, version, tanh
@@ -356,7 +355,7 @@ class ZeroInit(Bridge):
         if where is None:
             return image
         if len(where.order) and int(where.order.max()) > 1:
-            raise UserError("zero_init takes one image per text: its prompts have no place for a second; use another bridge for several.")
+            raise ValueError("zero_init takes one image per text: its prompts have no place for a second; use another bridge for several.")
         return image.new_zeros(len(where.last), *image.shape[1:]).index_put((where.row,), image)
 
     def beside(self, layer: int, q: Tensor, project, visual: Tensor | None) -> Tensor | None:
@@ -384,8 +383,9 @@ class ZeroInit(Bridge):
         g = self.gate[self.first:].detach().float()
         return g.tanh() if self.tanh else g
 
-    def vitals(self) -> dict[str, float]:
-        return {"gate": self.gates().abs().mean().item()}
+    @property
+    def gated_layers(self) -> list[int]:
+        return list(range(self.first, len(self.gate)))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ class Resampler(nn.Module):
         """x (ΣM, N, Di), time (ΣM,) from 0 → (ΣM, R, Di)."""
         if self.times is not None and time is not None:
             if len(time) and int(time.max()) >= len(self.times):
-                raise UserError(f"image number {int(time.max()) + 1} of a text, but the resampler has {len(self.times)} time embeddings; "
+                raise ValueError(f"image number {int(time.max()) + 1} of a text, but the resampler has {len(self.times)} time embeddings; "
                                 "build it with times=0 or more of them.")
             x = x + self.times[time]
         latents = self.latents.expand(len(x), -1, -1)
@@ -502,7 +502,7 @@ class Flamingo(Bridge):
     ablation "all previous images". Paper: heads × 128 = D, squared ReLU, LN on the keys too (norm_media=True); OpenFlamingo: 8 × 64, GELU,
     no LN on the keys; those are the defaults. Reads the last state without the class token, before CLIP's post-norm.
     """
-    name, reads_layer, reads_cls = "flamingo", -1, False
+    name, reads, reads_cls = "flamingo", -1, False
     looks = "bridge.blocks.*"
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, every: int = 4, first: int = 0, latents: int = 64, depth: int = 6,
@@ -510,7 +510,7 @@ class Flamingo(Bridge):
                  see_all: bool = False, resampler_heads: int | None = None, resampler_head_width: int | None = None):
         super().__init__()
         if act not in ACTIVATIONS:
-            raise UserError(f'flamingo knows no activation "{act}"; known: {", ".join(ACTIVATIONS)}.')
+            raise ValueError(f'flamingo knows no activation "{act}"; known: {", ".join(ACTIVATIONS)}.')
         self.every, self.first, self.see_all = every, first, see_all
         self.resampler = Resampler(vision_width, latents, depth, resampler_heads or heads, resampler_head_width or head_width, mult, act, times)
         self.blocks = nn.ModuleList(GatedCrossAttention(decoder.width, vision_width, heads, head_width, mult, act, norm_media)
@@ -546,5 +546,6 @@ class Flamingo(Bridge):
         """(inserted blocks, 2, or 2·D with a gate per channel): tanh of the attention gates and of the feed-forward gates."""
         return torch.stack([torch.cat((b.attention_gate, b.ff_gate)) for b in self.blocks]).detach().float().tanh()
 
-    def vitals(self) -> dict[str, float]:
-        return {"gate": self.gates().abs().mean().item()}
+    @property
+    def gated_layers(self) -> list[int]:
+        return [self.first + n * self.every for n in range(len(self.blocks))]

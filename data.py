@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from model import IGNORE, IMAGE
-from support.formats.files import UserError
 
 if TYPE_CHECKING:
     from support.formats.records import Record
@@ -55,13 +54,13 @@ class Processor:
 
     def __post_init__(self):
         if self.how not in ("crop", "squash", "pad", "tiles") or min(self.size, self.tiles) < 1:
-            raise UserError(f"how={self.how}, size={self.size}, tiles={self.tiles} is no image processor.")
+            raise ValueError(f"how={self.how}, size={self.size}, tiles={self.tiles} is no image processor.")
         if self.resample not in range(6):
-            raise UserError(f"resample={self.resample} is none of Pillow's filters, 0 to 5.")
+            raise ValueError(f"resample={self.resample} is none of Pillow's filters, 0 to 5.")
         if self.zoom < 1:
-            raise UserError(f"the crop of {self.size} pixels is larger than what it is cut from.")
+            raise ValueError(f"the crop of {self.size} pixels is larger than what it is cut from.")
         if min(*self.std, self.levels) <= 0:
-            raise UserError(f"std {self.std} and the grey levels {self.levels} are divisors and must be positive.")
+            raise ValueError(f"std {self.std} and the grey levels {self.levels} are divisors and must be positive.")
 
 
 def normalize(squares: np.ndarray, p: Processor) -> Tensor:
@@ -149,7 +148,7 @@ class Document:
         if special and text == "<image>":
             return self.image()
         if special and text not in t.special:
-            raise UserError(f"this tokenizer has no token {text}, which the chat form needs; take another of {', '.join(TEMPLATES)}.")
+            raise ValueError(f"this tokenizer has no token {text}, which the chat form needs; take another of {', '.join(TEMPLATES)}.")
         if special:
             return self.ids([] if self.tokens == [t.bos] == [t.special[text]] else [t.special[text]], learn)
         # LLaVA encodes what follows a picture as a text of its own
@@ -363,7 +362,7 @@ class Shapes:
 
     def __init__(self, split: str = "train", seed: int = 0):
         if split not in ("train", "val", "test", "all"):
-            raise UserError(f'shapes has no split "{split}"; known: train, val, test, all.')
+            raise ValueError(f'shapes has no split "{split}"; known: train, val, test, all.')
         self.split, self.seed = split, seed
         self.allowed = {"train": SEEN, "val": SEEN}.get(split, SEEN + HELD_OUT)
         self.asked = {"train": SEEN, "val": SEEN, "test": HELD_OUT}.get(split, SEEN + HELD_OUT)

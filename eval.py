@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import data
-from model import Bridge, Decoder, IMAGE, VLM
+from model import Decoder, IMAGE, VLM
 from support.formats.files import UserError, nearest, read_json, write_json
 from support.formats.hub import fetch, is_hub_name, print_licence, tower_folder
 from support.formats.llama import load_decoder
@@ -506,7 +506,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = attention_on_target(vlm, tokenizer, args.items)
             print(f"{Path(run).name}: attention in %, by chance a cell has a ninth of the picture's\n"
                   f"{format_table(rows) if rows else 'no question was answered right'}\n")
-            if type(vlm.bridge).prefix is not Bridge.prefix:
+            if vlm.bridge.soft_tokens:
                 rows = words_on_target(vlm, tokenizer, args.items)
                 print(f"its words among the 5 nearest to the soft token of a thing, in %\n{format_table(rows)}\n")
         return

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
+import difflib
 from typing import Callable, Iterator
 
 import torch
@@ -22,7 +23,12 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from support.formats.files import UserError
+
+def nearest(wrong: str, known) -> str:
+    """The end of a message about an unknown name: the most similar known one, then all of them."""
+    near = difflib.get_close_matches(wrong, known, 1)
+    return (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(known)}."
+
 
 IGNORE = -100  # label of a position that carries no loss
 IMAGE = -200   # stands in `tokens` where an image stands in the text (LLaVA's sentinel id)
@@ -132,11 +138,12 @@ class Bridge(nn.Module):
         before(layer, x, visual)  → x after a block that runs before layer ℓ
 
     A bridge owns all of its parameters and the decoder owns none of them: `bridge.state_dict()` is what a run saves.
-    `reads_layer` is the ViT hidden state it wants (−2: the input of the last block), `reads_cls` whether the class token
+    `reads` is the ViT hidden state it wants (−2: the input of the last block), `reads_cls` whether the class token
     comes along.
     """
     name = "none"
-    reads_layer, reads_cls = -2, False
+    soft_tokens = False                     # True: `prefix` gives the tokens that stand in the place of each image
+    reads, reads_cls = -2, False
     looks = "decoder.layers.*.attention"    # the names in `watching` of the words' attention to the visual tokens
     options: dict = {}                      # keyword arguments it was built with, for config.json
 
@@ -161,9 +168,14 @@ class Bridge(nn.Module):
         """
         return torch.eye(features.shape[1], device=features.device).expand(len(features), -1, -1)
 
-    def vitals(self) -> dict[str, float]:
-        """The bridge's own numbers for the line of progress (mean |gate|, …)."""
-        return {}
+    def gates(self) -> Tensor | None:
+        """(layers, gates of a layer) float32: what multiplies the bridge's terms, a row per layer of `gated_layers`; None: no gate."""
+        return None
+
+    @property
+    def gated_layers(self) -> list[int]:
+        """The decoder's layers that the rows of `gates` belong to."""
+        return []
 
 
 @dataclass
@@ -201,12 +213,12 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.tied and self.extra_tokens:
-            raise UserError(f"a tied output projection has a row for every id: {self.extra_tokens} ids cannot be read only.")
+            raise ValueError(f"a tied output projection has a row for every id: {self.extra_tokens} ids cannot be read only.")
         if self.heads % self.kv_heads:
-            raise UserError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
                             "num_attention_heads must be a multiple of num_key_value_heads.")
         if self.head_width % 2:
-            raise UserError(f"RoPE rotates pairs, so the head width must be even, not {self.head_width}.")
+            raise ValueError(f"RoPE rotates pairs, so the head width must be even, not {self.head_width}.")
 
 
 def rope_frequencies(config: DecoderConfig, device=None) -> Tensor:
@@ -476,7 +488,7 @@ class Decoder(nn.Module):
         """The new tokens only, (B, T_new) int64; arguments as in `stream`. beams > 1: beam search (no sampling)."""
         from support.plumbing.packed import packed
         if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
         with packed(self) if max_new_tokens >= 16 else contextlib.nullcontext():
             if beams > 1:
                 return self.beam_search(tokens, max_new_tokens, beams, length_penalty, **kw)
@@ -582,11 +594,11 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.image_size < self.patch:            # a remainder is allowed: SigLIP so400m has 384 pixels and patches of 14
-            raise UserError(f"a {self.image_size}-pixel image has no room for a {self.patch}-pixel patch.")
+            raise ValueError(f"a {self.image_size}-pixel image has no room for a {self.patch}-pixel patch.")
         if self.width % self.heads:
-            raise UserError(f"a ViT of width {self.width} does not divide into {self.heads} heads.")
+            raise ValueError(f"a ViT of width {self.width} does not divide into {self.heads} heads.")
         if self.act not in ACTIVATIONS:
-            raise UserError(f'unknown activation "{self.act}"; known: {", ".join(ACTIVATIONS)}.')
+            raise ValueError(f'unknown activation "{self.act}"; known: {", ".join(ACTIVATIONS)}.')
 
     @property
     def tokens(self) -> int:
@@ -612,7 +624,7 @@ class EncoderBlock(nn.Module):
                  gated: bool = False):
         super().__init__()
         if width % heads:
-            raise UserError(f"a block of width {width} does not divide into {heads} heads.")
+            raise ValueError(f"a block of width {width} does not divide into {heads} heads.")
         self.heads, self.act = heads, ACTIVATIONS[act]
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=attention_bias) for _ in range(4))
@@ -702,7 +714,7 @@ class ViT(nn.Module):
         n = self.config.layers
         layer = layer if layer >= 0 else n + 1 + layer
         if not 0 <= layer <= n:
-            raise UserError(f"this ViT has hidden states 0 to {n}, there is no state {layer}.")
+            raise ValueError(f"this ViT has hidden states 0 to {n}, there is no state {layer}.")
         x = self(pixels, depth=layer)
         return x if cls or not self.config.cls else x[:, 1:]
 
@@ -722,7 +734,7 @@ class VLM(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """(ΣM, 3, S, S) → (ΣM, N, Di): the hidden state that this bridge reads."""
-        return self.vit.features(pixels, self.bridge.reads_layer, self.bridge.reads_cls)
+        return self.vit.features(pixels, self.bridge.reads, self.bridge.reads_cls)
 
     def prepare(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None, labels: Tensor | None = None,
                 left: bool | None = None, bridge_tokens: Tensor | None = None, bridge_mask: Tensor | None = None):
@@ -735,7 +747,7 @@ class VLM(nn.Module):
         """
         is_image = tokens == IMAGE
         if int(is_image.sum()) != len(features):
-            raise UserError(f"the text has {int(is_image.sum())} image placeholders but {len(features)} images were given.")
+            raise ValueError(f"the text has {int(is_image.sum())} image placeholders but {len(features)} images were given.")
         real = torch.ones_like(is_image) if mask is None else mask.bool()
         row, column = is_image.nonzero(as_tuple=True)                           # (ΣM,) row by row, from left to right
         seen = is_image.cumsum(1)                                               # (B, T) images at or before each position

@@ -64,9 +64,9 @@ WEIGHTS = "weights"                                     # the bundled backbones:
 MUON = dict(optimizer="muon")
 
 # The bundled ViT is probed at layer −2, so every toy bridge reads it there.
-LINEAR_OPTIONS, MLP_OPTIONS = dict(reads_layer=-2), dict(reads_layer=-2)
-QFORMER_OPTIONS = dict(reads_layer=-2, queries=16, width=128, layers=2, heads=4, hidden=512, dropout=0.0)
-ZERO_INIT_OPTIONS = dict(reads_layer=-2, prompts=16, adapted=4, version=2, width=128, depth=2, heads=4)
+LINEAR_OPTIONS, MLP_OPTIONS = dict(reads=-2), dict(reads=-2)
+QFORMER_OPTIONS = dict(reads=-2, queries=16, width=128, layers=2, heads=4, hidden=512, dropout=0.0)
+ZERO_INIT_OPTIONS = dict(reads=-2, prompts=16, adapted=4, version=2, width=128, depth=2, heads=4)
 LLAVA_NUMBERS = dict(weight_decay=0.0, warmup=0.03, beta2=0.999, clip=1.0)
 ADAPTER_NUMBERS = dict(weight_decay=0.02, warmup=0.4, beta2=0.95, clip=0)      # 2 of 5 epochs warm up
 RECIPES = {
@@ -79,7 +79,7 @@ RECIPES = {
     "mapl": Recipe(
         "MAPL (2210.07179v2 §3.3): the mapper learns", "CC-clean, 374K captions: 2,922 steps are an epoch, early stopping says how many",
         Numbers(3e-4, 128, 2922, 1500, "constant", 0.01, 0.95, 0), Numbers(2e-3, 64, 800, **MUON), "mapl",
-        options=dict(reads_layer=-2, constants=16, width=128, layers=2, heads=4)),
+        options=dict(reads=-2, constants=16, width=128, layers=2, heads=4)),
     "qformer": Recipe(
         "BLIP-2 stage 2 without stage 1 (2301.12597v3 §3.3): the Q-Former learns", "129M pairs",
         Numbers(1e-4, 1920, 80000, 2000, weight_decay=0.05, clip=0), Numbers(2e-3, 64, 1200, **MUON), "qformer", options=QFORMER_OPTIONS),
@@ -89,16 +89,16 @@ RECIPES = {
     "flamingo": Recipe(
         "Flamingo (2204.14198v2 §2.4): resampler and gated blocks learn; Σ_m λ_m E_m, one update for all data sets",
         "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03", Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000, **MUON),
-        "flamingo", options=dict(reads_layer=-2, every=1, latents=16, depth=2, heads=4, head_width=32)),
+        "flamingo", options=dict(reads=-2, every=1, latents=16, depth=2, heads=4, head_width=32)),
     "flamingo-mixture": Recipe(
         "Flamingo's weighted sum on two toy data sets: single pictures and interleaved pages", "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
         Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000, **MUON), "flamingo",
-        options=dict(reads_layer=-2, every=1, latents=16, depth=2, heads=4, head_width=32), toy_data="shapes + shapes-pages * 0.5"),
+        options=dict(reads=-2, every=1, latents=16, depth=2, heads=4, head_width=32), toy_data="shapes + shapes-pages * 0.5"),
 
     "idefics": Recipe(
         "IDEFICS 9B: resampler, gated blocks and the new words learn", "OBELICS, LAION, Wikipedia, PMD; 1.3M tokens a batch",
         Numbers(1e-5, 1280, 200000, 2000, weight_decay=0.1, beta2=0.999), Numbers(2e-3, 64, 1000, **MUON), "idefics",
-        options=dict(reads_layer=-2, every=1, latents=16, depth=2, resampler_heads=4, resampler_head_width=32)),
+        options=dict(reads=-2, every=1, latents=16, depth=2, resampler_heads=4, resampler_head_width=32)),
 
     "llava-1": Recipe(
         "LLaVA stage 1, captions alone: W learns to align", "CC3M, 595K pairs, 1 epoch", Numbers(2e-3, 128, 4650, **LLAVA_NUMBERS),
@@ -115,7 +115,7 @@ RECIPES = {
     "frozen": Recipe(
         "Frozen (2106.13884v2 §3.2): the vision encoder and its map to 2 tokens learn THROUGH the frozen decoder", "CC3M, 3.3M pairs",
         Numbers(3e-4, 128, 39000, 1, "constant", 0.0, 0.95, 0), Numbers(2e-3, 64, 1000, **MUON), "frozen", ("bridge", "vit"),
-        options=dict(reads_layer=-1, tokens=2)),
+        options=dict(reads=-1, tokens=2)),
     "blip2-1": Recipe(
         "BLIP-2 stage 1 (§3.2): ITC + ITM + ITG, no decoder", "129M pairs", Numbers(1e-4, 2320, 250000, 2000, weight_decay=0.05, clip=0),
         Numbers(1e-3, 64, 600), "qformer", task="stage1", options=QFORMER_OPTIONS),
@@ -371,7 +371,7 @@ class AnswerTask(Task):
         self.K = self.unfolded()
         for name in (s.lm, s.vit) if ranks.first and s.vit != "random" else ():
             print_licence(name, resolve_folder(name))
-        if s.pack and type(self.module.bridge).prefix is Bridge.prefix:
+        if s.pack and not self.module.bridge.soft_tokens:
             raise UserError(f"--pack: a {s.bridge} bridge reaches into the layers, where documents in one row would share its image; "
                             "it packs for prefix bridges only.")
         V = self.module.decoder.config.vocab_size
@@ -396,7 +396,7 @@ class AnswerTask(Task):
     def unfolded(self) -> int:
         """K: how many positions one image takes in the decoder."""
         vit, bridge = self.module.vit.config, self.module.bridge
-        if type(bridge).prefix is Bridge.prefix:
+        if not bridge.soft_tokens:
             return 1
         tokens = vit.tokens - (vit.cls and not bridge.reads_cls)
         return bridge.prefix(bridge.see(next(bridge.parameters()).new_zeros(1, tokens, vit.width))).shape[1]
@@ -491,14 +491,12 @@ class AnswerTask(Task):
         return flops / count_positions(piece, self.K)
 
     def vitals(self) -> dict:
-        return self.module.bridge.vitals()
+        gates = self.module.bridge.gates()
+        return {} if gates is None else {"gate": gates.abs().mean().item()}
 
     def details(self) -> dict:
-        bridge = self.module.bridge
-        if not hasattr(bridge, "gates"):
-            return {}
-        layers = range(bridge.first, self.module.decoder.config.layers, getattr(bridge, "every", 1))
-        return {"gates": bridge.gates().tolist(), "layers": list(layers)}       # a row of gates per layer
+        bridge, gates = self.module.bridge, self.module.bridge.gates()
+        return {} if gates is None else {"gates": gates.tolist(), "layers": bridge.gated_layers}   # a row per layer
 
     def save(self, out: Path, facts: dict) -> None:
         folders = {}

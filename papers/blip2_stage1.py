@@ -15,7 +15,7 @@ from bridges import QFormer
 from model import IGNORE, ViT
 from papers import make_bridge
 from papers.recipe import Recipe, Task
-from support.formats.files import UserError, write_json, write_tensors
+from support.formats.files import write_json, write_tensors
 
 if TYPE_CHECKING:
     from support.plumbing.ranks import Ranks
@@ -64,8 +64,8 @@ class Stage1(nn.Module):
         if image.ndim == 3:
             return image
         if self.vit is None:
-            raise UserError('this first stage came without its ViT; give features, or name a folder as "vit" in its config.json.')
-        return self.vit.features(image, self.qformer.reads_layer, self.qformer.reads_cls)
+            raise ValueError('this first stage came without its ViT; give features, or name a folder as "vit" in its config.json.')
+        return self.vit.features(image, self.qformer.reads, self.qformer.reads_cls)
 
     def encode(self, image: Tensor, tokens: Tensor | None = None, kind: str = "itm", mask: Tensor | None = None):
         """Query states (B, Q, W) and text states (B, T, W); kind: itm | itg | itc, see `qformer_mask`."""
@@ -86,7 +86,7 @@ class Stage1(nn.Module):
     def itg(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, V): logits of the word after each word; tokens[:, 0] is replaced by [DEC]."""
         if not self.full:
-            raise UserError("this first stage has no captioning head (transformers does not keep it); load the authors' file.")
+            raise ValueError("this first stage has no captioning head (transformers does not keep it); load the authors' file.")
         tokens = torch.cat((torch.full_like(tokens[:, :1], self.dec), tokens[:, 1:]), dim=1)
         t = self.word_norm(F.gelu(self.word_head(self.encode(image, tokens, "itg", mask)[1])))
         return F.linear(t, (self.word_matrix or self.qformer.words).weight, self.word_bias)             # (S3)
@@ -110,7 +110,7 @@ class Stage1(nn.Module):
         """
         B, own = len(tokens), torch.arange(len(tokens), device=tokens.device)
         if B < 2:
-            raise UserError("the first stage learns by contrast, so a batch needs 2 pairs or more; this one has 1.")
+            raise ValueError("the first stage learns by contrast, so a batch needs 2 pairs or more; this one has 1.")
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         image = self.features(image)
         s = self.itc(image, tokens, mask)                                       # (B images, B texts)

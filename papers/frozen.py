@@ -17,7 +17,7 @@ class Frozen(Bridge):
 
     (R1)  H_v = reshape(W z + b)
     """
-    name, reads_layer = "frozen", -1
+    name, soft_tokens, reads = "frozen", True, -1
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, tokens: int = 2):
         super().__init__()

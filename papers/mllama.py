@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from bridges import Flamingo
 from model import (Block, Bridge, DecoderConfig, EncoderBlock, ImagePositions, RMSNorm, ViTConfig, attend,
                    merge_heads, split_heads, visible_to_bias)
-from support.formats.files import UserError
 
 
 @dataclass
@@ -51,7 +50,7 @@ class TiledViTConfig(ViTConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.width != self.inner * (1 + len(self.taps)) or not all(0 <= i < self.layers for i in self.taps):
-            raise UserError(f"features of width {self.width} are not {self.inner} times one more than the "
+            raise ValueError(f"features of width {self.width} are not {self.inner} times one more than the "
                             f"{len(self.taps)} tapped blocks {list(self.taps)}, or one of these is not among the {self.layers}.")
 
 
@@ -110,10 +109,10 @@ class TiledViT(nn.Module):
         """What a bridge reads: the features of every tile, with the aspect and the mask they belong to."""
         c = self.config
         if layer != -1 or not cls:
-            raise UserError(f"a tower of tiles is read with reads_layer=-1, reads_cls=True, not {layer} and {cls}.")
+            raise ValueError(f"a tower of tiles is read with reads=-1, reads_cls=True, not {layer} and {cls}.")
         if not isinstance(pixels, Tiles) or pixels.pixels.shape[1:] != (c.tiles, 3, c.image_size, c.image_size):
             got = f"Tiles of shape {tuple(pixels.pixels.shape)}" if isinstance(pixels, Tiles) else type(pixels).__name__
-            raise UserError(f"this tower reads Tiles of shape (images, {c.tiles}, 3, {c.image_size}, {c.image_size}), "
+            raise ValueError(f"this tower reads Tiles of shape (images, {c.tiles}, 3, {c.image_size}, {c.image_size}), "
                             f"not {got}; make them with Tiles(*data.tile_pixels(images, …)).")
         return Tiles(self(pixels), pixels.aspect, pixels.mask)
 
@@ -161,7 +160,7 @@ class Mllama(Bridge):
 
     `layers` counts OUR decoder's layers: what published files have at 3, 8, 13, … of 40 stands before 3, 7, 11, … of 32.
     """
-    name, reads_layer, reads_cls = "mllama", -1, True
+    name, reads, reads_cls = "mllama", -1, True
     looks = "bridge.blocks.*"
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, layers: list[int] | None = None, leak: bool = False):
@@ -200,4 +199,8 @@ class Mllama(Bridge):
     def made_of(self, attention: dict[str, Tensor], features: Tiles) -> Tensor:
         return super().made_of(attention, features.pixels.flatten(1, 2))        # (ΣM, tiles·N, tiles·N)
 
-    gates, vitals = Flamingo.gates, Flamingo.vitals
+    gates = Flamingo.gates
+
+    @property
+    def gated_layers(self) -> list[int]:
+        return self.layers

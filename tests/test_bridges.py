@@ -16,7 +16,7 @@ from bridges import (Flamingo, GatedCrossAttention, Linear, MAPL, MLP, QFormer, 
 from papers import ALL_BRIDGES, make_bridge
 from papers.blip2_stage1 import Stage1
 from conftest import SMALL, TINY, TINY_VIT, check, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
-from model import (Bridge, Cache, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM, ViT, ViTConfig,
+from model import (Bridge, Cache, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM, ViTConfig,
                    next_token_loss, rope_frequencies)
 from support.formats.checkpoint import Checkpoint, expand, fill
 from support.formats.files import UserError, write_tensors
@@ -613,7 +613,7 @@ def test_a_learned_time_tells_images_apart():
     f = images(1).expand(2, -1, -1)                                             # the same picture twice
     latents = vlm.bridge.see(f, vlm.prepare(TWO, f)[0]["visual"]["where"])["kv"][0][0][0]
     assert (latents[:, :3] - latents[:, 3:]).abs().max() > 1e-2
-    with pytest.raises(UserError, match="image number 3 .* 2 time embeddings"):
+    with pytest.raises(ValueError, match="image number 3 .* 2 time embeddings"):
         vlm(torch.tensor([[IMG, IMG, IMG, 4]]), features=images(3))
 
 
@@ -677,7 +677,7 @@ def test_the_instruction_reaches_the_queries_and_only_they_go_on():
         silent, a, b = (vlm(tokens, features=images(1), bridge_tokens=t) for t in (None, TEXT, TEXT.flip(1)))
     assert silent.shape == a.shape == (1, 3 + 2, 61)
     assert (a - b).abs().max() > 1e-3 and (a - silent).abs().max() > 1e-3
-    with pytest.raises(UserError, match="without its text branch.*vocab=30523"):
+    with pytest.raises(ValueError, match="without its text branch.*vocab=30523"):
         tiny_vlm("qformer")(tokens, features=images(1), bridge_tokens=TEXT)
 
 
@@ -781,9 +781,9 @@ def test_the_loss_is_the_cross_entropy_of_the_shifted_labels():
 
 
 def test_a_wrong_number_of_images_is_said_in_words():
-    with pytest.raises(UserError, match="2 image placeholders but 1 images"):
+    with pytest.raises(ValueError, match="2 image placeholders but 1 images"):
         tiny_vlm("linear")(TWO, features=images(1))
-    with pytest.raises(UserError, match="one image per text"):
+    with pytest.raises(ValueError, match="one image per text"):
         tiny_vlm("zero_init")(TWO, features=images(2))
 
 
@@ -922,7 +922,7 @@ def test_pixels_and_cached_features_are_the_same(name):
     with torch.no_grad():
         features = vlm.features(pixels)
         assert features.shape == (2, N - (not vlm.bridge.reads_cls), TINY_VIT.width)
-        hidden = vlm.vit(pixels, return_hidden=True)[vlm.bridge.reads_layer]
+        hidden = vlm.vit(pixels, return_hidden=True)[vlm.bridge.reads]
         assert torch.equal(features, hidden if vlm.bridge.reads_cls else hidden[:, 1:])
         assert torch.equal(vlm(tokens, pixels), vlm(tokens, features=features))
 
@@ -932,10 +932,10 @@ def test_pixels_and_cached_features_are_the_same(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_run_folder_loads_back_to_the_bit(name, tmp_path):
-    vlm = tiny_vlm(name, image_token=7, reads_layer=-3)
+    vlm = tiny_vlm(name, image_token=7, reads=-3)
     save_vlm(vlm, tmp_path)
     again = load_vlm(tmp_path)
-    assert (again.bridge.name, again.bridge.reads_layer, again.image_token) == (name, -3, 7)
+    assert (again.bridge.name, again.bridge.reads, again.image_token) == (name, -3, 7)
     pixels, tokens = torch.randn(1, 3, 24, 24, generator=G()), torch.tensor([[3, IMG, 4]])
     with torch.no_grad():
         assert torch.equal(again(tokens, pixels), vlm(tokens, pixels))
@@ -966,7 +966,7 @@ def test_a_bridge_owns_all_of_its_parameters_and_the_decoder_none():
         ("qfomer", {}, 'unknown bridge "qfomer"; did you mean "qformer"'),
         ("zzz", {}, "Known: linear, mlp, frozen, mapl, qformer, zero_init, flamingo"),
         ("mapl", dict(constant=3), 'mapl has no option "constant"; did you mean "constants"'),
-        ("linear", dict(read_layer=1), 'did you mean "reads_layer"'),
+        ("linear", dict(read=1), 'did you mean "reads"'),
         ("flamingo", dict(xyz=1), "Known: every, first"),
         ("zero_init", dict(adapted=5), "topmost 5 layers, but the decoder has 4"),
         ("zero_init", dict(adapted=0), "adapted=1..4"),
@@ -979,7 +979,7 @@ def test_a_bridge_owns_all_of_its_parameters_and_the_decoder_none():
     ],
 )
 def test_an_unknown_name_or_impossible_option_is_said_in_words(name, options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         make_bridge(name, TINY, 20, **options)
 
 

@@ -110,7 +110,7 @@ def read_lavis(c: dict, path: Path) -> tuple[Stage1, Fills]:
     vit = ViT(config) if config else None
     former = QFormer(None, config.width if config else c.get("encoder_width", 1408), c.get("num_query_token", 32),
                      **qformer_options({"vocab_size": 30523, **c}, where, True))
-    former.reads_layer = c.get("vit_layer", -1)
+    former.reads = c.get("vit_layer", -1)
     names = qformer_names("lavis", len(former.layers), "qformer.")
     matrix, words = names["word_matrix.weight"], names["words.weight"]
     tied = not {matrix, words} <= set(file.where) or torch.equal(file.get(matrix), file.get(words))

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import tempfile
@@ -12,15 +11,22 @@ from typing import Iterator
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model import nearest                           # noqa: F401  (asked for here by the readers of files)
+
 
 class UserError(ValueError):
     """A mistake of the user's: one sentence that says what is wrong, where, and what to do. The CLIs exit with code 2."""
 
 
-def nearest(wrong: str, known) -> str:
-    """The end of a message about a name that nobody knows."""
-    near = difflib.get_close_matches(wrong, known, 1)
-    return (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(known)}."
+@contextlib.contextmanager
+def at_the_door(where: str = "") -> Iterator[None]:
+    """A number that the math refuses (ValueError) becomes the user's mistake, with the place where it stands in front."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"{where}: {e}" if where else str(e)) from None
 
 
 def read_json(path: Path) -> dict:

@@ -78,6 +78,8 @@ def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
             mlp_bias=c.get("mlp_bias", False), context=context, extra_tokens=c.get("extra_tokens", 0))
     except KeyError as e:
         raise UserError(f"{where}: the key {e} is missing; a Llama config.json has it.") from None
+    except ValueError as e:
+        raise UserError(f"{where}: {e}") from None
 
 
 def meta_decoder_config(path: Path, checkpoint: Checkpoint) -> DecoderConfig:

@@ -28,7 +28,7 @@ def llava_hf(c: dict, path: Path) -> tuple[VLM, Fills]:
         raise UserError(f"{where}: features of several layers and projectors other than Linear, GELU, Linear are not supported.")
     decoder = Decoder(decoder_config({"tie_word_embeddings": c.get("tie_word_embeddings", False), **LLAMA_DEFAULTS, **c["text_config"]}, where))
     vit = ViT(vit_config({**CLIP_DEFAULTS, **c["vision_config"]}, where)[0])
-    vlm = VLM(vit, make_bridge("mlp", decoder.config, vit.config.width, reads_layer=layer, reads_cls=keep), decoder)
+    vlm = VLM(vit, make_bridge("mlp", decoder.config, vit.config.width, reads=layer, reads_cls=keep), decoder)
     tower = file.prefix("vision_tower.vision_model.", "model.vision_tower.vision_model.", "model.vision_tower.", "vision_tower.")
     trunk = file.prefix("language_model.model.", "model.language_model.")
     head = "language_model." if trunk == "language_model.model." else ""
@@ -48,7 +48,7 @@ def llava_original(c: dict, path: Path) -> tuple[VLM, Fills]:
     config, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
     decoder = Decoder(decoder_config(c, where))
     bridge = make_bridge("linear" if kind == "linear" else "mlp", decoder.config, config.width,
-                         reads_layer=c.get("mm_vision_select_layer", -2), reads_cls=c.get("mm_vision_select_feature", "patch") == "cls_patch")
+                         reads=c.get("mm_vision_select_layer", -2), reads_cls=c.get("mm_vision_select_feature", "patch") == "cls_patch")
     vlm = VLM(ViT(config), bridge, decoder)
     names = {**decoder_names(decoder.config, ours="decoder."),
              **{f"bridge.{a}.{w}": f"model.mm_projector.{b}{w}" for w in WB for a, b in ours[kind].items()}}
@@ -91,6 +91,6 @@ def save_llava(vlm: VLM, path: Path) -> None:
     write_json(path / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": image,
         "image_seq_length": vlm.vit.config.tokens - (vlm.vit.config.cls and not bridge.reads_cls), "projector_hidden_act": "gelu",
-        "vision_feature_layer": bridge.reads_layer, "tie_word_embeddings": c.tied,
+        "vision_feature_layer": bridge.reads, "tie_word_embeddings": c.tied,
         "vision_feature_select_strategy": "full" if bridge.reads_cls or not vlm.vit.config.cls else "default",
         "text_config": {**hf_decoder_config(c), "vocab_size": rows}, "vision_config": hf_vit_config(vlm.vit.config)})

@@ -83,6 +83,8 @@ def vit_config(c: dict, where: str = "config.json") -> tuple[ViTConfig, str]:
                          **flags), family
     except KeyError as e:
         raise UserError(f"{where}: the key {e} is missing; a {kind} config.json has it.") from None
+    except ValueError as e:
+        raise UserError(f"{where}: {e}") from None
 
 
 def openai_vit_config(checkpoint: Checkpoint, heads: int | None = None) -> ViTConfig:

@@ -13,7 +13,7 @@ from papers import make_bridge
 from support.formats.adapter import adapter_file, save_peft
 from support.formats.blip2 import qformer_file, read_blip2, read_lavis, read_own_stage1
 from support.formats.checkpoint import Checkpoint, fill
-from support.formats.files import UserError, nearest, read_json, write_json, write_tensors
+from support.formats.files import UserError, at_the_door, nearest, read_json, write_json, write_tensors
 from support.formats.flamingo import openflamingo_file, read_idefics
 from support.formats.hub import tower_folder
 from support.formats.llama import load_decoder, save_decoder
@@ -61,13 +61,15 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
             raise UserError(f'{path}/config.json: neither a run of train.py ("bridge" is missing) nor a vision-language model that '
                             f'is known here (model_type "{kind}"); {nearest(kind, LAYOUTS)}')
         with torch.device("meta"):
-            vlm, fills = LAYOUTS[kind](c, path)
+            with at_the_door(f"{path}/config.json"):
+                vlm, fills = LAYOUTS[kind](c, path)
         for module, checkpoint, names, optional in fills:
             fill(module, checkpoint, names, optional, device, dtype or torch.float32)
         return vlm.eval()
     vit, decoder = load_vit(tower_folder(path, c["vit"]), device, dtype), load_decoder(tower_folder(path, c["decoder"]), device, dtype)
     with torch.device("meta"):
-        bridge = make_bridge(c["bridge"], decoder.config, vit.config.width, **c["bridge_options"])
+        with at_the_door(f"{path}/config.json"):
+            bridge = make_bridge(c["bridge"], decoder.config, vit.config.width, **c["bridge_options"])
     load_bridge_file(bridge, path / "bridge.safetensors", device, dtype)
     return VLM(vit, bridge, decoder, c.get("image_token")).eval()
 
@@ -105,7 +107,8 @@ def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dt
         beside |= {"n_layers": decoder.layers}
     checkpoint = Checkpoint(path)
     with torch.device("meta"):
-        bridge, names, optional = BRIDGE_FILES[name](checkpoint, beside, **options)
+        with at_the_door(str(path)):
+            bridge, names, optional = BRIDGE_FILES[name](checkpoint, beside, **options)
     fill(bridge, checkpoint, names, optional, device, dtype or torch.float32)
     return bridge.eval()
 

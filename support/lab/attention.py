@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import data
-from model import Bridge, IMAGE, VLM
+from model import IMAGE, VLM
 from support.formats.files import UserError
 from support.formats.pictures import PROCESSORS
 from support.formats.tokenizers import Tokenizer
@@ -69,10 +69,11 @@ def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, prompt: str, 
     from PIL import Image, ImageDraw
     document, features = data.Document(tokenizer).image().add(prompt), vlm.features(pixels)
     words, patches = attention_to_patches(vlm, torch.tensor([document.tokens], device=pixels.device), features)
-    p, prefix = vlm.processor or PROCESSORS["clip"], type(vlm.bridge).prefix is not Bridge.prefix
+    p, prefix = vlm.processor or PROCESSORS["clip"], vlm.bridge.soft_tokens
     picture = pixels[0].cpu().movedim(0, -1) * torch.tensor(p.std) + torch.tensor(p.mean)   # as the ViT sees it
     picture = (255 * picture).clip(0, 255).numpy()
-    gates = vlm.bridge.gates().abs().mean(-1) if hasattr(vlm.bridge, "gates") else [None] * len(words)
+    gates = vlm.bridge.gates()
+    gates = [None] * len(words) if gates is None else gates.abs().mean(-1)
     said = [ascii(tokenizer.decode([t])) for t in document.tokens[-words.shape[2]:]]
     out.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Bridge, VLM
+from model import VLM
 from support.formats.files import UserError
 from support.formats.tokenizers import Tokenizer
 
@@ -18,7 +18,7 @@ def nearest_words(vlm: VLM, tokenizer: Tokenizer, features: Tensor, k: int = 5) 
 
     Lengths are left out because soft tokens are far longer than words (mlp on shapes: 54 against 1.8 of the world's own words).
     """
-    if type(vlm.bridge).prefix is Bridge.prefix:
+    if not vlm.bridge.soft_tokens:
         raise UserError(f"a {vlm.bridge.name} bridge puts no soft tokens among the words, so none has a nearest word.")
     soft = vlm.bridge.prefix(vlm.bridge.see(features))[0].float()               # (K, D)
     words = vlm.decoder.embed.weight[:vlm.decoder.config.vocab_size].float()

@@ -24,7 +24,7 @@ class FeatureCache:
     """
 
     def __init__(self, s: Settings, vlm: VLM, rank: int = 0):
-        digest = hashlib.sha256(repr((vlm.vit.config, vlm.bridge.reads_layer, vlm.bridge.reads_cls, s.data, s.seed, s.frozen, s.dtype)).encode())
+        digest = hashlib.sha256(repr((vlm.vit.config, vlm.bridge.reads, vlm.bridge.reads_cls, s.data, s.seed, s.frozen, s.dtype)).encode())
         for p in vlm.vit.parameters():
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
         tokens = vlm.vit.config.tokens - (vlm.vit.config.cls and not vlm.bridge.reads_cls)

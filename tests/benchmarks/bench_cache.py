@@ -98,7 +98,7 @@ if __name__ == "__main__":
                 "--captions",
                 "1",
                 "--option",
-                "reads_layer=-2",
+                "reads=-2",
             ]
             rows.append(compare(f"{bridge} (toy), bundled decoder + ViT-B/16, batch 16", argv, 4, 1, 3))
         if len(sys.argv) > 1:
@@ -119,7 +119,7 @@ if __name__ == "__main__":
                     "--captions",
                     "1",
                     "--option",
-                    "reads_layer=-2",
+                    "reads=-2",
                 ]
                 rows.append(
                     compare(f"{bridge} (published size), SmolLM2-135M + ViT-B/16, batch 8", argv, 2, 1, 2)

@@ -281,7 +281,7 @@ def composed(a, folder: Path, side: str, name: str):
         )
         if name == "linear":
             from papers import make_bridge
-            mine = make_bridge("linear", decoder.config, Di, reads_layer=-2)
+            mine = make_bridge("linear", decoder.config, Di, reads=-2)
             mine.map.load_state_dict(bridge["map"].state_dict())
         else:
             with tempfile.TemporaryDirectory() as tmp:

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from papers import make_bridge                                                 # noqa: E402  (after the path)
-from conftest import TINY, TINY_VIT, stir, tiny_decoder                         # noqa: E402
+from conftest import TINY_VIT, stir, tiny_decoder                         # noqa: E402
 from model import IMAGE, VLM, ViT
 from support.formats.vlm import load_vlm, save_vlm                           # noqa: E402
 
@@ -82,7 +82,7 @@ if __name__ == "__main__":
         "mlp, CLIP ViT, untied": llava("mlp", TINY_VIT, False, 7),
         "mlp, CLIP ViT, tied, no word for the image": llava("mlp", TINY_VIT, True, None),
         "mlp, last layer with the class token": llava(
-            "mlp", TINY_VIT, False, 7, reads_layer=-1, reads_cls=True
+            "mlp", TINY_VIT, False, 7, reads=-1, reads_cls=True
         ),
         "mlp, SigLIP ViT": llava("mlp", SIGLIP, False, 7),
         "linear, CLIP ViT": llava("linear", NARROW, False, 7),

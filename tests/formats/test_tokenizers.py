@@ -567,7 +567,7 @@ def test_a_conversation_that_cannot_be_written_is_refused_in_one_sentence(smol):
     ):
         with pytest.raises(UserError, match="conversation of"):
             TEMPLATES["chatml"].spans(messages)
-    with pytest.raises(UserError, match="no token </s>"):
+    with pytest.raises(ValueError, match="no token </s>"):
         Document(smol).chat(
             [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], False, "vicuna"
         )

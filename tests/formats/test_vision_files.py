@@ -57,7 +57,7 @@ def test_features_are_the_hidden_state_of_that_layer(name):
             check(case, f"features({layer}, cls)", vit.features(x["pixel_values"], layer, cls=True), state)
         assert len(vit.blocks) == L  # looking at an early layer leaves the tower whole
         for layer in (L + 1, -L - 2):
-            with pytest.raises(UserError, match=f"hidden states 0 to {L}"):
+            with pytest.raises(ValueError, match=f"hidden states 0 to {L}"):
                 vit.features(x["pixel_values"], layer)
 
 

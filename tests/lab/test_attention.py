@@ -83,7 +83,7 @@ def test_watching_changes_nothing_and_leaves_nothing_behind(name):
 
 def test_a_forward_that_fails_leaves_nothing_behind():
     vlm = vlm_of("mapl")
-    with pytest.raises(UserError):
+    with pytest.raises(ValueError):
         vlm(TOKENS[:, 2:], PIXELS, return_attention=True)
     assert model.SHOW == [] and not any(m._forward_hooks or m._forward_pre_hooks for m in vlm.modules())
 

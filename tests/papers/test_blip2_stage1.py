@@ -120,7 +120,7 @@ def test_transformers_retrieval_model_matches_and_contrasts():
     q, text = stage.encode(features)[0], stage.qformer.encode(None, x["input_ids"], "itc", mask)[-1][:, 0]
     check(case, "image_embeds", F.normalize(stage.image_head(q), dim=-1), expected["image_embeds"])
     check(case, "text_embeds", F.normalize(stage.text_head(text), dim=-1), expected["text_embeds"])
-    with pytest.raises(UserError, match="no captioning head"):
+    with pytest.raises(ValueError, match="no captioning head"):
         stage.losses(features, x["input_ids"], mask)
 
 
@@ -146,7 +146,7 @@ def test_the_authors_first_stage_with_its_three_losses():
         check(case, theirs, losses[ours], expected[theirs])
     sum(losses.values()).backward()
     check_grads(case, expected, stage, qformer_names("lavis", 4, "qformer."))
-    with pytest.raises(UserError, match='without its ViT; give features, or name a folder as "vit"'):
+    with pytest.raises(ValueError, match='without its ViT; give features, or name a folder as "vit"'):
         stage.itc(torch.zeros(1, 3, 28, 28), text, mask)
 
 
@@ -331,7 +331,7 @@ def test_hard_negatives_follow_the_similarity_and_are_never_the_own_pair():
         tiny_stage().losses(features, tokens, generator=torch.Generator().manual_seed(5)) for _ in range(2)
     ]
     assert all(torch.equal(again[0][k], again[1][k]) for k in again[0])
-    with pytest.raises(UserError, match="a batch needs 2 pairs or more"):
+    with pytest.raises(ValueError, match="a batch needs 2 pairs or more"):
         stage.losses(features[:1], tokens[:1])
 
 
@@ -345,7 +345,7 @@ def test_padding_is_read_by_no_loss():
 
 
 def test_a_text_longer_than_the_positions_is_refused_in_words():
-    with pytest.raises(UserError, match="a text of 17 tokens, but this Q-Former has 16 positions"):
+    with pytest.raises(ValueError, match="a text of 17 tokens, but this Q-Former has 16 positions"):
         tiny_stage().itc(torch.randn(1, 10, TINY_VIT.width), torch.ones(1, 17, dtype=torch.long))
 
 

@@ -199,7 +199,7 @@ def test_what_a_published_config_leaves_out_is_what_its_class_assumes(tmp_path):
         224,
         257,
     )
-    assert (b.reads_layer, b.reads_cls, b.every, b.first, len(b.blocks), len(b.resampler.layers)) == (
+    assert (b.reads, b.reads_cls, b.every, b.first, len(b.blocks), len(b.resampler.layers)) == (
         -1,
         True,
         4,

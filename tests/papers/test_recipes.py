@@ -227,7 +227,7 @@ def test_cached_features_are_read_back_bit_for_bit_and_no_picture_is_computed_tw
     )
     files = list((tmp_path / "cache").glob("*.features"))
     other = train.main(
-        ["--bridge", "linear", "--option", "reads_layer=-1", *run[2:], "--out", str(tmp_path / "c")]
+        ["--bridge", "linear", "--option", "reads=-1", *run[2:], "--out", str(tmp_path / "c")]
     )
     assert (
         len(list((tmp_path / "cache").glob("*.features"))) == len(files) + 1
