@@ -32,8 +32,7 @@ class Linear(Bridge):
 
     symbol   shape         here        meaning
     Z_v      (ΣM, N, Di)   features    CLIP's grid features before the last block, class token dropped
-    W        (D, Di)       map.weight  the only thing stage 1 trains (LiMBeR, 2209.15162v3,
-                                                                      trains nothing else at all)
+    W        (D, Di)       map.weight  all that stage 1 trains (LiMBeR, 2209.15162v3, trains nothing else)
     H_v      (ΣM, N, D)    return      soft tokens in the space of word embeddings
 
     (L1)  H_v = W · Z_v
@@ -51,8 +50,7 @@ class Linear(Bridge):
 
 
 class MLP(Bridge):
-    """Two linear maps with an exact GELU between them (LLaVA-1.5, 2310.03744v2, §3.2); symbols as in
-    `Linear`.
+    """Two linear maps with an exact GELU between (LLaVA-1.5, 2310.03744v2, §3.2); symbols as in `Linear`.
 
     (L2)  H_v = W_2 · GELU(W_1 · Z_v + b_1) + b_2
     """
@@ -81,7 +79,7 @@ class MAPL(Bridge):
 
     (M1)  x ← W↓ x + b↓                                       Di → W = 256
     (M2)  x ← [x ; C]
-    (M3)  x ← x + MHA(LN x);  x ← x + W_2 ReLU(W_1 LN x)      4 pre-norm layers, 8 heads, feed-forward 2W, no mask
+    (M3)  x ← x + MHA(LN x);  x ← x + W_2 ReLU(W_1 LN x)      4 pre-norm layers, 8 heads, width 2W, no mask
     (M4)  y = W↑ x_{last K} + b↑                              W → D; no final norm, no positions
 
     At the published sizes (Di 1024, D 4096) this has 3,431,680 parameters. Where the code and we differ: it
@@ -91,16 +89,15 @@ class MAPL(Bridge):
     name, soft_tokens, reads, reads_cls = "mapl", True, -1, True
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, constants: int = 32, width: int = 256,
-                 layers: int = 4,
-                 heads: int = 8, hidden: int | None = None):
+                 layers: int = 4, heads: int = 8, hidden: int | None = None):
         super().__init__()
         self.down = nn.Linear(vision_width, width)
         self.const = nn.Parameter(torch.randn(constants, width))                # C ~ N(0, 1)
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads, hidden or 2 * width, "relu",
-                                                 1e-5) for _ in range(layers))
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, hidden or 2 * width, "relu", 1e-5)
+                                    for _ in range(layers))
         self.up = nn.Linear(width, decoder.width)
-        for block in self.blocks:                       # as nn.MultiheadAttention: Xavier on the packed
-            for p in (block.q, block.k, block.v):                               # (3W, W) matrix, biases zero
+        for block in self.blocks:       # as nn.MultiheadAttention: Xavier on the packed (3W, W), biases zero
+            for p in (block.q, block.k, block.v):
                 nn.init.uniform_(p.weight, -math.sqrt(6 / (4 * width)), math.sqrt(6 / (4 * width)))
                 nn.init.zeros_(p.bias)
             nn.init.zeros_(block.o.bias)
@@ -143,9 +140,8 @@ class PostNormMLP(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
         self.dropout = dropout
-        self.up, self.down, self.norm = nn.Linear(width, hidden), nn.Linear(hidden,
-                                                                            width), nn.LayerNorm(width,
-                                                                                                 eps=1e-12)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
@@ -179,32 +175,29 @@ def qformer_mask(kind: str, queries: int, text: Tensor) -> Tensor:
     """
     B, T = text.shape
     n = queries + T
-    see = torch.ones(n, n, dtype=torch.bool, device=text.device)
+    visible = torch.ones(n, n, dtype=torch.bool, device=text.device)
     if kind != "itm":
-        see[:queries, queries:] = False
+        visible[:queries, queries:] = False
     if kind == "itc":
-        see[queries:, :queries] = False
+        visible[queries:, :queries] = False
     if kind == "itg":
-        see[queries:, queries:] = causal_mask(T, text.device)
+        visible[queries:, queries:] = causal_mask(T, text.device)
     columns = torch.cat((text.new_ones(B, queries), text), dim=1)
-    return see & columns[:, None, None]
+    return visible & columns[:, None, None]
 
 
 class QFormer(Bridge):
     """The Querying Transformer (BLIP-2, 2301.12597v3, §3.1, Figure 2; stage 2: §3.3, Figure 3).
 
     symbol   shape        here          meaning
-    I        (ΣM, N,
-              Di)  image         frozen ViT tokens, class token kept, after a trained LayerNorm (ln_vision)
-    Q        (Q,
-              W)       queries       learned, no positions; they pass BERT's embedding LayerNorm like words do
-    Y        (ΣM, T,
-              W)   words         text: word + position, no token-type row (the text branch; vocab=0 leaves it out)
+    I        (ΣM, N, Di)  image         frozen ViT tokens, class token kept, after a trained LayerNorm
+    Q        (Q, W)       queries       learned, no positions; they pass BERT's embedding LayerNorm like words
+    Y        (ΣM, T, W)   words         text: word + position, no token type; vocab=0 leaves this branch out
     P        (ΣM, Q, D)   return        the K = Q soft tokens
 
     (Q1)  X = LN([Q ; Y])
     (Q2)  X = LN(X + MHA(X, X, X; mask))              self-attention shared by queries and text
-    (Q3)  Q' = LN(Q' + MHA(Q', I, I))                 in every `cross_every`-th layer, from layer 0 on; queries only
+    (Q3)  Q' = LN(Q' + MHA(Q', I, I))                 in every `cross_every`-th layer, queries only
     (Q4)  Q = LN(Q' + FFN_q(Q'));  Y = LN(Y' + FFN_t(Y'))      two feed-forwards per layer
     (Q5)  P = W_p Q + b_p                             stage 2; with text (InstructBLIP), only the first Q rows
 
@@ -217,9 +210,8 @@ class QFormer(Bridge):
     name, soft_tokens, reads, reads_cls = "qformer", True, -1, True
 
     def __init__(self, decoder: DecoderConfig | None, vision_width: int, queries: int = 32, width: int = 768,
-                 layers: int = 12,
-                 heads: int = 12, hidden: int = 3072, cross_every: int = 2, vocab: int = 0, positions: int = 512,
-                 dropout: float = 0.1, vision_eps: float | None = 1e-5):
+                 layers: int = 12, heads: int = 12, hidden: int = 3072, cross_every: int = 2, vocab: int = 0,
+                 positions: int = 512, dropout: float = 0.1, vision_eps: float | None = 1e-5):
         super().__init__()
         self.dropout = dropout
         self.vision_norm = nn.LayerNorm(vision_width, eps=vision_eps) if vision_eps else nn.Identity()
@@ -227,9 +219,9 @@ class QFormer(Bridge):
         self.words = nn.Embedding(vocab, width) if vocab else None
         self.positions = nn.Embedding(positions, width) if vocab else None
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.layers = nn.ModuleList(QFormerLayer(width, heads, hidden,
-                                                 vision_width if l % cross_every == 0 else None, bool(vocab), dropout)
-                                    for l in range(layers))
+        sources = [vision_width if l % cross_every == 0 else None for l in range(layers)]
+        self.layers = nn.ModuleList(QFormerLayer(width, heads, hidden, source, bool(vocab), dropout)
+                                    for source in sources)
         for module in self.modules():                                   # BERT's init: N(0, 0.02), biases zero
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -253,9 +245,11 @@ class QFormer(Bridge):
             parts.append(self.queries.expand(len(image), -1, -1) if queries is None else queries)
         if text is not None:
             if self.words is None:
-                raise ValueError("this Q-Former was built without its text branch; give vocab=30523 (BERT's words and [DEC]).")
+                raise ValueError("this Q-Former was built without its text branch; give vocab=30523 "
+                                 "(BERT's words and [DEC]).")
             if text.shape[1] > len(self.positions.weight):
-                raise ValueError(f"a text of {text.shape[1]} tokens, but this Q-Former has {len(self.positions.weight)} positions; cut it.")
+                raise ValueError(f"a text of {text.shape[1]} tokens, but this Q-Former has "
+                                 f"{len(self.positions.weight)} positions; cut it.")
             parts.append(self.words(text) + self.positions.weight[:text.shape[1]])
         Q = parts[0].shape[1] if image is not None else 0
         x = F.dropout(self.norm(torch.cat(parts, dim=1)), self.dropout, self.training)      # (Q1)
@@ -289,19 +283,18 @@ class ZeroInit(Bridge):
     """Zero-init attention over learned prompts (LLaMA-Adapter, 2303.16199v3, §3.1 and 3.2).
 
     symbol   shape           here          meaning
-    P_l      (Q, D)          prompts[l]    learned prompts of the l-th of the topmost `adapted` layers, N(0,
-                                                                                                          1)
+    P_l      (Q, D)          prompts[l]    learned prompts of the l-th of the topmost `adapted` layers
     S^K      (B, H, T, Q)    scores        scores of the words on the prompts
     g_l      (H,)            gate[layer]   one gate per head (gate_per="head") or per layer, ZERO at the start
     I        (B, 1|Q, D)     visual        the image, added to the prompts of every adapted layer; here none
 
-    (Z1)  S^K = q · k(P_l + I)ᵀ / √E                    k, v: the layer's own frozen projections; no norm, no RoPE
-    (Z2)  y  += tanh(g_l) · softmax(S^K) v(P_l + I)     a softmax of its own: the words' weights stay as they are
+    (Z1)  S^K = q · k(P_l + I)ᵀ / √E                 k, v: the layer's own, frozen; no RoPE
+    (Z2)  y  += tanh(g_l) · softmax(S^K) v(P_l + I)  a softmax of its own: the words' weights stay
 
-    At g = 0 the branch adds exactly 0 and ∂/∂P = 0: the first step moves the gates alone. Options: see below.
+    At g = 0 the branch adds exactly 0 and ∂/∂P = 0: the first step moves the gates alone.
     """
     name, reads, reads_cls = "zero_init", -1, True
-    sees = False                            # text alone; the classes that add an image to the prompts say True
+    sees = False                            # whether an image is added to the prompts
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, prompts: int = 10, adapted: int = 30,
                  tanh: bool = True, gate_per: str = "head", gate_init: str = "zero"):
@@ -311,7 +304,7 @@ class ZeroInit(Bridge):
         self.prompts = nn.Parameter(torch.randn(adapted, prompts, decoder.width))
         shape = (decoder.layers, decoder.heads if gate_per == "head" else 1)
         self.gate = nn.Parameter(torch.randn(shape) if gate_init == "random" else torch.zeros(shape))
-        self.softmax = nn.ModuleList(nn.Softmax(-1) for _ in range(adapted))  # no parameters; a hook sees its weights
+        self.softmax = nn.ModuleList(nn.Softmax(-1) for _ in range(adapted))    # a hook sees the weights
 
     def see(self, features: Tensor, where: ImagePositions | None = None) -> Tensor | None:
         return None
@@ -327,7 +320,6 @@ class ZeroInit(Bridge):
         return gate.view(-1, 1, 1).to(v.dtype) * (weights.to(v.dtype) @ v)      # (B, H, T, E) (Z2)
 
     def gates(self) -> Tensor:
-        """(adapted, H or 1): what multiplies the prompts' branch."""
         g = self.gate[self.first:].detach().float()
         return g.tanh() if self.tanh else g
 
@@ -336,20 +328,20 @@ class ZeroInit(Bridge):
         return list(range(self.first, len(self.gate)))
 
 
-# (Z2) equals the paper's concatenation [softmax(S^K)·g ; softmax(S^{M+1})] V (Eq. 8), since the two softmaxes are
-# separate and W_o is linear; a test proves it. Paper and published codes differ: the paper divides by √C,
-# meaning one head, the code by √E; paper v1 and the inference file use g itself, the training file tanh(g),
-# and tanh=True follows the training file. PEFT's AdaptionPrompt is gate_per="layer", tanh=False. Gates are
-# kept for all L layers, as in the published files. gate_init="random", g ~ N(0, 1), is our reading of the
-# rand-init ablation, which the paper does not define.
+# What the sources do differently. (Z2) equals the paper's concatenation [softmax(S^K)·g ; softmax(S^{M+1})] V
+# (Eq. 8), since the two softmaxes are separate and W_o is linear; a test proves it. Paper and published codes
+# differ: the paper divides by √C, meaning one head, the code by √E; paper v1 and the inference file use g
+# itself, the training file tanh(g), and tanh=True follows the training file. PEFT's AdaptionPrompt is
+# gate_per="layer", tanh=False. Gates are kept for all L layers, as in the published files.
+# gate_init="random", g ~ N(0, 1), is our reading of the rand-init ablation, which the paper does not define.
 
 def check_zero_init(decoder: DecoderConfig, adapted: int, gate_per: str, gate_init: str) -> None:
     if not 0 < adapted <= decoder.layers:
-        raise ValueError(f"zero_init adapts the topmost {adapted} layers, but the decoder has {decoder.layers}; "
-                         f"give adapted=1..{decoder.layers}.")
+        raise ValueError(f"zero_init adapts the topmost {adapted} layers, but the decoder has "
+                         f"{decoder.layers}; give adapted=1..{decoder.layers}.")
     if gate_per not in ("head", "layer") or gate_init not in ("zero", "random"):
-        raise ValueError(f'zero_init has gate_per "head" or "layer", not "{gate_per}", and gate_init "zero" or "random", '
-                         f'not "{gate_init}".')
+        raise ValueError(f'zero_init has gate_per "head" or "layer", not "{gate_per}", and gate_init "zero" '
+                         f'or "random", not "{gate_init}".')
 
 
 def image_of_each_row(image: Tensor, where: ImagePositions | None) -> Tensor:
@@ -358,8 +350,8 @@ def image_of_each_row(image: Tensor, where: ImagePositions | None) -> Tensor:
     if where is None:
         return image
     if len(where.order) and int(where.order.max()) > 1:
-        raise ValueError("zero_init takes one image per text: its prompts have no place for a second; use another "
-                         "bridge for several.")
+        raise ValueError("zero_init takes one image per text: its prompts have no place for a second; use "
+                         "another bridge for several.")
     return image.new_zeros(len(where.last), *image.shape[1:]).index_put((where.row,), image)
 
 
@@ -407,8 +399,8 @@ class FeedForward(nn.Sequential):
     def __init__(self, width: int, mult: int, act: str):
         super().__init__()
         self.norm, self.act = nn.LayerNorm(width), ACTIVATIONS[act]
-        self.up, self.down = nn.Linear(width, mult * width, bias=False), nn.Linear(mult * width, width,
-                                                                                   bias=False)
+        self.up = nn.Linear(width, mult * width, bias=False)
+        self.down = nn.Linear(mult * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(self.norm(x))))
@@ -458,8 +450,8 @@ class Resampler(nn.Module):
         """x (ΣM, N, Di), time (ΣM,) from 0 → (ΣM, R, Di)."""
         if self.times is not None and time is not None:
             if len(time) and int(time.max()) >= len(self.times):
-                raise ValueError(f"image number {int(time.max()) + 1} of a text, but the resampler has {len(self.times)} time embeddings; "
-                                "build it with times=0 or more of them.")
+                raise ValueError(f"image number {int(time.max()) + 1} of a text, but the resampler has "
+                                 f"{len(self.times)} time embeddings; build it with times=0 or more of them.")
             x = x + self.times[time]
         latents = self.latents.expand(len(x), -1, -1)
         for layer in self.layers:
@@ -499,12 +491,11 @@ class GatedCrossAttention(nn.Module):
     def forward(self, x: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         if k.shape[2]:                                                          # some image in the batch
             x = x + (self.attention_gate.tanh() * self.attention(x, k, v, visible)).to(x.dtype)         # (F3)
-        return x + (self.ff_gate.tanh() * self.ff(x)).to(x.dtype)  # (F4)  a float32 gate leaves a bfloat16 decoder in bfloat16
+        return x + (self.ff_gate.tanh() * self.ff(x)).to(x.dtype)       # (F4)  the decoder's dtype stays
 
 
 class Flamingo(Bridge):
-    """Flamingo (2204.14198v2, §2.1 to 2.3, Eq. 1): p(y | x) = Π_ℓ p(y_ℓ | y_<ℓ, x_≤ℓ), images x through
-    cross-attention.
+    """Flamingo (2204.14198v2, §2.1 to 2.3, Eq. 1): p(y | x) = Π_ℓ p(y_ℓ | y_<ℓ, x_≤ℓ) by cross-attention.
 
     symbol    shape            here              meaning
     x_f       (ΣM, N, Di)      features          ViT tokens
@@ -525,9 +516,9 @@ class Flamingo(Bridge):
     name, reads, reads_cls = "flamingo", -1, False
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, every: int = 4, first: int = 0,
-                 latents: int = 64, depth: int = 6,
-                 heads: int = 8, head_width: int = 64, mult: int = 4, act: str = "gelu", times: int = 0, norm_media: bool = False,
-                 see_all: bool = False, resampler_heads: int | None = None, resampler_head_width: int | None = None):
+                 latents: int = 64, depth: int = 6, heads: int = 8, head_width: int = 64, mult: int = 4,
+                 act: str = "gelu", times: int = 0, norm_media: bool = False, see_all: bool = False,
+                 resampler_heads: int | None = None, resampler_head_width: int | None = None):
         super().__init__()
         if act not in ACTIVATIONS:
             raise ValueError(f'flamingo knows no activation "{act}"; known: {", ".join(ACTIVATIONS)}.')
@@ -541,10 +532,9 @@ class Flamingo(Bridge):
     def see(self, features: Tensor, where: ImagePositions) -> dict:
         latents = self.resampler(features, where.order - 1)                     # (ΣM, R, Di)
         B, M, R = len(where.last), int(where.order.max()) if len(where.order) else 0, latents.shape[1]
-        media = latents.new_zeros(B, M, *latents.shape[1:]).index_put((where.row, where.order - 1),
-                                                                      latents).flatten(1, 2)
-        image = torch.arange(1, M + 1,
-                             device=media.device).repeat_interleave(R)  # (M·R,) image-major: R latents of image 1 first
+        media = latents.new_zeros(B, M, *latents.shape[1:]).index_put((where.row, where.order - 1), latents)
+        media = media.flatten(1, 2)                                             # (B, M·R, Di) image-major
+        image = torch.arange(1, M + 1, device=media.device).repeat_interleave(R)   # (M·R,) whose latent it is
         return {"kv": [block.project(media) for block in self.blocks], "where": where,
                 "image": image.expand(B, -1)}
 
@@ -559,10 +549,9 @@ class Flamingo(Bridge):
         return self.blocks[n](x, k, v, visible)
 
     def gates(self) -> Tensor:
-        """(inserted blocks, 2, or 2·D with a gate per channel): tanh of the attention gates and of the
-        feed-forward gates."""
-        return torch.stack([torch.cat((b.attention_gate,
-                                       b.ff_gate)) for b in self.blocks]).detach().float().tanh()
+        """(inserted blocks, 2, or 2·D with a gate per channel): of attention, then of feed-forward."""
+        gates = [torch.cat((b.attention_gate, b.ff_gate)) for b in self.blocks]
+        return torch.stack(gates).detach().float().tanh()
 
     @property
     def gated_layers(self) -> list[int]:

@@ -6,9 +6,9 @@ Chapters 1 attention · 2 the decoder and its seams · 3 generation · 4 ViT · 
 Run      nothing here runs by itself: `python train.py` trains, `python eval.py` answers
 
 The alphabet of shapes, used in every file, test and notebook:
-    B batch          T text tokens            D decoder width     L decoder layers    V vocabulary
-    H query heads    G key/value heads        E head width        K visual tokens the decoder receives per image
-    M images in a sequence                    N ViT tokens        Di ViT width        Q learned queries / prompts
+    B batch          T text tokens         D decoder width     L decoder layers    V vocabulary
+    H query heads    G key/value heads     E head width        K visual tokens the decoder receives per image
+    M images in a sequence                 N ViT tokens        Di ViT width        Q learned queries / prompts
     S side of the (square) image in pixels; inside attention, the number of keys
 
 This file, bridges.py, data.py and papers/ open no file. A number that cannot be is a ValueError of one
@@ -190,8 +190,8 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.tied and self.extra_tokens:
-            raise ValueError(f"a tied output projection has a row for every id: {self.extra_tokens} ids cannot "
-                             "be read only.")
+            raise ValueError("a tied output projection has a row for every id: "
+                             f"{self.extra_tokens} ids cannot be read only.")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
                              "num_attention_heads must be a multiple of num_key_value_heads.")
@@ -216,8 +216,8 @@ def rope_frequencies(config: DecoderConfig, device=None) -> Tensor:
     if s.get("rope_type") == "linear":
         return theta / s["factor"]
     factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
-    turns = s["original_max_position_embeddings"] * theta / (2 * math.pi)  # turns of a pair in the old context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)                   # 1: fast pair, unchanged; 0: ÷ factor
+    turns = s["original_max_position_embeddings"] * theta / (2 * math.pi)       # of a pair in the old context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)                   # 1: fast, unchanged; 0: ÷ factor
     return theta * (keep + (1 - keep) / factor)
 
 
@@ -773,7 +773,8 @@ class VLM(nn.Module):
 
     def prepare(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None,
                 labels: Tensor | None = None,
-                left: bool | None = None, bridge_tokens: Tensor | None = None, bridge_mask: Tensor | None = None):
+                left: bool | None = None, bridge_tokens: Tensor | None = None,
+                bridge_mask: Tensor | None = None):
         """Put the images into the text: what the decoder needs, and the labels that moved with the expansion.
 
         tokens (B, T) with one IMAGE per image → dict(embeds (B, T', D), mask, bridge, visual), labels (B,
@@ -784,8 +785,8 @@ class VLM(nn.Module):
         """
         is_image = tokens == IMAGE
         if int(is_image.sum()) != len(features):
-            raise ValueError(f"the text has {int(is_image.sum())} image placeholders but {len(features)} images "
-                             "were given.")
+            raise ValueError(f"the text has {int(is_image.sum())} image placeholders "
+                             f"but {len(features)} images were given.")
         row, column = is_image.nonzero(as_tuple=True)                   # (ΣM,) row by row, from left to right
         seen = is_image.cumsum(1)                                       # (B, T) images up to each position
         where = ImagePositions(row, seen[row, column], seen)

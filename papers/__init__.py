@@ -17,10 +17,11 @@ VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           
 
 
 def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **options) -> Bridge:
-    """A bridge by name; options are the keyword arguments of its class, and reads, reads_cls and (of zero_init) version.
+    """A bridge by name; options are the keyword arguments of its class, and reads, reads_cls and (of
+    zero_init) version.
 
-    An option of another version is accepted and has no effect. Raises ValueError for an unknown name, option or version;
-    the sentence names the nearest known one.
+    An option of another version is accepted and has no effect. Raises ValueError for an unknown name, option
+    or version; the sentence names the nearest known one.
     """
     if name not in ALL_BRIDGES:
         raise ValueError(f'unknown bridge "{name}"; {nearest(name, ALL_BRIDGES)}')
@@ -31,8 +32,8 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **o
         raise ValueError(f"{name} has version {', '.join(map(str, first))} and {last}, not {version!r}.")
     kind = versions.get(version, ALL_BRIDGES[name])
     own = list(inspect.signature(kind).parameters)[2:]
-    known = dict.fromkeys([*own, *(key for other in versions.values() for key in inspect.signature(other).parameters),
-                           *["version"] * bool(versions), "reads", "reads_cls"])
+    others = [key for other in versions.values() for key in list(inspect.signature(other).parameters)[2:]]
+    known = dict.fromkeys([*own, *others, *["version"] * bool(versions), "reads", "reads_cls"])
     for key in options:
         if key not in known:
             raise ValueError(f'{name} has no option "{key}"; {nearest(key, known)}')

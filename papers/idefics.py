@@ -9,10 +9,10 @@ parts.
     α_x, α_d                  one number              one number, or one per channel (vector_gates)
     queries, keys of (F1)     as projected            LayerNorm over each head (resampler_qk_norm)
     act of (F2)               squared ReLU            ReLU
-    x_f                       no class token          with the class token; latents=0: read as they are, no resampler
+    x_f                       no class token          with the class token; latents=0: no resampler
 
-(F1) to (F4) are those of bridges.Flamingo, and so is φ(ℓ). The processor of IDEFICS also blinds the words between an end
-of text and the next image; a text of ours ends with its row.
+(F1) to (F4) are those of bridges.Flamingo, and so is φ(ℓ). The processor of IDEFICS also blinds the words
+between an end of text and the next image; a text of ours ends with its row.
 """
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class IdeficsBlock(GatedCrossAttention):
         nn.Module.__init__(self)                        # parts of its own; the forward is Flamingo's
         self.heads, self.norm_media = decoder.heads, None
         self.norm, self.ff, self.attend = RMSNorm(D, eps), NormedSwiGLU(decoder), Attend()
-        self.q, self.o = nn.Linear(D, decoder.heads * E, bias=False), nn.Linear(decoder.heads * E, D,
-                                                                                bias=False)
+        self.q = nn.Linear(D, decoder.heads * E, bias=False)
+        self.o = nn.Linear(decoder.heads * E, D, bias=False)
         self.k, self.v = (nn.Linear(vision_width, decoder.heads * E, bias=False) for _ in range(2))
         self.q_norm, self.k_norm = (RMSNorm(E, eps) if qk_norm else nn.Identity() for _ in range(2))
         gate = (D,) if vector_gates else (1,)
@@ -91,6 +91,7 @@ class Idefics(Flamingo):
         self.every, self.first, self.see_all = every, 0, False
         layer = IdeficsResamplerLayer if resampler_qk_norm else ResamplerLayer
         self.resampler = NoResampler() if not latents else Resampler(
-            vision_width, latents, depth, resampler_heads, resampler_head_width, mult=4, act="relu", times=0, layer=layer)
+            vision_width, latents, depth, resampler_heads, resampler_head_width, mult=4, act="relu", times=0,
+            layer=layer)
         self.blocks = nn.ModuleList(IdeficsBlock(decoder, vision_width, qk_norm, vector_gates)
                                     for _ in range(0, decoder.layers, every))

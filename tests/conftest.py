@@ -19,7 +19,8 @@ GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
 
 from papers import make_bridge
-from papers.mllama import Mllama, TiledViT, TiledViTConfig, Tiles                                                 # noqa: E402  (after the path)
+from papers.mllama import Mllama
+from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles                                                 # noqa: E402  (after the path)
 from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig                   # noqa: E402
 
 
