@@ -645,13 +645,13 @@ class EncoderBlock(nn.Module):
     """
 
     def __init__(self, width: int, heads: int, hidden: int, act: str, eps: float,
-                 attention_bias: bool = True):
+                 attention_bias: str = "qkvo"):
         super().__init__()
         if width % heads:
             raise ValueError(f"a block of width {width} does not divide into {heads} heads.")
         self.heads, self.act = heads, ACTIVATIONS[act]
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=attention_bias) for _ in range(4))
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=p in attention_bias) for p in "qkvo")
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.attend = Attend()
 
@@ -742,9 +742,11 @@ class ViT(nn.Module):
             return self.post_norm(self.post_norm(x)[:, 0])                      # BLIP-2 normalises it twice
         return self.post_norm(x[:, 0])
 
-    def features(self, pixels: Tensor, layer: int = -2, cls: bool = False) -> Tensor:
-        """What a bridge reads: hidden state `layer`, with or without the class token; later blocks are not
-        run."""
+    def features(self, pixels: Tensor, layer: int | str = -2, cls: bool = False) -> Tensor:
+        """What a bridge reads (B, N, Di): hidden state `layer`, with or without the class token, or "pooled",
+        the one vector of `pool` (N = 1). Blocks that are not needed are not run."""
+        if layer == "pooled":
+            return self.pool(self(pixels))[:, None]
         n = self.config.layers
         layer = layer if layer >= 0 else n + 1 + layer
         if not 0 <= layer <= n:
@@ -768,8 +770,14 @@ class VLM(nn.Module):
         self.processor = None                   # how pictures become pixels (data.Processor); None: as CLIP's
 
     def features(self, pixels: Tensor) -> Tensor:
-        """(ΣM, 3, S, S) → (ΣM, N, Di): the hidden state that this bridge reads."""
+        """(ΣM, 3, S, S) → (ΣM, N, Di): what this bridge reads."""
         return self.vit.features(pixels, self.bridge.reads, self.bridge.reads_cls)
+
+    def feature_shape(self) -> tuple[int, int]:
+        """(N, Di) of the features that this bridge reads of one image."""
+        c = self.vit.config
+        dropped = c.cls and not self.bridge.reads_cls
+        return 1 if self.bridge.reads == "pooled" else c.tokens - dropped, c.width
 
     def prepare(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None,
                 labels: Tensor | None = None,

@@ -8,11 +8,12 @@ import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig, nearest
+from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
 from papers.idefics import Idefics
 from papers.llama_adapter import ZeroInitV1
 
-ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{b.name: b for b in (Frozen, Idefics)}}
+ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{b.name: b for b in (Frozen, Idefics, ClipCap, ClipCapTransformer)}}
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 
 
@@ -45,7 +46,7 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **o
     return bridge
 
 
-from papers import blip2_stage1, clip, frozen, idefics, llama_adapter, llava_data, mllama      # noqa: E402
+from papers import blip2_stage1, clip, clipcap, frozen, idefics, llama_adapter, llava_data, mllama      # noqa: E402
 
 PAPERS = {module.__name__.removeprefix("papers."): module
-          for module in (blip2_stage1, clip, frozen, idefics, llama_adapter, llava_data, mllama)}
+          for module in (blip2_stage1, clip, clipcap, frozen, idefics, llama_adapter, llava_data, mllama)}

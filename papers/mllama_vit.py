@@ -63,7 +63,7 @@ class GatedEncoderBlock(EncoderBlock):
     """An EncoderBlock without biases in its attention, whose two terms are multiplied by tanh of a gate."""
 
     def __init__(self, width: int, heads: int, hidden: int, act: str, eps: float):
-        super().__init__(width, heads, hidden, act, eps, attention_bias=False)
+        super().__init__(width, heads, hidden, act, eps, attention_bias="")
         self.attention_gate, self.mlp_gate = (nn.Parameter(torch.full((1,), math.pi / 4)) for _ in range(2))
 
     def forward(self, x: Tensor, causal: bool = False, bias: Tensor | None = None) -> Tensor:
@@ -101,7 +101,7 @@ class TiledViT(nn.Module):
         self.gate, self.before_gate, self.after_gate = (
             nn.Parameter(torch.zeros(1)) for _ in range(3))                     # g, g', g"
         self.pre_norm, self.post_norm = nn.LayerNorm(c.inner, eps=1e-5), nn.LayerNorm(c.inner, eps=1e-5)
-        self.blocks = nn.ModuleList(EncoderBlock(*sizes, attention_bias=False) for _ in range(c.layers))
+        self.blocks = nn.ModuleList(EncoderBlock(*sizes, attention_bias="") for _ in range(c.layers))
         self.global_blocks = nn.ModuleList(GatedEncoderBlock(*sizes) for _ in range(c.global_layers))
 
     def forward(self, images: Tiles) -> Tensor:
