@@ -1,5 +1,4 @@
-"""model.py: a LLaMA-style decoder with the seams where an image enters it, a ViT, and the VLM that joins
-them.
+"""model.py: a LLaMA-style decoder with the seams where an image enters it, a ViT, and the VLM of both.
 
 Papers   LLaMA 2302.13971v1 · RoPE 2104.09864v5 · GQA 2305.13245v3 · SwiGLU 2002.05202v1 · ViT 2010.11929v2
 Chapters 1 attention · 2 the decoder and its seams · 3 generation · 4 ViT · 5 VLM
@@ -11,8 +10,7 @@ The alphabet of shapes, used in every file, test and notebook:
     M images in a sequence                 N ViT tokens        Di ViT width        Q learned queries / prompts
     S side of the (square) image in pixels; inside attention, the number of keys
 
-This file, bridges.py, data.py and papers/ open no file. A number that cannot be is a ValueError of one
-sentence.
+This file, bridges.py, data.py and papers/ open no file. A wrong number is a ValueError of one sentence.
 """
 from __future__ import annotations
 
@@ -78,8 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
 
 
 class Attend(nn.Module):
-    """`attend` as a module without parameters. A hook on it sees q, k, v and the mask
-    (support/lab/attention.py)."""
+    """`attend` as a module without parameters, so that a hook can see q, k, v and the mask."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False,
                 dropout: float = 0.0) -> Tensor:
@@ -92,8 +89,7 @@ def causal_mask(T: int, device=None) -> Tensor:
 
 
 def visible_to_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """True → 0, False → half the most negative number: adding a score to it cannot overflow, and exp() of it
-    is 0."""
+    """True → 0, False → half the most negative number: a sum cannot overflow, its exp() is 0."""
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return bias.masked_fill_(~visible, torch.finfo(dtype).min / 2)
 
@@ -111,8 +107,7 @@ def merge_heads(x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------
 
 class Bridge(nn.Module):
-    """Between the features of a ViT and a decoder. This base class does nothing: a decoder with it is a plain
-    LLaMA.
+    """Between the features of a ViT and a decoder. This base class does nothing: with it, a plain LLaMA runs.
 
         see(features)             → visual      once per image: whatever the bridge needs to remember
         prefix(visual)            → (M, K, D)   soft tokens that take the place of each image in the text
@@ -123,10 +118,10 @@ class Bridge(nn.Module):
     parameters and the decoder owns none of them: `bridge.state_dict()` is what a run trains and saves.
     """
     name = "none"
-    soft_tokens = False                 # whether `prefix` gives tokens that stand in the place of each image
+    soft_tokens = False         # whether `prefix` gives tokens that stand in the place of each image
     reads: int | str = -2       # ViT hidden state it wants (−2: the input of the last block), or "pooled"
-    reads_cls = False                       # whether the class token comes along
-    options: dict = {}                      # keyword arguments it was built with, for config.json
+    reads_cls = False           # whether the class token comes along
+    options: dict = {}          # keyword arguments it was built with, for config.json
 
     def see(self, features: Tensor, where: ImagePositions | None = None) -> object:
         """features (ΣM, N, Di) of all images of the batch, and where they stand → visual."""
@@ -137,16 +132,14 @@ class Bridge(nn.Module):
 
     def beside(self, layer: int, q: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]],
                visual) -> Tensor | None:
-        """q (B, H, T, E) after RoPE; project(p (·, Q, D)) → the layer's own keys and values of p, (·, H, Q,
-        E) each."""
+        """q (B, H, T, E) after RoPE; project(p (·, Q, D)) → the layer's keys and values of p, (·, H, Q, E)."""
         return None
 
     def before(self, layer: int, x: Tensor, visual) -> Tensor:
         return x
 
     def gates(self) -> Tensor | None:
-        """(layers, gates of a layer) float32: what multiplies the terms it adds to `gated_layers`; None: no
-        gates."""
+        """(layers, gates of a layer) float32: factors of what it adds to `gated_layers`; None: no gates."""
         return None
 
     @property
@@ -165,8 +158,7 @@ class ImagePositions:
     last: Tensor    # (B, T) int64: how many images stand at or before each position of the text; 0 = none yet
 
     def columns(self, T: int) -> Tensor:
-        """(B, T) of `last` for a chunk of T positions; a chunk generated after the prompt follows all of its
-        images."""
+        """(B, T) of `last` for a chunk of T positions; one generated after the prompt follows all images."""
         return self.last if T == self.last.shape[1] else self.last[:, -1:].expand(-1, T)
 
 
@@ -253,8 +245,7 @@ class RMSNorm(nn.Module):
 
 
 class Cache:
-    """Keys and values of the positions seen so far, one pair (B, G, S, E) per layer, and which are real
-    tokens."""
+    """Keys and values of earlier positions, one pair (B, G, S, E) per layer, and which are real tokens."""
 
     def __init__(self, config: DecoderConfig, batch: int, longest: int, device, dtype):
         shape = (config.layers, batch, config.kv_heads, longest, config.head_width)
@@ -361,8 +352,7 @@ class Block(nn.Module):
 
 def token_positions(B: int, T: int, past: int, real: Tensor | None, document: Tensor | None,
                     device) -> Tensor:
-    """(B or 1, T) int64: the position of each token; padding is not counted, each document of a row starts at
-    0."""
+    """(B or 1, T) int64: positions; padding is not counted, each document of a row starts at 0."""
     t = torch.arange(past, past + T, device=device)[None]
     if real is None:
         return t
@@ -385,8 +375,7 @@ def visible_keys(T: int, past: int, real: Tensor | None, document: Tensor | None
 
 
 class Decoder(nn.Module):
-    """LLaMA (2302.13971v1): embeddings → L pre-norm blocks → RMSNorm → logits. No bridge parameter lives in
-    here."""
+    """LLaMA (2302.13971v1): embeddings → L pre-norm blocks → RMSNorm → logits. It holds no bridge."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -401,8 +390,7 @@ class Decoder(nn.Module):
         self.checkpoint = False             # True: recompute activations in the backward pass
 
     def init_weights(self, generator: torch.Generator | None = None) -> Decoder:
-        """N(0, 0.02) everywhere, as Hugging Face's random models; a tied embedding with a larger std starts
-        above ln V."""
+        """N(0, 0.02) everywhere: a tied embedding with a larger std starts above ln V."""
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, 0.0, 0.02, generator=generator)
@@ -413,10 +401,9 @@ class Decoder(nn.Module):
         return F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)
 
     def states(self, tokens: Tensor | None = None, mask: Tensor | None = None, *,
-               embeds: Tensor | None = None,
-               cache: Cache | None = None, bridge: Bridge | None = None, visual=None) -> list[Tensor]:
-        """L+1 hidden states (B, T, D): the embeddings, then after each layer; the last one after the final
-        norm.
+               embeds: Tensor | None = None, cache: Cache | None = None, bridge: Bridge | None = None,
+               visual=None) -> list[Tensor]:
+        """L+1 hidden states (B, T, D): the embeddings, then after each layer, the last after the final norm.
 
         tokens (B, T) int64 or embeds (B, T, D); mask (B, T) bool, False = padding, left or right; positions
         count real tokens only. An integer mask packs several documents into a row: the number of each token's
@@ -705,8 +692,7 @@ class ViT(nn.Module):
         self.map = AttentionPool(c) if c.pool == "map" else None
 
     def positions_for(self, rows: int, columns: int) -> Tensor:
-        """(rows·columns + cls, Di): the learned grid, resized bicubically (no antialias) for images of
-        another size."""
+        """(rows·columns + cls, Di): the learned grid, resized bicubically (no antialias) where it must be."""
         first = int(self.config.cls)
         side = self.config.image_size // self.config.patch
         if (rows, columns) == (side, side):
@@ -734,8 +720,7 @@ class ViT(nn.Module):
         return hidden if return_hidden else hidden[-1]
 
     def pool(self, x: Tensor) -> Tensor:
-        """One vector per image (B, Di) from the last state: CLIP norms the class token, SigLIP lets a probe
-        attend."""
+        """(B, Di) from the last state: CLIP norms the class token, SigLIP lets a probe attend."""
         if self.config.pool == "map":
             return self.map(self.post_norm(x))
         if self.config.pool == "all":
@@ -743,8 +728,7 @@ class ViT(nn.Module):
         return self.post_norm(x[:, 0])
 
     def features(self, pixels: Tensor, layer: int | str = -2, cls: bool = False) -> Tensor:
-        """What a bridge reads (B, N, Di): hidden state `layer`, with or without the class token, or "pooled",
-        the one vector of `pool` (N = 1). Blocks that are not needed are not run."""
+        """(B, N, Di) of hidden state `layer`, with or without the class token, or "pooled" (N = 1)."""
         if layer == "pooled":
             return self.pool(self(pixels))[:, None]
         n = self.config.layers
@@ -760,8 +744,7 @@ class ViT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 class VLM(nn.Module):
-    """ViT, bridge and decoder. `image_token`: the id that stands for an image when the bridge has no prefix,
-    or None."""
+    """ViT, bridge, decoder; `image_token`: the id that stands for an image of a bridge without prefix, or None."""
 
     def __init__(self, vit: ViT, bridge: Bridge, decoder: Decoder, image_token: int | None = None):
         super().__init__()
@@ -780,9 +763,8 @@ class VLM(nn.Module):
         return 1 if self.bridge.reads == "pooled" else c.tokens - dropped, c.width
 
     def prepare(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None,
-                labels: Tensor | None = None,
-                left: bool | None = None, bridge_tokens: Tensor | None = None,
-                bridge_mask: Tensor | None = None):
+                labels: Tensor | None = None, left: bool | None = None,
+                bridge_tokens: Tensor | None = None, bridge_mask: Tensor | None = None):
         """Put the images into the text: what the decoder needs, and the labels that moved with the expansion.
 
         tokens (B, T) with one IMAGE per image → dict(embeds (B, T', D), mask, bridge, visual), labels (B,
@@ -801,8 +783,7 @@ class VLM(nn.Module):
         text = {} if bridge_tokens is None else {"text": bridge_tokens, "text_mask": bridge_mask}
         visual = self.bridge.see(features, where, **text)
         soft = self.bridge.prefix(visual)                                       # (ΣM, K, D) or None
-        inputs = dict(bridge=self.bridge,
-                      visual=visual if soft is None else None)  # a prefix is read as words
+        inputs = dict(bridge=self.bridge, visual=visual if soft is None else None)      # a prefix is words
         if soft is None and self.image_token is not None:               # the image is an ordinary word
             words = tokens.masked_fill(is_image, self.image_token)
             labels = None if labels is None else labels.masked_fill(is_image, IGNORE)
@@ -820,8 +801,7 @@ class VLM(nn.Module):
                 features: Tensor | None = None, return_hidden: bool = False, **text):
         """Logits (B, T', V) over the expanded sequence, and the L+1 hidden states when asked.
 
-        `features` (ΣM, N, Di) may be given instead of pixels (cached); text: bridge_tokens, bridge_mask of
-        `prepare`.
+        `features` (ΣM, N, Di) may stand in for pixels; text: bridge_tokens and bridge_mask of `prepare`.
         """
         features = self.features(pixels) if features is None else features
         inputs, _ = self.prepare(tokens, features, mask, **text)
@@ -850,8 +830,7 @@ class VLM(nn.Module):
 
 
 class Expansion:
-    """Where each token of (B, T) stands once every IMAGE has become K positions: (B, T'). Padding takes
-    none."""
+    """Where each token of (B, T) stands in (B, T'), when an IMAGE takes K positions and padding none."""
 
     def __init__(self, tokens: Tensor, mask: Tensor | None, K: int, left: bool | None):
         is_image = tokens == IMAGE
@@ -874,8 +853,7 @@ class Expansion:
         return new.index_put(self.word_to, values[self.word])
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
-        """(B, T'): True = a token, or of packed rows the number of its document; None where there is no
-        padding."""
+        """(B, T'): True = a token, or its document's number in packed rows; None without padding."""
         if mask is not None and mask.dtype != torch.bool:
             new = self.move(mask, 0)                            # an image is its placeholder's document's
             return new.index_put(self.soft, mask[self.image][:, None].expand_as(self.soft[1]))
@@ -885,8 +863,7 @@ class Expansion:
 
 
 def next_token_loss(decoder: Decoder, labels: Tensor, **inputs) -> tuple[Tensor, int]:
-    """Summed negative log-likelihood of labels (B, T) under the predictions one position earlier, and their
-    number."""
+    """Σ −log p of labels (B, T) under the predictions one position earlier, and how many there are."""
     hidden = decoder.states(**inputs)[-1]
     target = labels[:, 1:]
     keep = target != IGNORE
