@@ -132,7 +132,7 @@ class Bridge(nn.Module):
 
     def beside(self, layer: int, q: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]],
                visual) -> Tensor | None:
-        """q (B, H, T, E) after RoPE; project(p (·, Q, D)) → the layer's keys and values of p, (·, H, Q, E)."""
+        """q (B, H, T, E) after RoPE; project(p (·, Q, D)) → its keys, values (·, H, Q, E)."""
         return None
 
     def before(self, layer: int, x: Tensor, visual) -> Tensor:
@@ -744,7 +744,7 @@ class ViT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 class VLM(nn.Module):
-    """ViT, bridge, decoder; `image_token`: the id that stands for an image of a bridge without prefix, or None."""
+    """ViT, bridge, decoder. `image_token`: the id of an image where the bridge has no prefix, or None."""
 
     def __init__(self, vit: ViT, bridge: Bridge, decoder: Decoder, image_token: int | None = None):
         super().__init__()
