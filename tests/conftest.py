@@ -19,7 +19,8 @@ GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
 
 from papers import make_bridge
-from papers.mllama import Mllama, TiledViT, TiledViTConfig, Tiles                                                 # noqa: E402  (after the path)
+from papers.mllama import Mllama
+from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles                                                 # noqa: E402  (after the path)
 from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig                   # noqa: E402
 
 
@@ -123,7 +124,8 @@ TINY_VIT = ViTConfig(
 
 # every bridge with options that fit the tiny decoder and ViT
 SMALL = {
-    "linear": {}, "mlp": {}, "frozen": {},
+    "linear": {}, "mlp": {}, "frozen": {}, "clipcap": dict(tokens=3),
+    "clipcap_transformer": dict(tokens=3, image_tokens=2, layers=2, heads=2),
     "mapl": dict(constants=3, width=16, layers=2, heads=2),
     "qformer": dict(queries=3, width=16, layers=3, heads=2, hidden=24),
     "zero_init": dict(prompts=3, adapted=3, width=16, depth=2, heads=2),

@@ -15,7 +15,7 @@ from support.formats.files import UserError, write_json, write_tensors
 from support.formats.llama import meta_names, save_decoder
 from support.formats.names import Joined, Names, Rows, ZerosLike, as_source, expand, parameters, split_qkv
 
-VISUAL_NAMES = {            # V2's visual part (github.com/OpenGVLab/LLaMA-Adapter, llama_adapter.py); the blocks are timm's
+VISUAL_NAMES = {            # V2's visual part (github.com/OpenGVLab/LLaMA-Adapter); the blocks are timm's
     "queries": "visual_query.weight",
     **parameters({"vision": "clip_proj", "vision_norm": "clip_proj_norm",
                   "project": "visual_proj", "project_norm": "visual_proj_norm"}),
@@ -23,7 +23,7 @@ VISUAL_NAMES = {            # V2's visual part (github.com/OpenGVLab/LLaMA-Adapt
     **parameters({"o": "attn.proj", "norm1": "norm1", "norm2": "norm2", "up": "mlp.fc1", "down": "mlp.fc2"},
                  "blocks.{i}.", "visual_blocks.{i}."),
 }
-PEFT_NAME = "base_model.model.model.layers.{}.self_attn.adaption_{}"       # AdaptionPrompt's; {}: layer, gate | prompt
+PEFT_NAME = "base_model.model.model.layers.{}.self_attn.adaption_{}"       # {}: layer, gate | prompt
 
 
 def adapter_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
@@ -54,7 +54,7 @@ def peft_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
 
 
 def original_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
-    """The authors' file: the prompts of all adapted layers in one matrix, a gate in every layer, V2's visual part.
+    """The authors' file: the prompts of all adapted layers in one matrix, a gate per layer, V2's visual part.
 
     V2's file also tunes biases and norms of the decoder: `tune_decoder` gives it those.
     """
@@ -110,10 +110,10 @@ def save_peft(vlm: VLM, path: Path) -> None:
     bridge = vlm.bridge
     gates_per_layer = bridge.gate.shape[1]
     if bridge.sees or gates_per_layer > 1:
-        images = "sees images" if bridge.sees else "sees no image"
-        raise UserError(f"{path}: peft's AdaptionPrompt has no image and one gate per layer; this zero_init bridge "
-                        f"{images} and has {gates_per_layer} gates per layer, so it stays in the native layout "
-                        "(version=0 with gate_per=layer fits).")
+        image = "sees an image" if bridge.sees else "has no image"
+        raise UserError(f"{path}: peft's AdaptionPrompt has no image and one gate per layer; this zero_init "
+                        f"bridge {image} and has {gates_per_layer} gates per layer, so it stays in the native "
+                        "layout (version=0 with gate_per=layer fits).")
     gates = bridge.gates()                              # tanh, where the bridge has one, is applied here
     tensors = {}
     for n, layer in enumerate(bridge.gated_layers):

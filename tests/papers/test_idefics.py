@@ -33,7 +33,7 @@ def test_idefics_is_the_published_one_at_every_layer(name):
         (x["image_attention_mask"] * torch.tensor([1, 2])).sum(-1), (tokens == IMAGE).cumsum(1)
     )
     features = vlm.features(x["pixel_values"].flatten(0, 1)).detach()           # two images a row
-    seen = features if vlm.bridge.resampler is None else vlm.bridge.resampler(features)
+    seen = vlm.bridge.resampler(features)
     check(case, "image_hidden_states", seen.unflatten(0, (2, 2)), expected["image_hidden_states"])
     own = features[:3]  # the fourth fills the batch up: no word stands for it
     inputs, _ = vlm.prepare(tokens, own)
@@ -219,7 +219,7 @@ def test_what_a_published_config_leaves_out_is_what_its_class_assumes(tmp_path):
     assert [(n, p.shape) for n, p in b.named_parameters()] == [
         (n, p.shape) for n, p in own.named_parameters()
     ]
-    assert (len(bare.bridge.blocks), bare.bridge.resampler, bare.vit.config.width) == (32, None, 768)
+    assert (len(bare.bridge.blocks), list(bare.bridge.resampler.parameters()), bare.vit.config.width) == (32, [], 768)
     assert (bare.image_token, bare.decoder.config.vocab_size) == (None, 32000)
     assert not list(bare.bridge.blocks[0].q_norm.parameters()) and list(b.blocks[0].q_norm.parameters())
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from papers.mllama import Mllama
 from support.formats.vlm import LAYOUTS
-from conftest import SMALL_TILES, TINY, check, check_states, fixed_loss, golden, small_pictures, small_vlm, stir, tiny_decoder
+from conftest import (SMALL_TILES, TINY, check, check_states, fixed_loss, golden, small_pictures, small_vlm, stir,
+                      tiny_decoder)
 from model import Decoder, DecoderConfig, IMAGE, VLM
-from papers.mllama import TiledViT, TiledViTConfig, Tiles
+from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles
 from support.formats.files import UserError
 from support.formats.llama import load_decoder, save_decoder
 from support.formats.vlm import load_vlm
