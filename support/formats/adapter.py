@@ -19,7 +19,7 @@ VISUAL_NAMES = {            # V2's visual part (github.com/OpenGVLab/LLaMA-Adapt
     "queries": "visual_query.weight",
     **parameters({"vision": "clip_proj", "vision_norm": "clip_proj_norm",
                   "project": "visual_proj", "project_norm": "visual_proj_norm"}),
-    **split_qkv("blocks.{i}", "visual_blocks.{i}.attn.qkv."),
+    **split_qkv("blocks.{i}.", "visual_blocks.{i}.attn.qkv."),
     **parameters({"o": "attn.proj", "norm1": "norm1", "norm2": "norm2", "up": "mlp.fc1", "down": "mlp.fc2"},
                  "blocks.{i}.", "visual_blocks.{i}."),
 }

@@ -7,7 +7,7 @@ from support.formats.checkpoint import BridgeFile, Checkpoint
 from support.formats.names import expand, parameters, split_qkv
 
 MAPL_NAMES = {              # the authors' MappingNetwork (github.com/mair-lab/mapl), torch's TransformerEncoder inside
-    **split_qkv("blocks.{i}", "transformer.layers.{i}.self_attn.in_proj_"),
+    **split_qkv("blocks.{i}.", "transformer.layers.{i}.self_attn.in_proj_"),
     **parameters({"o": "self_attn.out_proj", "norm1": "norm1", "norm2": "norm2", "up": "linear1", "down": "linear2"},
                  "blocks.{i}.", "transformer.layers.{i}."),
 }

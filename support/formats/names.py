@@ -109,7 +109,7 @@ class Joined:
 
     @property
     def note(self) -> str:
-        return f" (joined with {len(self.parts) - 1} more)"
+        return f' {"and" if len(self.names) == 2 else "to"} "{self.names[-1]}"'
 
     def renamed(self, change: Callable[[str], str]) -> Joined:
         return Joined(tuple(renamed(part, change) for part in self.parts))

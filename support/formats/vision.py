@@ -29,14 +29,14 @@ VIT_NAMES = {                       # transformers' CLIPVisionModel and SiglipVi
                   "post_norm": "post_layernorm"}),
     **ENCODER_NAMES,
     "map.probe": "head.probe",
-    **split_qkv("map", "head.attention.in_proj_"),
+    **split_qkv("map.", "head.attention.in_proj_"),
     **parameters({"o": "attention.out_proj", "norm": "layernorm", "up": "mlp.fc1", "down": "mlp.fc2"},
                  "map.", "head."),
 }
 EVA_NAMES = {                       # transformers' Blip2VisionModel: fused qkv, a bare parameter for the positions
     **VIT_NAMES,
     "positions": "embeddings.position_embedding",
-    **split_qkv("blocks.{i}", "encoder.layers.{i}.self_attn.qkv."),
+    **split_qkv("blocks.{i}.", "encoder.layers.{i}.self_attn.qkv."),
     **parameters({"o": "self_attn.projection"}, "blocks.{i}.", "encoder.layers.{i}."),
 }
 OPENAI_NAMES = {                    # CLIP's image tower as its authors store it (github.com/openai/CLIP), below "visual."
@@ -44,7 +44,7 @@ OPENAI_NAMES = {                    # CLIP's image tower as its authors store it
     "positions": "positional_embedding",
     "patch.weight": "conv1.weight",
     **parameters({"pre_norm": "ln_pre", "post_norm": "ln_post"}),
-    **split_qkv("blocks.{i}", "transformer.resblocks.{i}.attn.in_proj_"),
+    **split_qkv("blocks.{i}.", "transformer.resblocks.{i}.attn.in_proj_"),
     **parameters({"o": "attn.out_proj", "norm1": "ln_1", "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj"},
                  "blocks.{i}.", "transformer.resblocks.{i}."),
 }

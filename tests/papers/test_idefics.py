@@ -14,7 +14,7 @@ from support.formats.flamingo import IDEFICS_NAMES
 from support.formats.vlm import LAYOUTS
 from conftest import check, check_states, fixed_loss, golden, tiny_vlm
 from model import DecoderConfig, IMAGE
-from support.formats.checkpoint import expand
+from support.formats.names import Joined, expand
 from support.formats.files import UserError
 from support.formats.vlm import load_vlm
 
