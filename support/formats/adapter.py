@@ -112,8 +112,8 @@ def save_peft(vlm: VLM, path: Path) -> None:
     if bridge.sees or gates_per_layer > 1:
         image = "sees an image" if bridge.sees else "has no image"
         raise UserError(f"{path}: peft's AdaptionPrompt has no image and one gate per layer; this zero_init "
-                        f"bridge {image} and has {gates_per_layer} gates per layer, so it stays in the native "
-                        "layout (version=0 with gate_per=layer fits).")
+                        f"bridge {image} and has {gates_per_layer} gates per layer, so it stays in the "
+                        "native layout (version=0 with gate_per=layer fits).")
     gates = bridge.gates()                              # tanh, where the bridge has one, is applied here
     tensors = {}
     for n, layer in enumerate(bridge.gated_layers):

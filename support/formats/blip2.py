@@ -1,4 +1,4 @@
-"""support/formats/blip2.py: BLIP-2 and InstructBLIP as LAVIS and transformers store them, and a start from BERT."""
+"""support/formats/blip2.py: BLIP-2 and InstructBLIP of LAVIS and of transformers; a start from BERT."""
 from __future__ import annotations
 
 import os
@@ -27,7 +27,7 @@ LAVIS_EVA_NAMES = {         # the authors' ViT-g (LAVIS, eva_vit.py), below "vis
     **parameters({"patch": "patch_embed.proj"}),
     **{f"blocks.{{i}}.{p}.weight": Part("blocks.{i}.attn.qkv.weight", n, 3) for n, p in enumerate("qkv")},
     "blocks.{i}.q.bias": "blocks.{i}.attn.q_bias",
-    "blocks.{i}.k.bias": ZerosLike("blocks.{i}.attn.q_bias"),       # it would add the same to all scores of a query
+    "blocks.{i}.k.bias": ZerosLike("blocks.{i}.attn.q_bias"),       # would change no softmax
     "blocks.{i}.v.bias": "blocks.{i}.attn.v_bias",
     **parameters({"o": "attn.proj", "norm1": "norm1", "norm2": "norm2", "up": "mlp.fc1", "down": "mlp.fc2"},
                  "blocks.{i}.", "blocks.{i}."),
@@ -99,7 +99,8 @@ STAGE1_NAMES = {            # what the first stage adds
 def qformer_names(layout: str, layers: int, ours: str = "") -> dict[str, str]:
     """Ours → theirs for a Q-Former below `ours` and for Stage1's own parameters.
 
-    layout: lavis | blip2 | instructblip. Some of these are bare parameters, others modules: every ending is in the table.
+    layout: lavis | blip2 | instructblip. Some entries are bare parameters, others modules; the table has a
+    name for every ending.
     """
     trunk, attention = ("Qformer.bert.", "self") if layout == "lavis" else ("qformer.", "attention")
     names = expand(qformer_layer_names(attention), layers, trunk, ours)
@@ -112,11 +113,11 @@ def qformer_names(layout: str, layers: int, ours: str = "") -> dict[str, str]:
 # 2. Configs
 # ----------------------------------------------------------------------------------------------------------
 
-EVA = dict(VIT_DEFAULTS["eva"], model_type="blip_2_vision_model")   # BLIP-2's vision_config, where it is silent
+EVA = dict(VIT_DEFAULTS["eva"], model_type="blip_2_vision_model")   # for a vision_config that is silent
 
 
 def qformer_options(c: dict, where: str, text: bool) -> dict:
-    """Keyword arguments of QFormer from a config of transformers or of `lavis`; BERT-base's where it is silent.
+    """Keyword arguments of QFormer from a config of transformers or of `lavis`; BERT-base's sizes by default.
 
     text: whether the Q-Former reads text, too.
     """
@@ -146,8 +147,8 @@ def tower_beside(path: Path, name: str) -> tuple[Path, ViTConfig, str]:
 def read_blip2(c: dict, path: Path) -> tuple[VLM | Stage1, list[Filling]]:
     """transformers' BLIP-2 and InstructBLIP → the empty model, and what fills it.
 
-    Blip2ForImageTextRetrieval is a first stage (without τ and captions), the others have a decoder. Their prompts hold
-    one image token per query, ours one IMAGE for all of them.
+    Blip2ForImageTextRetrieval is a first stage (without τ and captions), the others have a decoder. Their
+    prompts hold one image token per query, ours one IMAGE for all of them.
     """
     where, layout = f"{path}/config.json", c["model_type"].replace("-", "")
     if "Blip2ForImageTextRetrieval" in (c.get("architectures") or ()):
@@ -155,12 +156,13 @@ def read_blip2(c: dict, path: Path) -> tuple[VLM | Stage1, list[Filling]]:
     text = c.get("text_config", {})
     kind = text.get("model_type", "opt")
     if kind != "llama":
-        other = {"t5": "an encoder-decoder", "opt": "a decoder with learned positions"}.get(kind, "unknown here")
-        raise UserError(f'{where}: the language model is "{kind}" ({other}), but only LLaMA decoders are read; '
-                        "instructblip-vicuna-7b and -13b have one.")
+        others = {"t5": "an encoder-decoder", "opt": "a decoder with learned positions"}
+        raise UserError(f'{where}: the language model is "{kind}" ({others.get(kind, "unknown here")}), but '
+                        "only LLaMA decoders are read; instructblip-vicuna-7b and -13b have one.")
     tied = {"tie_word_embeddings": c.get("tie_word_embeddings", False)}
     decoder = Decoder(decoder_config({**tied, **LLAMA_DEFAULTS, **text}, where))
-    vit, former, names = vision_part(c, where, layout, decoder.config, "bridge.", text=layout == "instructblip")
+    reads_text = layout == "instructblip"
+    vit, former, names = vision_part(c, where, layout, decoder.config, "bridge.", reads_text)
     names |= decoder_names(decoder.config, "language_model.model.", "language_model.", "decoder.")
     vlm = VLM(vit, former, decoder, c.get("image_token_index"))
     optional = ("language_model.lm_head.",) if decoder.config.tied else ()
@@ -175,7 +177,10 @@ def read_retrieval(c: dict, path: Path, layout: str) -> tuple[Stage1, list[Filli
 
 def vision_part(c: dict, where: str, layout: str, decoder: DecoderConfig | None, ours: str,
                 text: bool) -> tuple[ViT, QFormer, Names]:
-    """ViT and Q-Former of transformers' BLIP-2 and InstructBLIP, and their names; the Q-Former's begin with `ours`."""
+    """ViT and Q-Former of transformers' BLIP-2 and InstructBLIP, and their names.
+
+    ours: the prefix of the Q-Former's names. text: whether it reads text, too.
+    """
     vit = ViT(vit_config({**EVA, **c.get("vision_config", {})}, where)[0])
     options = qformer_options(c.get("qformer_config", {}), where, text)
     former = make_bridge("qformer", decoder, vit.config.width, queries=c.get("num_query_tokens", 32),
@@ -186,15 +191,16 @@ def vision_part(c: dict, where: str, layout: str, decoder: DecoderConfig | None,
 
 
 def read_lavis(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
-    """BLIP-2's first stage as its authors publish it: Qformer.*, query_tokens, ln_vision, the heads, visual_encoder.*
+    """BLIP-2's first stage as its authors publish it: Qformer.*, query_tokens, ln_vision, the heads.
 
-    Their files have no config.json. Ours for them says "model_type": "blip2_qformer_lavis", and of vocab_size,
-    hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, max_position_embeddings, encoder_width,
-    cross_attention_freq, num_query_token, embed_dim and bos_token_id ([DEC]) those that differ from the release.
+    Their files have no config.json. Ours for them says "model_type": "blip2_qformer_lavis", and of
+    vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size,
+    max_position_embeddings, encoder_width, cross_attention_freq, num_query_token, embed_dim and bos_token_id
+    ([DEC]) those that differ from the release.
 
-    The ViT is visual_encoder.* of the file, with ViT-g's sizes or those of a "vision_config" in transformers' words.
-    Else it is the folder "vit", which load_vit reads ("vit_layer": -2 for CLIP's ViT-L, whose last block the authors
-    drop). Without either there is none, and the model takes features.
+    The ViT is visual_encoder.* of the file, with ViT-g's sizes or those of a "vision_config" in transformers'
+    words. Else it is the folder "vit", which load_vit reads ("vit_layer": -2 for CLIP's ViT-L, whose last
+    block the authors drop). Without either there is none, and the model takes features.
     """
     where, file = f"{path}/config.json", Checkpoint(path)
     inside = any(name.startswith("visual_encoder.") for name in file.where)
@@ -204,7 +210,8 @@ def read_lavis(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
     elif "vit" in c:
         tower, config, family = tower_beside(path, c["vit"])
     Di = config.width if config else c.get("encoder_width", 1408)
-    former = QFormer(None, Di, c.get("num_query_token", 32), **qformer_options({"vocab_size": 30523, **c}, where, True))
+    options = qformer_options({"vocab_size": 30523, **c}, where, text=True)
+    former = QFormer(None, Di, c.get("num_query_token", 32), **options)
     former.reads = c.get("vit_layer", -1)
     names = qformer_names("lavis", len(former.layers), "qformer.")
     matrix, words = names["word_matrix.weight"], names["qformer.words.weight"]
@@ -231,8 +238,9 @@ def read_own_stage1(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
     return stage, [Filling(stage, file, names, optional)]
 
 
-def include_vit(file: Checkpoint, names: Names, tower: Path, config: ViTConfig, family: str) -> tuple[str, ...]:
-    """Add a ViT's own folder to a checkpoint and its names to the table: → the starts of what may be left over."""
+def include_vit(file: Checkpoint, names: Names, tower: Path, config: ViTConfig,
+                family: str) -> tuple[str, ...]:
+    """Add a ViT's own folder to a checkpoint and its names to the table → starts of what may be left over."""
     beside, theirs, optional = vit_file(tower, config, family)
     file.include(beside)
     names |= {f"vit.{ours}": name for ours, name in theirs.items()}
@@ -242,8 +250,8 @@ def include_vit(file: Checkpoint, names: Names, tower: Path, config: ViTConfig, 
 def qformer_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
     """A Q-Former out of an authors' file of any stage, or out of transformers' Blip2QFormerModel.
 
-    The latter has neither queries nor ln_vision. The projection comes along where the file holds one, the text branch
-    where it holds words. Sizes: those of the config, else BERT-base's.
+    The latter has neither queries nor ln_vision. The projection comes along where the file holds one, the
+    text branch where it holds words. Sizes: those of the config, else BERT-base's.
     """
     layout = "lavis" if file.prefix("Qformer.", "") else "blip2"
     names = qformer_names(layout, config.get("num_hidden_layers", 12))
@@ -268,7 +276,8 @@ def qformer_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
 # 4. BERT
 # ----------------------------------------------------------------------------------------------------------
 
-BERT_UNUSED = ("embeddings.token_type_embeddings.", "pooler.", "cls.seq_relationship.", "cls.predictions.decoder.")
+BERT_UNUSED = ("embeddings.token_type_embeddings.", "pooler.", "cls.seq_relationship.",
+               "cls.predictions.decoder.")
 
 
 def init_from_bert(module: QFormer | Stage1, path: str | os.PathLike) -> None:
@@ -278,19 +287,19 @@ def init_from_bert(module: QFormer | Stage1, path: str | os.PathLike) -> None:
 
         ours                                                                from BERT
         words, positions, norm, attention, text_mlp, the captioning head    the tensor of that name
-        query_mlp                                                           the text's feed-forward of the same layer
+        query_mlp                                                           the text's feed-forward there
         cross, queries, vision_norm, project, the other heads, new words    nothing: they stay as they are
 
-    BERT's token types, pooler and next-sentence head are left out, so even at the start the text branch is not quite
-    BERT. A tensor of another size, or one that has no place, is a UserError.
+    BERT's token types, pooler and next-sentence head are left out, so even at the start the text branch is
+    not quite BERT. A tensor of another size, or one that has no place, is a UserError.
     """
     file, former = Checkpoint(path), getattr(module, "qformer", module)
     names = bert_names(file, len(former.layers), "" if former is module else "qformer.")
     bert = file.prefix("bert.", "")
     unused = {n for n in file.where if n.removeprefix(bert).startswith(BERT_UNUSED) or n.endswith(IGNORED)}
     if extra := [name for name in file.where if name not in unused and name not in names.values()]:
-        raise UserError(f'{file.path}: {len(extra)} tensors have no place in this Q-Former (first: "{extra[0]}"); '
-                        "build it in BERT's sizes.")
+        raise UserError(f"{file.path}: {len(extra)} tensors have no place in this Q-Former "
+                        f'(first: "{extra[0]}"); build it in BERT\'s sizes.')
     for ours, parameter in module.named_parameters():
         if ours not in names or "cross" in ours or ours == "word_matrix.weight":
             continue
@@ -304,7 +313,7 @@ def init_from_bert(module: QFormer | Stage1, path: str | os.PathLike) -> None:
 
 
 def bert_names(file: Checkpoint, layers: int, ours: str) -> dict[str, str]:
-    """The authors' names of a Q-Former, as BERT's file has them; old files call a norm's parameters gamma and beta."""
+    """The authors' names of a Q-Former, as BERT's file has them; old files say gamma and beta."""
     names = {a: b for a, b in qformer_names("lavis", layers, ours).items() if b.startswith("Qformer.")}
     changes = [("Qformer.bert.", file.prefix("bert.", "")), ("Qformer.", ""), ("_query", "")]
     if any(name.endswith("LayerNorm.gamma") for name in file.where):

@@ -1,7 +1,7 @@
 """support/formats/checkpoint.py: the tensors of a published model, and how a module is filled with them.
 
     1. files   Checkpoint: the tensors of a file or a folder, read one by one under their published names
-    2. fill    module ← checkpoint by a table of names, strict in both directions; published_tensors inverts it
+    2. fill    module ← checkpoint by a table of names, strict both ways; published_tensors inverts it
 """
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def tensor_for(parameter: nn.Parameter, source: Source | Joined, checkpoint: Che
 
 
 def published_tensors(module: nn.Module, names: Names) -> dict[str, Tensor]:
-    """The inverse of `fill`: parameters by their published names; parts of a fused matrix are joined again."""
+    """The inverse of `fill`: parameters by their published names, fused matrices joined again."""
     blocks: dict[str, dict[int, Tensor]] = {}
     for ours, parameter in module.named_parameters():
         source = as_source(names[ours])

@@ -15,7 +15,7 @@ from model import nearest                           # noqa: F401  (asked for her
 
 
 class UserError(ValueError):
-    """A mistake of the user's in one sentence: what is wrong, where, what to do. The CLIs exit with code 2."""
+    """A mistake of the user's in one sentence: what is wrong, where, what to do. Exit code 2."""
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def at_the_door(where: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading_config(where: str, kind: str) -> Iterator[None]:
-    """A door for configs: a key that is missing is a UserError, too, and so is a number that the math refuses.
+    """A door for configs: a missing key is a UserError, and so is a number that the math refuses.
 
     kind: which config has that key, for the message ("a Llama config.json").
     """

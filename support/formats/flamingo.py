@@ -38,25 +38,27 @@ XATTN_NAMES = {             # GatedCrossAttentionBlock, in the same file
     "attention_gate": "attn_gate",
     "ff_gate": "ff_gate",
 }
-DECODER_LAYERS = (          # where the layers of the decoders are that OpenFlamingo wraps: LLaMA, MPT, GPT-NeoX
+DECODER_LAYERS = (          # of the decoders that OpenFlamingo wraps: LLaMA, MPT, GPT-NeoX
     "lang_encoder.model.layers.", "lang_encoder.transformer.blocks.", "lang_encoder.gpt_neox.layers.")
-NEW_WORDS = ("embed_tokens", ".wte.", ".embed_in.")     # trained rows of word embeddings: the decoder's, left over
+NEW_WORDS = ("embed_tokens", ".wte.", ".embed_in.")     # new word embeddings: the decoder's, left over
 
 
 def openflamingo_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
-    """OpenFlamingo's resampler and gated blocks; sizes from the shapes, head widths from its config, 64 if silent."""
+    """OpenFlamingo's resampler and gated blocks; sizes from the shapes, head widths from its config or 64."""
     layers = file.prefix(*DECODER_LAYERS)
     gated = sorted({int(name[len(layers):].split(".")[0]) for name in file.where
                     if name.startswith(layers) and "gated_cross_attn_layer" in name})
     if not gated:
-        raise UserError(f"{file.path}: holds no gated_cross_attn_layer, so this is no OpenFlamingo checkpoint.")
+        raise UserError(f"{file.path}: holds no gated_cross_attn_layer, "
+                        "so this is no OpenFlamingo checkpoint.")
     block = f"{layers}{gated[0]}.gated_cross_attn_layer."
     (R, Di), (D, _) = file.shape("perceiver.latents"), file.shape(block + "attn.to_out.weight")
     depth = file.count("perceiver.layers.{}.0.norm_media.weight")
     head_width = config.get("gated_cross_attention", {}).get("dim_head", 64)
     resampler_head_width = config.get("perceiver", {}).get("dim_head", 64)
     sizes = dict(
-        every=gated[0] + 1, first=gated[0], latents=R, depth=depth, mult=file.shape(block + "ff.1.weight")[0] // D,
+        every=gated[0] + 1, first=gated[0], latents=R, depth=depth,
+        mult=file.shape(block + "ff.1.weight")[0] // D,
         head_width=head_width, heads=file.shape(block + "attn.to_q.weight")[0] // head_width,
         resampler_head_width=resampler_head_width,
         resampler_heads=file.shape("perceiver.layers.0.0.to_q.weight")[0] // resampler_head_width)
@@ -76,7 +78,8 @@ IDEFICS_NAMES = {           # transformers' IdeficsModel, below "model."
     "blocks.{i}.ff_gate": "gated_cross_attn_layers.{i}.alpha_dense",
     **parameters({"norm": "input_layernorm", "ff.norm": "post_attention_layernorm",
                   "q": "cross_attn.q_proj", "k": "cross_attn.k_proj", "v": "cross_attn.v_proj",
-                  "o": "cross_attn.o_proj", "q_norm": "cross_attn.q_layer_norm", "k_norm": "cross_attn.k_layer_norm",
+                  "o": "cross_attn.o_proj",
+                  "q_norm": "cross_attn.q_layer_norm", "k_norm": "cross_attn.k_layer_norm",
                   "ff.gate": "mlp.gate_proj", "ff.up": "mlp.up_proj", "ff.down": "mlp.down_proj"},
                  "blocks.{i}.", "gated_cross_attn_layers.{i}.", ("weight",)),
     "resampler.latents": "perceiver_resampler.latents",
@@ -113,10 +116,11 @@ def read_idefics(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     tower = {**v, "model_type": "clip_vision_model", "hidden_size": v["embed_dim"]}
     vit = ViT(vit_config(tower, where)[0])
     bridge = make_bridge(
-        "idefics", decoder.config, vit.config.width, every=c["cross_layer_interval"], depth=r["resampler_depth"],
-        latents=r["resampler_n_latents"] if c["use_resampler"] else 0, qk_norm=c["qk_layer_norms"],
-        vector_gates=c["alpha_type"] == "vector", resampler_heads=r["resampler_n_heads"],
-        resampler_head_width=r["resampler_head_dim"], resampler_qk_norm=r["qk_layer_norms_perceiver"])
+        "idefics", decoder.config, vit.config.width, every=c["cross_layer_interval"],
+        latents=r["resampler_n_latents"] if c["use_resampler"] else 0, depth=r["resampler_depth"],
+        qk_norm=c["qk_layer_norms"], vector_gates=c["alpha_type"] == "vector",
+        resampler_heads=r["resampler_n_heads"], resampler_head_width=r["resampler_head_dim"],
+        resampler_qk_norm=r["qk_layer_norms_perceiver"])
     names = {**expand(VIT_NAMES, vit.config.layers, "model.vision_model.", "vit."),
              **decoder_names(decoder.config, ours="decoder."),
              **expand(IDEFICS_NAMES, max(len(bridge.blocks), r["resampler_depth"]), "model.", "bridge.")}

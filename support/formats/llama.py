@@ -1,4 +1,4 @@
-"""support/formats/llama.py: decoders as Hugging Face and Meta publish them: names of tensors, config.json, params.json."""
+"""support/formats/llama.py: decoders as Hugging Face and as Meta publish them."""
 from __future__ import annotations
 
 import os
@@ -16,7 +16,7 @@ from support.formats.names import Names, Rotary, WB, expand, parameters
 # 1. Names of tensors, ours → theirs
 # ----------------------------------------------------------------------------------------------------------
 
-DECODER_NAMES = {       # Hugging Face's LlamaModel; "model." goes in front, the output projection stands beside it
+DECODER_NAMES = {       # Hugging Face's LlamaModel, below "model."; the output projection stands beside it
     "embed.weight": "embed_tokens.weight",
     "norm.weight": "norm.weight",
     "layers.{i}.norm1.weight": "layers.{i}.input_layernorm.weight",
@@ -30,11 +30,12 @@ DECODER_NAMES = {       # Hugging Face's LlamaModel; "model." goes in front, the
 
 def decoder_names(config: DecoderConfig, trunk: str = "model.", head: str = "", ours: str = "") -> Names:
     """Hugging Face's names of a decoder below `trunk`, with its output projection at head + "lm_head"."""
-    return {**expand(DECODER_NAMES, config.layers, trunk, ours), ours + "lm_head.weight": head + "lm_head.weight"}
+    names = expand(DECODER_NAMES, config.layers, trunk, ours)
+    return {**names, ours + "lm_head.weight": head + "lm_head.weight"}
 
 
 def meta_names(config: DecoderConfig, prefix: str = "") -> Names:
-    """Meta's names of a decoder (github.com/meta-llama/llama, model.py); q and k are ordered for another RoPE."""
+    """Meta's names of a decoder (github.com/meta-llama/llama); q and k are ordered for another RoPE."""
     attention = {f"layers.{{i}}.attention.{ours}.{w}": theirs for w in WB for ours, theirs in (
         ("q", Rotary(f"layers.{{i}}.attention.wq.{w}", config.heads)),
         ("k", Rotary(f"layers.{{i}}.attention.wk.{w}", config.kv_heads)),
@@ -64,21 +65,22 @@ ROPES = {               # rope_type → the numbers it needs
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-LLAMA_DEFAULTS = dict(  # transformers' LlamaConfig, where a config inside another one is silent: LLaVA's files are
+LLAMA_DEFAULTS = dict(  # transformers' LlamaConfig, for a config inside another one that is silent (LLaVA)
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     max_position_embeddings=2048, rms_norm_eps=1e-6)
 
 
 def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
-    """A Llama config.json, as published (rope_theta, rope_scaling) or as transformers 5 writes it (rope_parameters).
+    """A Llama config.json, as published (rope_scaling) or as transformers 5 writes it (rope_parameters).
 
-    Also Qwen2's, whose q, k and v have biases, and Mistral's if no sliding window narrows the context. What would
-    make it another function (another family, activation, RoPE scaling) is a UserError.
+    Also Qwen2's, whose q, k and v have biases, and Mistral's if no sliding window narrows the context.
+    What would make it another function (another family, activation, RoPE scaling) is a UserError.
     """
     refuse_other_functions(c, where)
     ropes = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    scaling = rope_type(c)
+    kind = rope_type(c)
     with reading_config(where, "a Llama config.json"):
+        numbers = {key: ropes[key] for key in ROPES[kind]}
         return DecoderConfig(
             vocab_size=c["vocab_size"],
             width=c["hidden_size"],
@@ -88,7 +90,7 @@ def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
             head_width=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
             hidden=c["intermediate_size"],
             rope_theta=ropes.get("rope_theta") or c.get("rope_theta") or 10000.0,
-            rope_scaling={"rope_type": scaling, **{k: ropes[k] for k in ROPES[scaling]}} if ROPES[scaling] else None,
+            rope_scaling={"rope_type": kind, **numbers} if numbers else None,
             norm_eps=c["rms_norm_eps"],
             tied=c.get("tie_word_embeddings", False),
             attention_bias="qkv" if c.get("model_type") == "qwen2" else c.get("attention_bias", False),
@@ -106,21 +108,24 @@ def refuse_other_functions(c: dict, where: str) -> None:
     """A UserError for what a config.json says and our decoder does not compute."""
     kind = c.get("model_type") or "llama"
     if kind not in LLAMAS:
-        raise UserError(f'{where}: model_type "{kind}" is no decoder that is known here; {nearest(kind, LLAMAS)}')
-    windowed = kind == "mistral" or c.get("use_sliding_window")     # Qwen2's files name a window and do not use it
+        raise UserError(f'{where}: model_type "{kind}" is no decoder that is known here; '
+                        f"{nearest(kind, LLAMAS)}")
+    windowed = kind == "mistral" or c.get("use_sliding_window")     # Qwen2's files name one and do not use it
     window = c.get("sliding_window", 4096) if windowed else None
     context = c.get("max_position_embeddings", 2048)
     if window and window < context:
         raise UserError(f'{where}: a sliding window of {window} tokens ("{kind}", context {context}) is not '
                         "supported; here every token sees its whole past.")
     if c.get("hidden_act", "silu") != "silu":
-        raise UserError(f'{where}: activation "{c["hidden_act"]}" is not supported in a decoder; known: silu.')
+        raise UserError(f'{where}: activation "{c["hidden_act"]}" is not supported in a decoder; '
+                        "known: silu.")
     if rope_type(c) not in ROPES:
-        raise UserError(f'{where}: RoPE scaling "{rope_type(c)}" is not supported; known: {", ".join(ROPES)}.')
+        raise UserError(f'{where}: RoPE scaling "{rope_type(c)}" is not supported; '
+                        f'known: {", ".join(ROPES)}.')
 
 
 def meta_decoder_config(path: Path, checkpoint: Checkpoint) -> DecoderConfig:
-    """Meta's params.json, and what it leaves to the tensors: the vocabulary (-1), whether the output is tied."""
+    """Meta's params.json, and what it leaves to the tensors: the vocabulary (-1), a tied output."""
     p = read_json(path / "params.json")
     w_q, embeddings, head = "layers.0.attention.wq.weight", "tok_embeddings.weight", "output.weight"
     with reading_config(f"{path}/params.json", "Meta's params.json"):
@@ -128,13 +133,13 @@ def meta_decoder_config(path: Path, checkpoint: Checkpoint) -> DecoderConfig:
         parts = max(1, D // checkpoint.shape(w_q)[0])               # W_q (H·E, D) is cut along its rows
         require_parts(path, checkpoint, parts, D)
         V = p["vocab_size"] if p.get("vocab_size", -1) > 0 else checkpoint.shape(head)[0] * parts
-        hidden = int(int(8 * D / 3) * (p.get("ffn_dim_multiplier") or 1))   # ⅔ of 4 D: three matrices, not two
+        hidden = int(int(8 * D / 3) * (p.get("ffn_dim_multiplier") or 1))       # ⅔ of 4 D: 3 matrices, not 2
         hidden = -(-hidden // step) * step
         # Llama 3.2 1B and 3B are tied, and store the matrix twice
         tied = parts == 1 and checkpoint.shape(head) == checkpoint.shape(embeddings) and (
             torch.equal(checkpoint.get(head), checkpoint.get(embeddings)))
         scaled = p.get("use_scaled_rope")
-        # The factor of Llama 3.1's scaling is in no file: 8, but 32 in the two tied models (llama-models, issue 241)
+        # Llama 3.1's scaling; its factor is in no file: 8, 32 in two tied models (llama-models, issue 241)
         numbers = dict(zip(ROPES["llama3"], (32.0 if tied else 8.0, 1.0, 4.0, 8192)))
         return DecoderConfig(
             vocab_size=V, width=D, layers=p["n_layers"], heads=H, kv_heads=p.get("n_kv_heads") or H,
@@ -149,12 +154,12 @@ def require_parts(path: Path, checkpoint: Checkpoint, parts: int, width: int) ->
     found = {file.stem for file in checkpoint.files}
     for name in (f"consolidated.{i:02d}" for i in range(parts if parts > 1 else 0)):
         if name not in found:
-            raise UserError(f'{path}: {name} is missing; "layers.0.attention.wq.weight" has {width // parts} of '
-                            f"{width} rows in each file, so there are {parts}.")
+            raise UserError(f'{path}: {name} is missing; "layers.0.attention.wq.weight" has '
+                            f"{width // parts} of {width} rows in each file, so there are {parts}.")
 
 
 def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
-    """The config.json of a LlamaForCausalLM (Qwen2ForCausalLM where q, k and v have biases); `extra` is added."""
+    """The config.json of a LlamaForCausalLM, or Qwen2ForCausalLM with biases on q, k, v; `extra` is added."""
     if c.attention_bias == "qkv":
         llama = hf_decoder_config(replace(c, attention_bias=False), **extra)
         return {**llama, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
@@ -177,18 +182,19 @@ def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
 def load_decoder(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> Decoder:
     """A Llama folder → Decoder in eval mode; dtype None = float32.
 
-    path: as Hugging Face has it (config.json beside one file or shards) or as Meta has it (params.json beside one or
-    several consolidated files). A tensor or a value that does not fit is a UserError.
+    path: as Hugging Face has it (config.json beside one file or shards) or as Meta has it (params.json beside
+    one or several consolidated files). A tensor or a value that does not fit is a UserError.
     """
     path = Path(path)
     where = path / "params.json"
-    if where.exists() and not (checkpoint := Checkpoint(path)).prefix("model.", ""):    # some folders hold both
+    checkpoint = Checkpoint(path) if where.exists() else None
+    if checkpoint and not checkpoint.prefix("model.", ""):     # some folders hold both configs
         config = meta_decoder_config(path, checkpoint)
         names = meta_names(config)
     else:
         where = path / "config.json"
         config = decoder_config(read_json(where), str(where))
-        names, checkpoint = decoder_names(config), Checkpoint(path)
+        names, checkpoint = decoder_names(config), checkpoint or Checkpoint(path)
     with torch.device("meta"), at_the_door(str(where)):
         decoder = Decoder(config)
     optional = (names["lm_head.weight"],) if config.tied else ()

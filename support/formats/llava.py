@@ -54,7 +54,7 @@ def read_hf(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
 
 
 def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
-    """The authors' layout (github.com/haotian-liu/LLaVA): Llama's names, model.mm_projector, the ViT elsewhere."""
+    """The authors' layout (github.com/haotian-liu/LLaVA): Llama's names, a ViT of its own."""
     where, kind = f"{path}/config.json", c.get("mm_projector_type", "linear")
     if kind not in PROJECTORS:
         raise UserError(f'{where}: mm_projector_type "{kind}" is not supported; '
@@ -73,9 +73,9 @@ def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
 
 
 def save_llava(vlm: VLM, path: Path) -> None:
-    """Write an mlp bridge between its towers as a folder that transformers' LlavaForConditionalGeneration opens.
+    """Write an mlp bridge between its towers as transformers' LlavaForConditionalGeneration opens it.
 
-    Its projector has the decoder's width inside; an mlp of another width is a UserError.
+    LLaVA's projector has the decoder's width inside; an mlp of another width is a UserError.
     """
     D, up, down = vlm.decoder.config.width, vlm.bridge.up, vlm.bridge.down
     if len(up.weight) != D:
@@ -86,11 +86,11 @@ def save_llava(vlm: VLM, path: Path) -> None:
 
 
 def save_llava_linear(vlm: VLM, path: Path) -> None:
-    """The same for a linear bridge, written as a two-layer projector; a UserError where the decoder is too narrow."""
+    """The same for a linear bridge, as a two-layer projector; a UserError where the decoder is too narrow."""
     D, Di = vlm.decoder.config.width, vlm.vit.config.width
     if 2 * Di > D:
-        raise UserError(f"{path}: transformers' LLaVA has no linear projector, and its two-layer one can only act "
-                        f"as this {Di} → {D} map where the decoder is at least {2 * Di} wide; "
+        raise UserError(f"{path}: transformers' LLaVA has no linear projector, and its two-layer one can "
+                        f"only act as this {Di} → {D} map where the decoder is at least {2 * Di} wide; "
                         "train --bridge mlp to export.")
     write_llava(vlm, path, linear_as_mlp(vlm.bridge.map))
 
@@ -118,7 +118,7 @@ def write_llava(vlm: VLM, path: Path, projector: dict[str, Tensor]) -> None:
     tensors = published_tensors(nn.ModuleDict({"vit": vlm.vit, "decoder": vlm.decoder}), names)
     tensors |= {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}
     image, vocab_size = vlm.image_token, c.vocab_size
-    if image is None:                                   # transformers marks an image's place by a word of its own
+    if image is None:                                   # transformers marks an image's place by a word
         image, vocab_size = vocab_size, vocab_size + 1
         for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
             if name in tensors:

@@ -6,15 +6,15 @@ from papers import make_bridge
 from support.formats.checkpoint import BridgeFile, Checkpoint
 from support.formats.names import expand, parameters, split_qkv
 
-MAPL_NAMES = {              # the authors' MappingNetwork (github.com/mair-lab/mapl), torch's TransformerEncoder inside
+MAPL_NAMES = {              # the authors' MappingNetwork (github.com/mair-lab/mapl)
     **split_qkv("blocks.{i}.", "transformer.layers.{i}.self_attn.in_proj_"),
-    **parameters({"o": "self_attn.out_proj", "norm1": "norm1", "norm2": "norm2", "up": "linear1", "down": "linear2"},
-                 "blocks.{i}.", "transformer.layers.{i}."),
+    **parameters({"o": "self_attn.out_proj", "norm1": "norm1", "norm2": "norm2",
+                  "up": "linear1", "down": "linear2"}, "blocks.{i}.", "transformer.layers.{i}."),
 }
 
 
 def mapl_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
-    """MAPL's mapper; config.json beside it says the number of heads, which no shape tells: 8 in the release."""
+    """MAPL's mapper; config.json says the number of heads, which no shape tells: 8 in the release."""
     (K, W), (D, _), (_, Di) = (file.shape(name) for name in ("const", "up.weight", "down.weight"))
     layers = file.count("transformer.layers.{}.norm1.weight")
     options = {"constants": K, "width": W, "layers": layers, "heads": config.get("num_heads", 8),

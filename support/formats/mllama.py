@@ -1,4 +1,4 @@
-"""support/formats/mllama.py: Llama 3.2 Vision as it is published, and by the names that transformers 5 has in memory."""
+"""support/formats/mllama.py: Llama 3.2 Vision, as published and as transformers 5 has it in memory."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -25,10 +25,10 @@ TILED_VIT_NAMES = {         # transformers' MllamaVisionModel
     "after_gate": "post_tile_positional_embedding.gate",
 }
 TILED_BLOCK_NAMES = {       # its blocks; "global_" stands in front of both names for the gated ones
-    **parameters({"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"},
-                 "blocks.{i}.", "transformer.layers.{i}.", ("weight",)),
-    **parameters({"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "up": "mlp.fc1", "down": "mlp.fc2"},
-                 "blocks.{i}.", "transformer.layers.{i}."),
+    **parameters({"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
+                 "blocks.{i}.", "transformer.layers.{i}.self_attn.", ("weight",)),
+    **parameters({"norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+                  "up": "mlp.fc1", "down": "mlp.fc2"}, "blocks.{i}.", "transformer.layers.{i}."),
     "blocks.{i}.attention_gate": "transformer.layers.{i}.gate_attn",
     "blocks.{i}.mlp_gate": "transformer.layers.{i}.gate_ffn",
 }
@@ -68,7 +68,8 @@ def tiled_vit_config(c: dict, where: str = "config.json") -> TiledViTConfig:
 def read_mllama(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     """Llama-3.2-Vision's folder → the empty model, and what fills it.
 
-    Their layers are numbered through: those of self-attention are our decoder's, those of cross-attention our bridge's.
+    All of their layers are numbered through: those of self-attention are our decoder's, those of
+    cross-attention our bridge's.
     """
     where, file = f"{path}/config.json", Checkpoint(path)
     text = {**TEXT_DEFAULTS, **{k: v for k, v in (c.get("text_config") or {}).items() if v is not None}}
@@ -81,13 +82,14 @@ def read_mllama(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
                  extra_tokens=8)                        # the 8 stands in transformers' code alone
     decoder = Decoder(decoder_config(text, where))
     vit = TiledViT(tiled_vit_config(c.get("vision_config") or {}, f"{where}: vision_config"))
-    places = [sum(n < m for n in self_layers) for m in cross_layers]        # before which of our layers each one runs
+    places = [sum(n < m for n in self_layers) for m in cross_layers]     # our layer after each
     bridge = Mllama(decoder.config, vit.config.width, places, leak=True)
     vlm = VLM(vit, bridge, decoder, c.get("image_token_index", 128256))
     return vlm, [Filling(vlm, file, mllama_names(file, vit.config, self_layers, cross_layers))]
 
 
-def mllama_names(file: Checkpoint, vit: TiledViTConfig, self_layers: list[int], cross_layers: list[int]) -> Names:
+def mllama_names(file: Checkpoint, vit: TiledViTConfig, self_layers: list[int],
+                 cross_layers: list[int]) -> Names:
     """Ours → theirs for the whole model, below the prefixes that the file has."""
     trunk = file.prefix("language_model.model.", "model.language_model.")
     head = file.prefix("language_model.lm_head.", "lm_head.")

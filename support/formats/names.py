@@ -119,8 +119,9 @@ class Joined:
         first = tuple(tensors[0].shape)
         for name, tensor in zip(self.names, tensors):
             if tensor.shape[1:] != first[1:]:
-                raise UserError(f'{checkpoint.file_of(name)}: tensor "{name}" has shape {tuple(tensor.shape)}, '
-                                f'but {first} is that of "{self.names[0]}", with which it belongs together.')
+                shape = tuple(tensor.shape)
+                raise UserError(f'{checkpoint.file_of(name)}: tensor "{name}" has shape {shape}, but '
+                                f'{first} is that of "{self.names[0]}", with which it belongs together.')
         return torch.cat(tensors)
 
 
@@ -150,7 +151,7 @@ def parameters(modules: dict[str, str], ours: str = "", theirs: str = "",
 
 
 def split_qkv(ours: str, theirs: str, endings: Sequence[str] = WB) -> Names:
-    """Queries, keys and values as thirds of a fused matrix: ours + "k.bias" → Part(theirs + "bias", 1, 3), …"""
+    """q, k and v as thirds of a fused matrix: ours + "k.bias" → Part(theirs + "bias", 1, 3), …"""
     return {f"{ours}{p}.{w}": Part(theirs + w, n, 3) for n, p in enumerate("qkv") for w in endings}
 
 

@@ -1,4 +1,4 @@
-"""support/formats/vision.py: CLIP's, SigLIP's and BLIP-2's vision towers and CLIP's text tower, as published."""
+"""support/formats/vision.py: CLIP's, SigLIP's and BLIP-2's vision towers, CLIP's text tower."""
 from __future__ import annotations
 
 import os
@@ -21,7 +21,7 @@ ENCODER_NAMES = parameters(         # a block of CLIP's and SigLIP's towers in t
     {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj",
      "norm1": "layer_norm1", "norm2": "layer_norm2", "up": "mlp.fc1", "down": "mlp.fc2"},
     "blocks.{i}.", "encoder.layers.{i}.")
-VIT_NAMES = {                       # transformers' CLIPVisionModel and SiglipVisionModel (map: SigLIP's pooling head)
+VIT_NAMES = {                       # transformers' CLIPVisionModel and SiglipVisionModel; map: SigLIP's head
     "cls": "embeddings.class_embedding",
     "positions": "embeddings.position_embedding.weight",
     **parameters({"patch": "embeddings.patch_embedding",
@@ -33,20 +33,20 @@ VIT_NAMES = {                       # transformers' CLIPVisionModel and SiglipVi
     **parameters({"o": "attention.out_proj", "norm": "layernorm", "up": "mlp.fc1", "down": "mlp.fc2"},
                  "map.", "head."),
 }
-EVA_NAMES = {                       # transformers' Blip2VisionModel: fused qkv, a bare parameter for the positions
+EVA_NAMES = {                       # transformers' Blip2VisionModel: q, k, v fused, positions bare
     **VIT_NAMES,
     "positions": "embeddings.position_embedding",
     **split_qkv("blocks.{i}.", "encoder.layers.{i}.self_attn.qkv."),
     **parameters({"o": "self_attn.projection"}, "blocks.{i}.", "encoder.layers.{i}."),
 }
-OPENAI_NAMES = {                    # CLIP's image tower as its authors store it (github.com/openai/CLIP), below "visual."
+OPENAI_NAMES = {                    # CLIP's authors' image tower (github.com/openai/CLIP), below "visual."
     "cls": "class_embedding",
     "positions": "positional_embedding",
     "patch.weight": "conv1.weight",
     **parameters({"pre_norm": "ln_pre", "post_norm": "ln_post"}),
     **split_qkv("blocks.{i}.", "transformer.resblocks.{i}.attn.in_proj_"),
-    **parameters({"o": "attn.out_proj", "norm1": "ln_1", "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj"},
-                 "blocks.{i}.", "transformer.resblocks.{i}."),
+    **parameters({"o": "attn.out_proj", "norm1": "ln_1", "norm2": "ln_2",
+                  "up": "mlp.c_fc", "down": "mlp.c_proj"}, "blocks.{i}.", "transformer.resblocks.{i}."),
 }
 OPENAI_OTHERS = (                   # and what else its file holds: the text tower, the projections, sizes
     "visual.proj", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection",
@@ -86,7 +86,10 @@ def activation(name: str, where: str) -> str:
 
 
 def vit_config(c: dict, where: str = "config.json") -> tuple[ViTConfig, str]:
-    """(our config, family) from a vision config.json, alone or inside a dual encoder's; family: clip | siglip | eva."""
+    """(our config, family) from a vision config.json, alone or in a dual encoder's.
+
+    family: clip | siglip | eva. An unknown model_type, activation or a missing key is a UserError.
+    """
     nested = c.get("vision_config")
     kind = (nested or c).get("model_type") or c.get("model_type", "")
     family = FAMILIES.get(kind.removesuffix("_vision_model"))
@@ -124,7 +127,7 @@ def hf_vit_config(c: ViTConfig) -> dict:
 
 
 def openai_vit_config(checkpoint: Checkpoint, heads: int | None = None) -> ViTConfig:
-    """CLIP's image tower by the shapes in its authors' file, as their build_model does; heads: 64 wide unless given."""
+    """CLIP's image tower by the shapes in its authors' file, as their build_model does; heads are 64 wide."""
     file, root = checkpoint.path, checkpoint.prefix("clip.visual.", "visual.")
     if checkpoint.missing(root + "conv1.weight"):
         raise UserError(f"{file}: without a config.json only CLIP's own layout is read, "
@@ -158,10 +161,10 @@ def clip_text_config(c: dict, where: str) -> TextConfig:
 
 def load_vit(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None,
              heads: int | None = None) -> ViT:
-    """A CLIP, SigLIP or BLIP-2 vision folder, alone or inside a dual encoder → ViT in eval mode; dtype None = float32.
+    """A CLIP, SigLIP or BLIP-2 vision folder, alone or inside a dual encoder → ViT in eval mode.
 
     Or CLIP as its authors store it (visual.*, clip.visual.*): a file, or a folder without a config.json.
-    heads: how many, where they are not 64 wide.
+    heads: how many, where they are not 64 wide. dtype None = float32. Whatever does not fit is a UserError.
     """
     path = Path(path)
     where = path / "config.json"
@@ -178,7 +181,7 @@ def load_vit(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
 
 def vit_file(path: str | os.PathLike, config: ViTConfig,
              family: str) -> tuple[Checkpoint, Names, tuple[str, ...]]:
-    """A vision tower's checkpoint, the names in it, and the starts of what may be left over: arguments of `fill`."""
+    """A vision tower's checkpoint, its names, the starts of what may be left over: arguments of `fill`."""
     checkpoint = Checkpoint(path)
     if family == "openai":
         root = checkpoint.prefix("clip.visual.", "visual.").removesuffix("visual.")
@@ -213,7 +216,7 @@ def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = 
 
 def save_vit(vit: ViT, path: str | os.PathLike) -> None:
     """Write a Hugging Face CLIPVisionModel or SiglipVisionModel folder."""
-    config = hf_vit_config(vit.config)                  # first, so that a tower that is neither writes nothing
+    config = hf_vit_config(vit.config)                  # first: a tower that is neither writes nothing
     names = expand(VIT_NAMES, vit.config.layers, "vision_model.")
     write_tensors(Path(path) / "model.safetensors", published_tensors(vit, names))
     write_json(Path(path) / "config.json", config)

@@ -1,4 +1,4 @@
-"""support/formats/vlm.py: vision-language models and bridges alone: published layouts by name, and our run folders."""
+"""support/formats/vlm.py: vision-language models, bridges alone, and our run folders."""
 from __future__ import annotations
 
 import os
@@ -28,17 +28,18 @@ LAYOUTS = {
     "idefics": read_idefics, "mllama": read_mllama,
     "stage1": read_own_stage1,
 }
-# bridge → a function of (checkpoint, the config beside it, options): the empty bridge, and what it is filled with
-BRIDGE_FILES = {"mapl": mapl_file, "qformer": qformer_file, "zero_init": adapter_file, "flamingo": openflamingo_file}
+# bridge → a function of (checkpoint, config, options): the empty bridge, and what it is filled with
+BRIDGE_FILES = {"mapl": mapl_file, "qformer": qformer_file, "zero_init": adapter_file,
+                "flamingo": openflamingo_file}
 BRIDGE_FILE_NAMES = ("adapter_model.safetensors", "adapter.safetensors", "flamingo.safetensors")
 BRIDGE_CONFIGS = ("config.json", "flamingo_config.json", "adapter_config.json")
 # bridge → a function of (vlm, folder) that writes what another library opens
 SAVERS = {"linear": save_llava_linear, "mlp": save_llava, "zero_init": save_peft}
 
 
-def save_vlm(vlm: VLM, path: str | os.PathLike, settings: dict | None = None, vit: str = "", decoder: str = "",
-             layout: str = "native") -> None:
-    """Write a run folder: config.json, bridge.safetensors, and each tower that is not named by its own folder.
+def save_vlm(vlm: VLM, path: str | os.PathLike, settings: dict | None = None, vit: str = "",
+             decoder: str = "", layout: str = "native") -> None:
+    """Write a run folder: config.json, bridge.safetensors, and each tower that has no folder of its own.
 
     settings: further keys of config.json; vit, decoder: where the towers are, if not in the run.
     layout="hf" writes what other libraries open instead: transformers' LLaVA for linear and mlp, peft's
@@ -63,10 +64,11 @@ def save_vlm(vlm: VLM, path: str | os.PathLike, settings: dict | None = None, vi
 
 
 def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> nn.Module:
-    """A published vision-language model (LAYOUTS) or a run folder of train.py → VLM in eval mode; dtype None = float32.
+    """A published vision-language model (LAYOUTS) or a run folder of train.py → VLM in eval mode.
 
-    BLIP-2's first stage has no decoder: its folders give a papers.blip2_stage1.Stage1. The tower paths of a run are
-    relative to the run, or to the working directory. Whatever does not fit is a UserError.
+    BLIP-2's first stage has no decoder: its folders give a papers.blip2_stage1.Stage1. The tower paths of a
+    run are relative to the run, to the project or to the working directory. dtype None = float32. Whatever
+    does not fit is a UserError.
     """
     path = Path(path)
     if not path.is_dir():
@@ -77,8 +79,9 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
         return load_run(c, path, device, dtype)
     kind = c.get("model_type", "")
     if kind not in LAYOUTS:
-        raise UserError(f'{path}/config.json: neither a run of train.py ("bridge" is missing) nor a vision-language '
-                        f'model that is known here (model_type "{kind}"); {nearest(kind, LAYOUTS)}')
+        raise UserError(f'{path}/config.json: neither a run of train.py ("bridge" is missing) nor a '
+                        f'vision-language model that is known here (model_type "{kind}"); '
+                        f"{nearest(kind, LAYOUTS)}")
     with torch.device("meta"), reading_config(f"{path}/config.json", f'the config.json of a "{kind}" model'):
         model, fillings = LAYOUTS[kind](c, path)
     for module, checkpoint, names, optional in fillings:
@@ -87,7 +90,7 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
 
 
 def load_run(c: dict, path: Path, device=None, dtype: torch.dtype | None = None) -> VLM:
-    """A run folder of train.py (or of save_vlm) with config c: its bridge between the towers that it names."""
+    """A run folder of train.py or save_vlm with config c: its bridge between the towers that c names."""
     with reading_config(f"{path}/config.json", "the config.json of a run"):
         name, options = c["bridge"], c["bridge_options"]
         vit_folder, decoder_folder = tower_folder(path, c["vit"]), tower_folder(path, c["decoder"])
@@ -100,7 +103,8 @@ def load_run(c: dict, path: Path, device=None, dtype: torch.dtype | None = None)
     return vlm.eval()
 
 
-def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> None:
+def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None,
+                     dtype: torch.dtype | None = None) -> None:
     """Fill a bridge (on the meta device or not) from the bridge.safetensors of a run; dtype None = float32.
 
     Strict; a file of another kind of bridge is a UserError that names both.
@@ -122,8 +126,8 @@ def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dt
                flamingo    OpenFlamingo's resampler and gated blocks
     path       the file, or a folder that holds it and perhaps a config
     decoder    what it is for: sizes are checked against it
-    options    of make_bridge: what no shape tells, where it is not the published value (heads=…), or which code to
-               follow (tanh=False: LLaMA-Adapter's inference file)
+    options    of make_bridge: what no shape tells, where it is not the published value (heads=…), or which
+               code to follow (tanh=False: LLaMA-Adapter's inference file)
     """
     if name not in BRIDGE_FILES:
         raise UserError(f'no published layout of a bridge "{name}" is known; {nearest(name, BRIDGE_FILES)}')
@@ -132,7 +136,7 @@ def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dt
     if path.is_dir():                                   # the bridge, not the decoder that may lie beside it
         path = next((folder / f for f in BRIDGE_FILE_NAMES if (folder / f).exists()), path)
     config = {}
-    for file in (folder / name for name in BRIDGE_CONFIGS):
+    for file in (folder / config_name for config_name in BRIDGE_CONFIGS):
         config |= read_json(file) if file.exists() else {}
     if decoder is not None:
         config |= {"n_layers": decoder.layers}
