@@ -350,7 +350,7 @@ def test_published_params_json_give_the_published_models(
     stub = SimpleNamespace(
         files=[tmp_path / f"consolidated.{i:02d}.pth" for i in range(files)],
         shape=shapes.get,
-        read=lambda name: torch.zeros(1) if tied else torch.ones(1) * len(name),
+        get=lambda name: torch.zeros(1) if tied else torch.ones(1) * len(name),
     )
     config = meta_decoder_config(tmp_path, stub)
     with torch.device("meta"):
