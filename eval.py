@@ -174,19 +174,19 @@ def retrieval_recall(i2t, image_of, t2i=None, ks: tuple[int, ...] = (1, 5, 10)) 
 
     i2t     (images, captions)  score of each caption for each image; arrays or tensors on the CPU
     image_of  (captions,)       the image each caption belongs to: five captions per image are five entries
-    t2i     (captions, images)  i2tᵀ unless given: BLIP-2 re-scores the best 128 of each row, so the two differ
+    t2i     (captions, images)  i2tᵀ unless given: BLIP-2 re-scores the best 128 of a row, so the two differ
 
     i2t@K: images with one of their captions among the K best captions. t2i@K: captions with their image among
-    the K best. A wrong one that ties counts as better: the official order of ties is arbitrary, and a model that
-    scores everything alike must not look perfect.
+    the K best. A wrong one that ties counts as better: the official order of ties is arbitrary, and a model
+    that scores everything alike must not look perfect.
     """
     i2t = np.asarray(i2t)
-    own = np.asarray(image_of)[None] == np.arange(len(i2t))[:, None]        # (images, captions)  True = belongs
+    own = np.asarray(image_of)[None] == np.arange(len(i2t))[:, None]    # (images, captions)  True = belongs
     t2i = i2t.T if t2i is None else np.asarray(t2i)
     result = {}
     for name, scores, own in (("i2t", i2t, own), ("t2i", t2i, own.T)):
-        best = np.where(own, scores, -np.inf).max(1, keepdims=True)         # of the right ones in each row
-        rank = (~own & ~(scores < best)).sum(1)                             # wrong ones before it: ties and NaN too
+        best = np.where(own, scores, -np.inf).max(1, keepdims=True)     # of the right ones in each row
+        rank = (~own & ~(scores < best)).sum(1)         # wrong ones before it: ties and NaN count, too
         result |= {f"{name}@{k}": float((rank < k).mean()) for k in ks}
     return {**result, "mean": mean(list(result.values()))}
 
@@ -199,9 +199,10 @@ def retrieval_recall(i2t, image_of, t2i=None, ks: tuple[int, ...] = (1, 5, 10)) 
 def beam_search(decoder: Decoder, tokens: Tensor | None = None, max_new_tokens: int = 32, beams: int = 4,
                 length_penalty: float = 1.0, stop: tuple[int, ...] = (), *, bridge: Bridge | None = None,
                 visual=None, **prompt) -> Tensor:
-    """The new tokens (B, T_new) of the sequence with the largest log p / length^penalty among W = `beams` kept.
+    """The new tokens (B, T_new): W = `beams` sequences per row are kept, the best log p / length^penalty wins.
 
-    Arguments as in `Decoder.stream`; prompt: embeds instead of tokens, and mask. Ended rows repeat the stop id.
+    Arguments as in `Decoder.stream`; prompt: embeds in place of tokens, and mask. A sequence that has ended
+    repeats the stop id.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
@@ -210,7 +211,7 @@ def beam_search(decoder: Decoder, tokens: Tensor | None = None, max_new_tokens: 
     cache = Cache(decoder.config, B, T + max_new_tokens, weight.device, weight.dtype)
     hidden = decoder.states(tokens, cache=cache, bridge=bridge, visual=visual, **prompt)[-1]
     logp = decoder.head(hidden[:, -1]).float().log_softmax(-1)
-    total, first = logp.topk(W)                                         # (B, W) log p of the W best first tokens
+    total, first = logp.topk(W)                                         # (B, W) the W best first tokens
     rows = torch.arange(B, device=weight.device).repeat_interleave(W)   # beams of one row stand side by side
     cache.take(rows)
     visual = select_rows(visual, rows)
@@ -224,8 +225,8 @@ def beam_search(decoder: Decoder, tokens: Tensor | None = None, max_new_tokens: 
         hidden = decoder.states(written[:, -1:], cache=cache, bridge=bridge, visual=visual)[-1]
         logp = decoder.head(hidden[:, -1]).float().log_softmax(-1).view(B, W, V)
         last = written[:, -1].view(B, W, 1)
-        repeat = torch.full_like(logp, -torch.inf).scatter_(2, last, 0.0)   # an ended beam repeats its stop id
-        logp = torch.where(done[..., None], repeat, logp)                   # and its log p stays
+        repeat = torch.full_like(logp, -torch.inf).scatter_(2, last, 0.0)
+        logp = torch.where(done[..., None], repeat, logp)               # an ended beam repeats its stop id
         longer = length + (~done).float()                               # (B, W)
         score = (total[..., None] + logp) / longer[..., None] ** length_penalty
         best = score.flatten(1).topk(W).indices                         # (B, W) in W·V
@@ -314,9 +315,10 @@ def vision_features(vlm: VLM, items: list[data.Item], blind: bool, batch: int = 
 
 def evaluate(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], blind: bool = False, beams: int = 1,
              captions: bool = True) -> dict:
-    """Scores on these items: {kind of question: accuracy, "mean": over kinds, "cider", "bleu4"}, all 0 … 1 but CIDEr.
+    """Scores on these items: {kind of question: accuracy, "mean": over kinds, "cider", "bleu4"}.
 
-    The texts come with them: "answers", one per question, and "captions", one per item where all have references.
+    Accuracies and BLEU-4 are 0 … 1. The texts come with them: "answers", one per question, and "captions", one
+    per item, where all items have references.
     """
     features = vision_features(vlm, items, blind)
     questions = [(n, q) for n, item in enumerate(items) for q in item.qas]
@@ -384,7 +386,7 @@ def first_items(world, split: str, count: int) -> list[data.Item]:
 # ------------------------------------------------------------------------------------------------------------
 
 def format_table(rows: list[dict]) -> str:
-    """Rows {"row", "trained", "examples", kind: accuracy, …} as text: accuracies and BLEU x 100, CIDEr as it is."""
+    """Rows {"row", "trained", "examples", kind: accuracy, …} as text; accuracies and BLEU are multiplied by 100."""
     columns = ["row"] + [c for c in ("trained", "examples") if any(c in r for r in rows)]
     scores, last = {k for r in rows for k in scalar_scores(r)}, ("mean", "cider", "bleu4")
     columns += sorted(scores - {*last}) + [c for c in last if any(c in r for r in rows)]
@@ -429,7 +431,8 @@ def table_rows(vlm: VLM, tokenizer: Tokenizer, world, count: int, label: dict,
 
 def row_label(name: str, facts: dict) -> dict:
     """facts: the run's config.json."""
-    return {"row": name, "trained": facts.get("trained_parameters"), "examples": facts.get("training_examples")}
+    trained, examples = facts.get("trained_parameters"), facts.get("training_examples")
+    return {"row": name, "trained": trained, "examples": examples}
 
 
 def baseline_rows(vlm: VLM, tokenizer: Tokenizer, world, items: list[data.Item]) -> list[dict]:
@@ -441,7 +444,7 @@ def baseline_rows(vlm: VLM, tokenizer: Tokenizer, world, items: list[data.Item])
 
 
 def report_run(vlm: VLM, tokenizer: Tokenizer, world, out: Path, count: int, samples: int) -> None:
-    """A run's last words: samples with verdicts, and the table; results.json and samples.html in `out` hold them."""
+    """What a run prints at its end: samples with verdicts, and the table. results.json and samples.html keep it."""
     label = row_label(vlm.bridge.name, read_json(out / "config.json"))
     rows, items, result = table_rows(vlm, tokenizer, world, count, label)
     rows += baseline_rows(vlm, tokenizer, world, items)
@@ -472,8 +475,8 @@ def judge_answer(q: data.QA, answer: str) -> tuple[str, str]:
 # 5. The command line
 # ------------------------------------------------------------------------------------------------------------
 
-# The modules of support/lab stand above this file, so it imports none of them: it knows their names, and loads the
-# one that is asked for.
+# The modules of support/lab stand above this file, so it imports none of them. It knows their names, and
+# loads the one that is asked for.
 SUBCOMMANDS = {"compare": "support.lab.compare", "ask": "support.lab.ask", "look": "support.lab.look",
                "targets": "support.lab.targets", "claims": "support.lab.claims"}
 
@@ -485,14 +488,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("eval.py", __doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of train.py")
     table = parser.add_argument_group("the table")
-    table.add_argument("--saved", action="store_true", help="the rows of each run's results.json, nothing measured")
-    table.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures per row (400)")
+    table.add_argument("--saved", action="store_true", help="the rows that each run measured at its end")
+    table.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures a row (400)")
     table.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
     add_machine_flags(parser)
     args = parser.parse_args(argv)
     if not args.runs:
-        raise UserError("give at least one run folder, such as out/mapl-shapes (python train.py writes it), or a "
-                        f"subcommand: {', '.join(SUBCOMMANDS)}.")
+        raise UserError("give at least one run folder, such as out/mapl-shapes (python train.py writes it), "
+                        f"or a subcommand: {', '.join(SUBCOMMANDS)}.")
     first = args.runs[0]
     if not Path(first).exists() and "/" not in first:
         raise UserError(f'"{first}" is neither a run folder nor a subcommand; {nearest(first, SUBCOMMANDS)}')
@@ -507,7 +510,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def saved_tables(runs: list[str]) -> dict[str, tuple[int, list[dict]]]:
-    """{world: (pictures per row, rows)} from the results.json of each run; the baselines of the last run come last."""
+    """{world: (pictures per row, rows)} from the results.json of each run, with the last run's baselines."""
     rows, baselines, count = {}, {}, 0
     for run in runs:
         result = read_json(Path(run) / "results.json")
@@ -519,7 +522,8 @@ def saved_tables(runs: list[str]) -> dict[str, tuple[int, list[dict]]]:
     return {world: (count, rows[world] + baselines[world]) for world in rows}
 
 
-def measured_tables(runs: list[str], count: int, beams: int, device: str) -> dict[str, tuple[int, list[dict]]]:
+def measured_tables(runs: list[str], count: int, beams: int,
+                    device: str) -> dict[str, tuple[int, list[dict]]]:
     """The same, measured now."""
     rows, baselines = {}, {}
     for run in runs:
@@ -536,8 +540,8 @@ def open_run(run: str, device) -> tuple[VLM, Tokenizer, dict]:
     folder = fetch(run) if is_hub_name(run) else Path(run)
     vlm = load_vlm(folder, device)
     facts, vlm.processor = read_json(folder / "config.json"), load_processor(folder)
-    towers = {facts[k]: tower_folder(folder, facts[k]) for k in ("decoder", "vit") if k in facts} or {run: folder}
-    for name, path in towers.items():                   # a published model is its own
+    towers = {facts[k]: tower_folder(folder, facts[k]) for k in ("decoder", "vit") if k in facts}
+    for name, path in (towers or {run: folder}).items():        # a published model is its own tower
         print_licence(name, path, sys.stderr)
     return vlm, load_tokenizer(towers.get(facts.get("decoder"), folder)), facts
 

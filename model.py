@@ -457,14 +457,14 @@ class Decoder(nn.Module):
     # --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def stream(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0, top_k: int = 0,
-               top_p: float = 1.0, stop: tuple[int, ...] = (), generator: torch.Generator | None = None,
-               mask: Tensor | None = None, embeds: Tensor | None = None, bridge: Bridge | None = None,
-               visual=None) -> Iterator[Tensor]:
+    def stream(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
+               top_k: int = 0, top_p: float = 1.0, stop: tuple[int, ...] = (),
+               generator: torch.Generator | None = None, mask: Tensor | None = None, embeds: Tensor | None = None,
+               bridge: Bridge | None = None, visual=None) -> Iterator[Tensor]:
         """Yields the next token of every row, (B,) int64, until all rows have stopped.
 
-        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the smallest set whose probability reaches p.
-        A row that has emitted a stop id repeats it. Padding, if any, stands on the left.
+        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the smallest set whose probability
+        reaches p. A row that has emitted a stop id repeats it. Padding, if any, stands on the left.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
@@ -493,7 +493,8 @@ class Decoder(nn.Module):
 NO_BRIDGE = Bridge()
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
+           generator: torch.Generator | None) -> Tensor:
     """(B, V) → (B,): argmax at temperature 0, else a draw from the truncated distribution."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -503,7 +504,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
-        drop = p.cumsum(-1) - p >= top_p                # the token that crosses p is kept, so at least one remains
+        drop = p.cumsum(-1) - p >= top_p        # the token that crosses p is kept, so at least one remains
         logits = logits.masked_fill(torch.zeros_like(drop).scatter_(1, order, drop), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 

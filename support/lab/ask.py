@@ -5,8 +5,8 @@
     python eval.py ask llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "What is this?" --dtype bfloat16
     python eval.py ask HuggingFaceTB/SmolLM2-135M-Instruct --prompt "What is the capital of France?"
 
-MODEL is a run of train.py, a published vision-language model (LLaVA, InstructBLIP, BLIP-2's first stage, IDEFICS,
-Llama 3.2 Vision) or a decoder: a folder, or a name on the Hugging Face hub. What the folder holds decides.
+MODEL is a run of train.py, a published vision-language model (LLaVA, InstructBLIP, BLIP-2's first stage,
+IDEFICS, Llama 3.2 Vision) or a decoder: a folder, or a name on the Hugging Face hub. What it holds decides.
 """
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ from support.plumbing.packed import packed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUESTION_FORMS = {      # model_type → how a question about a picture is written
     "llava": "<image>\n{}", "llava_llama": "<image>\n{}", "mllama": "<image>{}",
-    "idefics": "User:<fake_token_around_image><image><fake_token_around_image>{}<end_of_utterance>\nAssistant:",
+    "idefics": "User:<fake_token_around_image><image><fake_token_around_image>{}<end_of_utterance>\n"
+               "Assistant:",
     "instructblip": "<image>{}",                # the soft tokens come first, then <s> and the question alone
 }
 
@@ -118,7 +119,8 @@ def match_caption(stage1: nn.Module, tokenizer: Tokenizer, pixels: Tensor, capti
     features = stage1.features(pixels)
     cosine = stage1.itc(features, ids)[0, 0] * (stage1.temperature if stage1.full else 1)
     match = stage1.itm(features, ids).softmax(-1)[0, 1]
-    return f"match: {match:.3f} (ITM: text and picture belong together), similarity: {cosine:.3f} (ITC: cosine)"
+    return (f"match: {match:.3f} (ITM: text and picture belong together), "
+            f"similarity: {cosine:.3f} (ITC: cosine)")
 
 
 def question_tokens(facts: dict, tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -151,7 +153,7 @@ def make_parser() -> Parser:
     answer = parser.add_argument_group("the answer")
     answer.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)")
     answer.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
-    answer.add_argument("--dtype", default="float32", choices=[*DTYPES], help="of published weights (float32)")
+    answer.add_argument("--dtype", default="float32", choices=[*DTYPES], help="of the weights (float32)")
     add_machine_flags(parser)
     return parser
 
@@ -170,9 +172,9 @@ def main(argv: list[str]) -> None:
         print(ask_run(args.model, request))
     elif facts.get("model_type") in LAYOUTS:
         if not args.image or not args.prompt:
-            raise UserError(f"{args.model} needs --image FILE and --prompt TEXT: what to ask about which picture.")
+            raise UserError(f"{args.model} needs --image FILE and --prompt TEXT: what to ask about it.")
         print(ask_published(folder, request))
     else:
         if args.image or not args.prompt:
-            raise UserError(f"{args.model} is a decoder alone, which sees no picture: give it --prompt TEXT only.")
+            raise UserError(f"{args.model} is a decoder, which sees no picture: give it --prompt TEXT alone.")
         print(ask_decoder(args.model, folder, request))

@@ -25,8 +25,8 @@ import torch
 
 import data
 import train
-from eval import (accuracy_by_kind, align, answer_accuracy, evaluate, first_items, generate_texts, mean, open_run,
-                  scalar_scores, vision_features)
+from eval import (accuracy_by_kind, align, answer_accuracy, evaluate, first_items, generate_texts, mean,
+                  open_run, scalar_scores, vision_features)
 from model import VLM
 from support.formats.files import UserError, atomically, nearest, read_json, write_json
 from support.formats.tokenizers import Tokenizer
@@ -82,7 +82,7 @@ def measure_loss(arm: TrainedArm) -> dict[str, float]:
 
 
 def measure_gates(arm: TrainedArm) -> dict[str, float]:
-    """Mean |gate| over heads: of all layers halfway and at the end; at the end also of the lower and upper half."""
+    """Mean |gate| over layers and heads, halfway and at the end; at the end also of either half of the layers."""
     gates = np.abs(gate_history(arm.run)[1]).mean(-1)                       # (logged steps, adapted layers)
     lower, upper = np.array_split(gates[-1], 2)
     found = {"lower layers": lower, "upper layers": upper, "gate halfway": gates[len(gates) // 2],
@@ -91,12 +91,12 @@ def measure_gates(arm: TrainedArm) -> dict[str, float]:
 
 
 def measure_reasons(arm: TrainedArm) -> dict[str, float]:
-    """VQA accuracy of the answer in a text that reasons before or after it (worlds/forms.py, ShapesReasons)."""
+    """VQA accuracy of the answer in a text that reasons before or after it (ShapesReasons, ShapesAnswers)."""
     reasons_first = read_json(arm.run / "config.json")["settings"]["data"] == "shapes-reasons"
     asked = [(n, q) for n, item in enumerate(arm.items) for q in item.qas]
     prompts = [data.Document(arm.tokenizer).image().add(data.QUESTION.format(q.question)) for _, q in asked]
-    features = vision_features(arm.vlm, arm.items, blind=False)
-    texts = generate_texts(arm.vlm, prompts, arm.tokenizer, 72, features=features, pictures=[[n] for n, _ in asked])
+    features, pictures = vision_features(arm.vlm, arm.items, blind=False), [[n] for n, _ in asked]
+    texts = generate_texts(arm.vlm, prompts, arm.tokenizer, 72, features=features, pictures=pictures)
     answers = [text.split(": ")[-1 if reasons_first else 0] for text in texts]
     return accuracy_by_kind([q for _, q in asked], answers)
 
@@ -150,7 +150,8 @@ def arm_folder(runs: str | Path, arm: str, seed: int) -> str:
 def arm_flags(name: str, arm: Arm, seed: int, setup: Setup) -> list[str]:
     """The command line of an arm's run."""
     start = ["--init", arm_folder(setup.runs, arm.start, seed)] if arm.start else []
-    return [*setup.common, *arm.flags, *start, "--seed", str(seed), "--out", arm_folder(setup.runs, name, seed)]
+    out = arm_folder(setup.runs, name, seed)
+    return [*setup.common, *arm.flags, *start, "--seed", str(seed), "--out", out]
 
 
 def run_arm(name: str, arm: Arm, seed: int, setup: Setup) -> dict:
@@ -202,10 +203,10 @@ def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> dict[tuple[
 # The verdicts ----------------------------------------------------------------------------------------------
 
 def judge(left: list[float], right: list[float], relation: str = ">") -> str:
-    """The verdict on "left > right", numbers of several seeds each: shown, opposite, not shown (of one: one seed).
+    """The verdict on "left > right", numbers of several seeds each: shown, opposite, not shown, or one seed.
 
     With d = difference of the means and e = its standard error √(s²_left / n_left + s²_right / n_right):
-    shown where d > 2 e, opposite where d < −2 e, else not shown. "≥" (no worse) is shown unless it is opposite.
+    shown where d > 2 e, opposite where d < −2 e, else not shown. "≥" (no worse): shown unless it is opposite.
     Three seeds make 2 e a weak test (about one false alarm in ten): read the size of d beside it.
     """
     if min(len(left), len(right)) < 2:
@@ -250,12 +251,12 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
     reports = {name: claim_report(name, claims[name], results, setup.seeds) for name in names}
     minutes = sum(result["seconds"] for result in results.values()) / 60
     asked = "all" if len(names) == len(claims) else " ".join(names)
-    head = (f"python eval.py claims {asked}: seeds 0 to {setup.seeds - 1}, {len(results)} runs, {minutes:.0f} "
-            f"minutes of training on one core each; every run: {' '.join(setup.common)}\n"
+    head = (f"python eval.py claims {asked}: seeds 0 to {setup.seeds - 1}, {len(results)} runs, "
+            f"{minutes:.0f} minutes of training on one core each; every run: {' '.join(setup.common)}\n"
             "Mean ± standard deviation over seeds: accuracy in %, CIDEr, loss in nats per learned token; "
             f"{setup.count} held-out pictures.\n"
-            "The documents' numbers are of other data and models: compare the direction. The verdicts are computed "
-            "(support/lab/claims.py, judge).")
+            "The documents' numbers are of other data and models: compare the direction. The verdicts are "
+            "computed (support/lab/claims.py, judge).")
     summary = [f"    {name:12s}{', '.join(verdicts)}" for name, (_, verdicts) in reports.items()]
     text = "\n".join([head, "", *summary, "", *(f"{text}\n" for text, _ in reports.values())])
     with atomically(Path(setup.report)) as tmp:

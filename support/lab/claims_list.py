@@ -19,7 +19,8 @@ MEAN, COLOR, COUNT = Number("mean"), Number("color"), Number("count")
 EXISTENCE, POSITION = Number("existence"), Number("position")
 ONE_THING, FOUR_THINGS = Number("1 thing"), Number("4 things")          # of pictures with so many things
 BY_KIND = (MEAN, COLOR, COUNT, EXISTENCE, POSITION)                     # accuracy by kind of question
-BLIND_MEAN, CIDER, BLIND_CIDER = Number("blind mean"), Number("cider", "CIDEr"), Number("blind cider", "CIDEr")
+BLIND_MEAN, BLIND_CIDER = Number("blind mean"), Number("blind cider", "CIDEr")
+CIDER = Number("cider", "CIDEr")
 FIRST_LOSS, LOSS = Number("first loss", "nats"), Number("loss", "nats")     # per learned token
 GATE_HALFWAY, GATE_AT_THE_END = Number("gate halfway", "|gate|"), Number("gate at the end", "|gate|")
 LOWER_LAYERS, UPPER_LAYERS = Number("lower layers", "|gate|"), Number("upper layers", "|gate|")
@@ -31,7 +32,7 @@ PICTURES_BEFORE = {k: Number(f"{k} pictures before") for k in (0, 3)}
 class Arm:
     """A run of train.py, shared by all claims that need it. Every arm sees 32 pictures a step on one core."""
     flags: tuple[str, ...]              # what differs from COMMON
-    start: str = ""                     # the arm whose run of the same seed it starts from, which is trained first
+    start: str = ""                     # it starts from this arm's run of the same seed
     measures: tuple[str, ...] = ()      # what is measured of it: keys of MEASUREMENTS in lab/claims.py
 
 
@@ -119,7 +120,8 @@ ARMS = {
                      measures=("answers",)),
     "sees the last image": Arm(("--bridge", "flamingo", "--data", "shapes-pages", "--batch", "16"),
                                measures=("answers", "pages")),
-    "sees all images": Arm(("--bridge", "flamingo", "--data", "shapes-pages", "--batch", "16", "--option", "see_all=true"),
+    "sees all images": Arm(("--bridge", "flamingo", "--data", "shapes-pages", "--batch", "16",
+                            "--option", "see_all=true"),
                            measures=("answers", "pages")),
 }
 

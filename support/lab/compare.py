@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from eval import align, mean, open_run
+from eval import align, mean, open_run, row_label
 from model import VLM
 from support.formats.benchmarks import save_predictions
 from support.formats.datasets import FORMATS
@@ -51,8 +51,8 @@ class OpenedRun:
             return list(settings.specs)
         trained_on = self.facts.get("settings", {}).get("data")
         if trained_on is None:
-            raise UserError(f"{self.name} was trained elsewhere; name what to ask it about: --data SPEC, such as "
-                            "--data vqav2:PATH:val.")
+            raise UserError(f"{self.name} was trained elsewhere; name what to ask it about: --data SPEC, "
+                            "such as --data vqav2:PATH:val.")
         return [trained_on.split(" + ")[0].split(" * ")[0]]
 
     @property
@@ -64,15 +64,16 @@ class OpenedRun:
 def compare_runs(runs: list[str], settings: Settings = Settings()) -> tuple[list[dict], list[str]]:
     """Rows {"row", "trained", "examples", "cells"} of each run, of the run blind, and of chance; footnotes.
 
-    settings.folder: FOLDER/RUN.jsonl keeps every text, and none is written twice. Beside it lie the predictions in
-    each benchmark's official form: RUN-DATA-MEASURE.json, and a folder for MME.
+    settings.folder: FOLDER/RUN.jsonl keeps every text, and none is written twice. Beside it lie the
+    predictions in each benchmark's official form: RUN-DATA-MEASURE.json, and a folder for MME.
     """
     if settings.protocol not in PROTOCOLS:
-        raise UserError(f'no protocol is called "{settings.protocol}"; {nearest(settings.protocol, PROTOCOLS)}')
+        hint = nearest(settings.protocol, PROTOCOLS)
+        raise UserError(f'no protocol is called "{settings.protocol}"; {hint}')
     counts = collections.Counter(spec.split(":")[0] for spec in settings.specs)
     if twice := [kind for kind, n in counts.items() if n > 1]:
-        raise UserError(f"--data names {twice[0]} twice, and a table has a column for each kind; ask about one at "
-                        "a time.")
+        raise UserError(f"--data names {twice[0]} twice, and a table has a column for each kind; ask about "
+                        "one at a time.")
     rows, notes, datasets = [], {}, {}
     for run in runs:
         opened = OpenedRun(Path(run).name, *open_run(run, settings.device))
@@ -95,16 +96,18 @@ def compare_runs(runs: list[str], settings: Settings = Settings()) -> tuple[list
 def measure_run(run: OpenedRun, blind: bool, datasets: dict[str, EvaluationSet],
                 settings: Settings) -> tuple[dict, list[str]]:
     """One row of the table and its footnotes; data sets are opened when the first run needs them."""
-    row, notes, start = {"row": run.name + ", blind" * blind, "cells": {}}, [], time.monotonic()
+    row, notes, start = {"row": f"{run.name}, blind"}, [], time.monotonic()
     if not blind:
-        row |= {"trained": run.facts.get("trained_parameters"), "examples": run.facts.get("training_examples")}
+        row = row_label(run.name, run.facts)
+    row["cells"] = {}
     for spec in run.specs(settings):
         if spec not in datasets:
             datasets[spec] = open_set(spec, settings)
         dataset = datasets[spec]
         prefix = f"{run.stamp}, {spec}, {settings.protocol}, seed {settings.seed}, beams {settings.beams}"
+        prefix += ", blind" * blind
         file = Path(settings.folder) / f"{run.name}.jsonl" if settings.folder else None
-        comparison = Comparison(run.vlm, run.tokenizer, blind, settings.beams, file, prefix + ", blind" * blind)
+        comparison = Comparison(run.vlm, run.tokenizer, blind, settings.beams, file, prefix)
         form = run.facts.get("settings", {}).get("form", "QCM-LEA")
         cells, predictions, missing = measure_cells(comparison, dataset, settings, form)
         row["cells"] |= {(dataset.kind, *key): x for key, x in cells.items()}
@@ -154,8 +157,8 @@ def published_rows(bridges: list[str]) -> tuple[list[dict], list[str]]:
             if dataset and value:
                 cells[dataset, measure] = float(value)
                 sets[measure].append(dataset)
-        rows.append({"row": f"[{system['system']}]", "trained": system["trained"], "examples": system["examples"],
-                     "cells": cells | overall_means(cells, sets)})
+        rows.append({"row": f"[{system['system']}]", "trained": system["trained"],
+                     "examples": system["examples"], "cells": cells | overall_means(cells, sets)})
         names = ", ".join(dict.fromkeys(dataset for dataset, _ in cells))
         notes.append(f"[{system['system']}] is published, on other data ({names}): {system['source']}")
     return rows, notes
@@ -166,8 +169,8 @@ def published_rows(bridges: list[str]) -> tuple[list[dict], list[str]]:
 def comparison_columns(rows: list[dict], each: bool) -> list[tuple[tuple[str, ...], str]]:
     """The keys of the cells that are shown, in order, with the heads of their columns.
 
-    The data set of one generated world is its kinds of question, and Overall alone is shown; `each` shows kinds of
-    question everywhere.
+    The data set of one generated world is its kinds of question, and Overall alone is shown; `each` shows
+    kinds of question everywhere.
     """
     keys = dict.fromkeys(key for row in rows for key in row["cells"])
     ours = {key for row in rows if not row["row"].startswith("[") for key in row["cells"]}
@@ -201,7 +204,8 @@ def format_comparison(rows: list[dict], form: str = "text", each: bool = False) 
 
 def align_markdown(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = [[v.rjust(w) if n else v.ljust(w) for n, (v, w) in enumerate(zip(line, widths))] for line in lines]
+    lines = [[v.rjust(w) if n else v.ljust(w) for n, (v, w) in enumerate(zip(line, widths))]
+             for line in lines]
     lines.insert(1, [("-" * (w - 1) + ":") if n else "-" * w for n, w in enumerate(widths)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -217,7 +221,7 @@ def make_parser() -> Parser:
     asked.add_argument("--protocol", default="ours", help=f"whose prompts: {' | '.join(PROTOCOLS)} (ours)")
     asked.add_argument("--shots", default="0,4,8", help="numbers of examples in the prompt (0,4,8)")
     asked.add_argument("--seed", type=int, default=0, help="draws examples and choices (0)")
-    asked.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures per row (400)")
+    asked.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures a row (400)")
     asked.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
     written = parser.add_argument_group("what is written")
     written.add_argument("--predictions", metavar="FOLDER",
@@ -240,18 +244,19 @@ def main(argv: list[str]) -> None:
         raise UserError("give at least one run folder: python eval.py compare out/mapl-shapes.")
     if args.items < 1 or args.beams < 1:
         raise UserError("--items and --beams must be at least 1.")
-    settings = Settings(tuple(args.data), args.protocol, tuple(map(int, shots)), args.items, args.seed, args.beams,
-                        args.predictions, use_machine(args))
+    settings = Settings(tuple(args.data), args.protocol, tuple(map(int, shots)), args.items, args.seed,
+                        args.beams, args.predictions, use_machine(args))
     rows, notes = compare_runs(args.runs, settings)
     if args.paper:
         more, sources = published_rows([*dict.fromkeys(map(bridge_of, args.runs))])
         rows, notes = rows + more, notes + sources
     text = format_comparison(rows, args.format, args.each)
-    notes = [f'{args.items} pictures a row, seed {args.seed}, prompts "{args.protocol}"; trained parameters, training '
-             "examples; %, CIDEr and BLEU-4 x 100, MME in points (200 a task)",
-             "Overall: the plain mean over data sets; of a generated world the mean over its kinds of question, and "
-             "MME's sum of tasks", *notes,
-             f"{(time.monotonic() - start) / 60:.1f} minutes on {settings.device}, {torch.get_num_threads()} threads"]
+    minutes = (time.monotonic() - start) / 60
+    notes = [f'{args.items} pictures a row, seed {args.seed}, prompts "{args.protocol}"; trained parameters, '
+             "training examples; %, CIDEr and BLEU-4 x 100, MME in points (200 a task)",
+             "Overall: the plain mean over data sets; of a generated world the mean over its kinds of "
+             "question, and MME's sum of tasks", *notes,
+             f"{minutes:.1f} minutes on {settings.device}, {torch.get_num_threads()} threads"]
     print(text)
     print("\n" + "\n".join(notes), file=sys.stderr if args.format == "csv" else sys.stdout)
     if args.out:

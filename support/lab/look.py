@@ -22,7 +22,7 @@ def make_parser() -> Parser:
     parser = Parser("eval.py look", __doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder of train.py")
     parser.add_argument("--image", default="", metavar="FILE", help="a picture file")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="a question; without it a caption is asked")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="a question; without it a caption")
     parser.add_argument("--out", default="out/look", metavar="FOLDER", help="of the maps (out/look)")
     add_machine_flags(parser)
     return parser

@@ -81,8 +81,8 @@ def build_questions(dataset: EvaluationSet, shots: tuple[int, ...]) -> list[Meas
 
     CIDEr       captions; BLEU-4 comes with it
     0-shot …    open questions, with 0, … examples
-    SQA         multiple choice in ScienceQA's words, of data that has choices; the choice that is written counts
-    SQA rank    of generated worlds; the choice counts that is likeliest to be written, and then the stop token.
+    SQA         multiple choice in ScienceQA's words, of data that has choices: the choice that is written
+    SQA rank    of generated worlds: the choice that is likeliest to be written, and then the stop token.
                 So a bridge can be asked that has never met a letter.
     MME         two questions a picture; "yes" or "no" is read as its evaluation reads it
     """
@@ -150,8 +150,9 @@ def measure_cells(comparison: Comparison, dataset: EvaluationSet, settings: Sett
                   form: str = "QCM-LEA") -> tuple[Cells, dict[str, list[tuple]], list[str]]:
     """Cells, predictions {measure: rows of `save_predictions`}, and why a measure is missing.
 
-    In %, CIDEr and BLEU-4 x 100, MME in points. Parts: kinds of question, of which VQA of a generated world is the
-    mean; the columns of ScienceQA's tables; MME's tasks, of which perception is summed. form: of `scienceqa_text`.
+    In %, CIDEr and BLEU-4 x 100, MME in points. Parts: kinds of question, of which VQA of a generated world
+    is the mean; the columns of ScienceQA's tables; MME's tasks, of which perception is summed.
+    form: of `scienceqa_text`.
     """
     cells, predictions, notes = {}, {}, []
     for measure in build_questions(dataset, settings.shots):
@@ -182,7 +183,8 @@ def score_captions(dataset: EvaluationSet, measure: Measure, texts: list[str]) -
     return cells, [*zip(prediction_ids(dataset, measure), texts)]
 
 
-def score_open_questions(dataset: EvaluationSet, measure: Measure, texts: list[str]) -> tuple[Cells, list[tuple]]:
+def score_open_questions(dataset: EvaluationSet, measure: Measure,
+                         texts: list[str]) -> tuple[Cells, list[tuple]]:
     questions, cells = [q for _, q in measure.asked], {}
     if all(q.answer for q in questions):
         official = mean([*map(answer_accuracy, questions, texts)]) if dataset.world.finite else None

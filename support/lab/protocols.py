@@ -29,7 +29,7 @@ class Protocol:
     caption: str = ""
     first: str = ""                         # once, before the first question
     answer: str = " {}"                     # of an example
-    stop: bool = True                       # an example ends with <|endofchunk|>; without that token, with the stop token
+    stop: bool = True                       # an example ends with <|endofchunk|>, or else the stop token
     between: str = ""                       # … and then with this
     bare: int = 0                           # zero-shot shows so many examples without their pictures
     rules: tuple[str, str] = ("", "")       # of `postprocess_answer`: for answers, for captions
@@ -46,7 +46,7 @@ PROTOCOLS = {
     "blip2": Protocol("Question: {} Short answer:", "a photo of", rules=("blip2", "blip2")),
     "llava": Protocol("{}\nAnswer the question using a single word or phrase.",
                       "Describe the image concisely.", answer="{}", rules=("llava", "llava"), chat=True),
-    "scienceqa": Protocol("\n{}", data.CAPTION),                            # {}: the problem, see scienceqa_text
+    "scienceqa": Protocol("\n{}", data.CAPTION),                        # {}: the problem, see scienceqa_text
     "mme": Protocol(data.QUESTION.format("{} Please answer yes or no."), data.CAPTION),
 }
 
@@ -61,13 +61,13 @@ class Exchange:
 
 def build_prompt(tokenizer: Tokenizer, protocol: str, item: data.Item, question: data.QA | None = None,
                  examples: list[data.Item] = (), form: str = "QCM-LEA") -> data.Document:
-    """A question about an item (without a question: its caption) behind examples, which bring a question each.
+    """A question about an item (without a question: its caption) behind examples with a question each.
 
         mapl, one example:   <image>Please answer the question. Question: is it red? Answer: yes.
                              <image>Question: is it blue? Answer:
 
-    A picture stands before its text. The wording of MAPL's prompts with examples is not published: the instruction
-    once is our reading of the one prompt that is. form: of scienceqa_text.
+    A picture stands before its text. The wording of MAPL's prompts with examples is not published: the
+    instruction once is our reading of the one prompt that is. form: of scienceqa_text.
     """
     p, document = PROTOCOLS[protocol], data.Document(tokenizer)
     pairs = [*((example, question and example.qas[0]) for example in examples), (item, question)]
@@ -96,8 +96,8 @@ def word_exchange(protocol: str, item: data.Item, q: data.QA | None, form: str, 
     text, answer = q.question, q.answer
     if protocol == "scienceqa":
         if not q.choices:
-            raise UserError('the protocol "scienceqa" asks multiple choice, and these questions have no choices; '
-                            "take another.")
+            raise UserError('the protocol "scienceqa" asks multiple choice, and these questions have no '
+                            "choices; take another.")
         text, answer = data.scienceqa_text(q, form)
     if protocol == "mme":
         text = text.removesuffix(" Please answer yes or no.")
@@ -110,10 +110,9 @@ def few_shot_generator(seed: int, item: data.Item) -> np.random.Generator:
 
 
 def few_shot_examples(train, item: data.Item, k: int, seed: int = 0, pool: int = 2048) -> list[data.Item]:
-    """k examples for an item, each with one of its questions, from the first `pool` items of the training split.
+    """k examples for an item, each with one question, from the first `pool` items of the training split.
 
-    OpenFlamingo draws them so. The item itself or its picture is never among them. The first four of eight are the
-    four.
+    OpenFlamingo draws them so. The item and its picture are never among them. Four are the first of eight.
     """
     if k == 0:
         return []
@@ -126,7 +125,8 @@ def few_shot_examples(train, item: data.Item, k: int, seed: int = 0, pool: int =
             found.append(replace(other, qas=[answered[rng.integers(len(answered))]] if answered else []))
         if len(found) == k:
             return found
-    raise UserError(f"the training split of {train.name} has {len(found)} other items, too few for {k} examples.")
+    raise UserError(f"the training split of {train.name} has {len(found)} other items, too few for {k} "
+                    "examples.")
 
 
 def multiple_choice(items: list[data.Item], seed: int = 0) -> Iterator[tuple[int, data.QA]]:
@@ -148,7 +148,7 @@ def multiple_choice(items: list[data.Item], seed: int = 0) -> Iterator[tuple[int
 
 
 def yes_no_pairs(items: list[data.Item], seed: int = 0) -> Iterator[tuple[int, data.QA]]:
-    """MME's form of one question of each picture of `shapes`: a question with answer Yes, then one with answer No.
+    """MME's form of one question of each picture of `shapes`: one with the answer Yes, then one with No.
 
     The kind of question is the task. The bundled decoder was taught no sentence for counts and places but
     "how many …" and "where is …", so these two are new to it.
@@ -171,7 +171,7 @@ def true_and_false(q: data.QA, item: data.Item, asked_pairs: list[str],
 
     things = re.findall(r"(?:small|large) ((\w+) (\w+)) at the (\w+ \w+)", item.about)
     pairs, words = [pair for pair, *_ in things], q.question[:-1].split()
-    if q.kind == "existence":                           # about the pairs that the other pictures are asked about
+    if q.kind == "existence":                   # about the pairs that the other pictures are asked about
         own = " ".join(words[3:])
         yes = own if q.answer == "yes" else pick([p for p in pairs if p in asked_pairs] or pairs)
         no = own if q.answer == "no" else pick([p for p in asked_pairs if p not in pairs])
@@ -190,7 +190,7 @@ def true_and_false(q: data.QA, item: data.Item, asked_pairs: list[str],
 @torch.no_grad()
 def log_likelihoods(vlm: VLM, documents: list[data.Document], features: Tensor, pictures: list[list[int]],
                     batch: int = 128) -> list[float]:
-    """log p of each document's supervised tokens, in nats; pictures: the rows of `features` in each document."""
+    """log p of each document's supervised tokens, in nats; pictures: the rows of `features` in each."""
     found = []
     for at in range(0, len(documents), batch):
         tokens, labels, mask = (x.to(features.device) for x in data.collate(documents[at:at + batch]))
@@ -206,8 +206,8 @@ def log_likelihoods(vlm: VLM, documents: list[data.Document], features: Tensor, 
 class Comparison:
     """A model and what it wrote about a data set: features once per picture, results once per key.
 
-    `file` keeps the results, a line of JSON for each, so that a later call goes on. prefix: what the keys of this
-    model and data set have in common.
+    `file` keeps the results, a line of JSON for each, so that a later call goes on. prefix: what the keys of
+    this model and data set have in common.
     """
 
     def __init__(self, vlm: VLM, tokenizer: Tokenizer, blind: bool = False, beams: int = 1,
@@ -235,8 +235,8 @@ class Comparison:
               max_new_tokens: int) -> list[str]:
         """What the model writes after each document; items: those whose pictures stand in it."""
         def write(documents: list[data.Document], pictures: list[list[int]]) -> list[str]:
-            return generate_texts(self.vlm, documents, self.tokenizer, max_new_tokens, self.beams, self.features,
-                                  pictures=pictures)
+            return generate_texts(self.vlm, documents, self.tokenizer, max_new_tokens, self.beams,
+                                  self.features, pictures=pictures)
         return self.keep(keys, documents, items, write)
 
     def log_likelihoods(self, keys: list[str], documents: list[data.Document],

@@ -3,8 +3,8 @@
     python eval.py targets out/mapl-shapes out/zero_init-shapes
     python eval.py targets out/linear-shapes --items 100
 
-On held-out pictures of `shapes`: the share of attention that the thing asked about gets, in each layer; of bridges
-with soft tokens also how often the words of a thing are near to the soft token in its place.
+On held-out pictures of `shapes`: the share of attention that the thing asked about gets, in each layer. Of
+bridges with soft tokens also: how often the words of a thing are near to the soft token in its place.
 """
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from support.plumbing.flags import Parser, add_machine_flags, use_machine
 def require_cell_patches(vlm: VLM) -> None:
     grid = vlm.vit.config.image_size // vlm.vit.config.patch
     if grid != 3:
-        raise UserError(f"this takes a ViT with 3 x 3 patches, one for a cell of `shapes`, not {grid} x {grid}; "
-                        "use weights/vit.")
+        raise UserError("this takes a ViT with 3 x 3 patches, one for a cell of `shapes`, not "
+                        f"{grid} x {grid}; use weights/vit.")
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def target_questions(world: data.Shapes, count: int) -> list[TargetQuestion]:
 
 
 def attention_on_target(vlm: VLM, tokenizer: Tokenizer, count: int = 200, split: str = "test") -> list[dict]:
-    """Does a question look at what it asks about? Rows for `format_table`: attention in each layer that reads images.
+    """Does a question look at what it asks about? Rows for `format_table`: attention in each reading layer.
 
-    Mean over heads and over questions about colour and position that were answered right, on scenes of 2 to 4 things:
+    Mean over heads and over right answers to questions about colour and position, on scenes of 2 to 4 things:
 
-        question: asked, another, picture   from the last word of the question (ring in "what color is the ring?")
-                                            to the cell of the thing asked about, of another thing, to all nine
+        question: asked, another, picture   from the last word of the question ("what color is the RING?") to
+                                            the cell of the thing asked about, of another thing, to all nine
         answer: asked, another, picture     the same from the last word of the prompt, where the answer begins
         all words: picture                  about 1 where the picture has a softmax of its own
 
@@ -91,7 +91,10 @@ def attention_on_target(vlm: VLM, tokenizer: Tokenizer, count: int = 200, split:
 
 
 def target_shares(cells: Tensor, question: TargetQuestion, ends: int) -> Tensor:
-    """(7, L): the rows of `attention_on_target` for one question; cells (L, T', 9), ends: tokens of "? Answer:"."""
+    """(7, L): the rows of `attention_on_target` for one question.
+
+    cells (L, T', 9): attention to the cells; ends: tokens of "? Answer:".
+    """
     others = cells[..., [t.cell for t in question.others]].mean(-1)
     x = torch.stack((cells[..., question.target.cell], others, cells.sum(-1)))      # (3, L, T')
     return torch.stack((*x[..., -1 - ends], *x[..., -1], x[2].mean(-1)))
@@ -103,10 +106,10 @@ def thing_words(t: data.Thing) -> tuple[str, ...]:
 
 @torch.no_grad()
 def words_on_target(vlm: VLM, tokenizer: Tokenizer, count: int = 200, split: str = "test") -> list[dict]:
-    """Do soft tokens spell what they stand for? Rows for `format_table`, over the things in pictures of `shapes`.
+    """Do soft tokens spell what they stand for? Rows for `format_table`, over the things in pictures.
 
-    own: how often a thing's colour, shape, … is among the 5 words nearest to the soft token that holds most of its
-    cell. another's: how often another thing's in the picture is, where the two differ. Needs one patch per cell.
+    own: how often a thing's colour, shape, … is among the 5 words nearest to the soft token that holds most
+    of its cell. another's: how often another thing's is, where the two differ. Needs one patch per cell.
     """
     require_cell_patches(vlm)
     world, hits = data.Shapes(split), {"own": [], "another's": []}

@@ -10,7 +10,7 @@ from support.formats.files import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake as one sentence (UserError) and prints the examples as written."""
+    """An argument parser that reports a mistake as one sentence (UserError) and keeps the lines of examples."""
 
     def __init__(self, program: str, examples: str):
         super().__init__(prog=program, description=examples, allow_abbrev=False,
@@ -20,7 +20,9 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            hint = nearest(unknown[0], flags) if unknown[0].startswith("-") else f"See python {self.prog} --help."
+            hint = f"see python {self.prog} --help."
+            if unknown[0].startswith("-"):
+                hint = nearest(unknown[0].partition("=")[0], flags)
             raise UserError(f'unknown argument "{unknown[0]}"; {hint}')
         return args
 
@@ -31,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the machine")
     group.add_argument("--device", default="auto", help="cpu | cuda | auto (auto)")
-    group.add_argument("--offline", action="store_true", help="never touch the network: hub names from its cache")
+    group.add_argument("--offline", action="store_true", help="no network: hub names from the local cache")
 
 
 def use_machine(args: argparse.Namespace) -> str:

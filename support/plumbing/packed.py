@@ -15,16 +15,16 @@ PACKED = range(10**7, 10**9)
 
 @contextlib.contextmanager
 def packed(decoder: Decoder) -> Iterator[None]:
-    """While it lasts, a bfloat16 decoder on a CPU multiplies with copies of its matrices in oneDNN's own order.
+    """While it lasts, a bfloat16 decoder on a CPU multiplies with copies of its matrices in oneDNN's order.
 
-    A step of one token is bound by reading every weight once. oneDNN reorders stored weights in each product, which
-    takes half of the time; a packed copy is in order already. Sums run in another order, nothing else changes.
+    A step of one token is bound by reading every weight once. oneDNN reorders stored weights in each product,
+    which takes half of the time; a packed copy is in order. Sums run in another order, nothing else changes.
 
-    This is fast and ugly, and says so: it overwrites `forward` of each linear layer, `qkv` of each attention and `head`
-    of the decoder in the instances' own `__dict__`, and calls private operators of PyTorch. Leaving deletes the
-    overwrites. No model code enters it: the caller who asks for speed does, around as many calls as possible, because
-    packing itself costs about 0.7 s per GB. It does nothing on a GPU, in float32 (measured: no gain), under autocast,
-    outside `PACKED`, or inside another `packed` of the same decoder.
+    This is fast and ugly. It overwrites `forward` of every linear layer, `qkv` of every attention and `head` of
+    the decoder in the objects' own `__dict__`, and it calls private operators of PyTorch. Leaving deletes the
+    overwrites. So no model code enters it. A caller who asks for speed does, around as many calls as possible,
+    because packing costs about 0.7 s per GB. Nothing happens on a GPU, in float32 (measured: no gain), under
+    autocast, outside `PACKED`, or where it is on.
     """
     if not can_be_packed(decoder):
         yield
@@ -45,15 +45,19 @@ def packed(decoder: Decoder) -> Iterator[None]:
         decoder.head = packed_product(decoder.embed.weight) if tied else decoder.lm_head.forward
         yield
     finally:
-        overwritten = [*((m, "forward") for m in linears), *((a, "qkv") for a in attentions), (decoder, "head")]
-        for m, name in overwritten:
-            vars(m).pop(name, None)
+        for m in linears:
+            vars(m).pop("forward", None)
+        for a in attentions:
+            vars(a).pop("qkv", None)
+        vars(decoder).pop("head", None)
 
 
 def can_be_packed(decoder: Decoder) -> bool:
-    weight, sizes = decoder.embed.weight, [m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear)]
-    return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported() and sum(sizes) in PACKED and "head" not in vars(decoder))
+    weight = decoder.embed.weight
+    size = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear))
+    return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and size in PACKED
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not torch.is_autocast_enabled("cpu")
+            and "head" not in vars(decoder))
 
 
 def packed_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:

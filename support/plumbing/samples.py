@@ -15,7 +15,8 @@ from support.formats.files import atomically
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>$title</title>
-<style>body { margin: 1rem; font: 1rem/1.4 sans-serif; color: #1b1b1b; background: #fff; overflow-wrap: anywhere }
+<style>
+body { margin: 1rem; font: 1rem/1.4 sans-serif; color: #1b1b1b; background: #fff; overflow-wrap: anywhere }
 main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)) }
 article { border: 1px solid #999; border-radius: .4rem; padding: .8rem; break-inside: avoid }
 h2 { font-size: 1rem } img { max-width: 100% } img:not(.zoom1) { image-rendering: pixelated }
@@ -37,8 +38,9 @@ def write_samples_page(file: Path, title: str, judged: list[JudgedItem], text: s
     """One HTML page of pictures, captions and verdicts below `text`; it needs no other file and no script."""
     words = [word for _, _, verdicts in judged for word, _ in verdicts]
     right = f"; {words.count('right')} of {len(words)} answers are right" if words else ""
-    page = dict(title=html.escape(title), summary=f"{len(judged)} held-out pictures{right}.", text=html.escape(text),
-                cards="\n".join(line for sample in judged for line in card_lines(*sample)))
+    cards = "\n".join(line for sample in judged for line in card_lines(*sample))
+    page = dict(title=html.escape(title), summary=f"{len(judged)} held-out pictures{right}.",
+                text=html.escape(text), cards=cards)
     with atomically(file) as tmp:
         tmp.write_text(PAGE.substitute(page), encoding="utf-8")
 
@@ -53,7 +55,8 @@ def card_lines(item, caption: str | None, verdicts: list[tuple[str, str]]) -> li
              f'<img class="zoom{zoom}" width="{zoom * picture.width}" alt=""',
              f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">']
     if caption is not None:
-        lines.append(f"<p>reference: {html.escape(item.captions[0])}</p><p>our caption: {html.escape(caption)}</p>")
+        lines.append(f"<p>reference: {html.escape(item.captions[0])}</p>"
+                     f"<p>our caption: {html.escape(caption)}</p>")
     rows = [f'<li class="{word.split()[0].lower()}"><b>{word}</b> {html.escape(line)}</li>'
             for word, line in verdicts]
     return [*lines, "<ul>", *rows, "</ul></article>"]
