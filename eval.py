@@ -199,7 +199,7 @@ def retrieval_recall(i2t, image_of, t2i=None, ks: tuple[int, ...] = (1, 5, 10)) 
 def beam_search(decoder: Decoder, tokens: Tensor | None = None, max_new_tokens: int = 32, beams: int = 4,
                 length_penalty: float = 1.0, stop: tuple[int, ...] = (), *, bridge: Bridge | None = None,
                 visual=None, **prompt) -> Tensor:
-    """The new tokens (B, T_new): W = `beams` sequences per row are kept, the best log p / length^penalty wins.
+    """The new tokens (B, T_new): `beams` sequences per row are kept, the best log p / length^penalty wins.
 
     Arguments as in `Decoder.stream`; prompt: embeds in place of tokens, and mask. A sequence that has ended
     repeats the stop id.
@@ -317,8 +317,8 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], blind: bool
              captions: bool = True) -> dict:
     """Scores on these items: {kind of question: accuracy, "mean": over kinds, "cider", "bleu4"}.
 
-    Accuracies and BLEU-4 are 0 … 1. The texts come with them: "answers", one per question, and "captions", one
-    per item, where all items have references.
+    Accuracies and BLEU-4 are 0 … 1. The texts come with them: "answers", one per question, and "captions",
+    one per item, where all items have references.
     """
     features = vision_features(vlm, items, blind)
     questions = [(n, q) for n, item in enumerate(items) for q in item.qas]
@@ -386,7 +386,7 @@ def first_items(world, split: str, count: int) -> list[data.Item]:
 # ------------------------------------------------------------------------------------------------------------
 
 def format_table(rows: list[dict]) -> str:
-    """Rows {"row", "trained", "examples", kind: accuracy, …} as text; accuracies and BLEU are multiplied by 100."""
+    """Rows {"row", "trained", "examples", kind: accuracy, …} as text; accuracies and BLEU times 100."""
     columns = ["row"] + [c for c in ("trained", "examples") if any(c in r for r in rows)]
     scores, last = {k for r in rows for k in scalar_scores(r)}, ("mean", "cider", "bleu4")
     columns += sorted(scores - {*last}) + [c for c in last if any(c in r for r in rows)]
@@ -444,7 +444,7 @@ def baseline_rows(vlm: VLM, tokenizer: Tokenizer, world, items: list[data.Item])
 
 
 def report_run(vlm: VLM, tokenizer: Tokenizer, world, out: Path, count: int, samples: int) -> None:
-    """What a run prints at its end: samples with verdicts, and the table. results.json and samples.html keep it."""
+    """Print a run's samples with verdicts, and its table; results.json and samples.html in `out` keep both."""
     label = row_label(vlm.bridge.name, read_json(out / "config.json"))
     rows, items, result = table_rows(vlm, tokenizer, world, count, label)
     rows += baseline_rows(vlm, tokenizer, world, items)

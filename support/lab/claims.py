@@ -82,7 +82,7 @@ def measure_loss(arm: TrainedArm) -> dict[str, float]:
 
 
 def measure_gates(arm: TrainedArm) -> dict[str, float]:
-    """Mean |gate| over layers and heads, halfway and at the end; at the end also of either half of the layers."""
+    """Mean |gate| over layers and heads, halfway and at the end; at the end also of either half of them."""
     gates = np.abs(gate_history(arm.run)[1]).mean(-1)                       # (logged steps, adapted layers)
     lower, upper = np.array_split(gates[-1], 2)
     found = {"lower layers": lower, "upper layers": upper, "gate halfway": gates[len(gates) // 2],

@@ -10,7 +10,7 @@ from support.formats.files import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake as one sentence (UserError) and keeps the lines of examples."""
+    """An argument parser that reports a mistake as one sentence (UserError) and keeps lines of examples."""
 
     def __init__(self, program: str, examples: str):
         super().__init__(prog=program, description=examples, allow_abbrev=False,
