@@ -1,4 +1,4 @@
-"""Beam search is its definition; answers do not depend on how they are batched; the tables count what they say; a
+"""Beam search is its definition; answers do not depend on how they are batched; tables count what they say; a
 command names what it did not understand."""
 
 import subprocess
@@ -59,7 +59,7 @@ def test_as_many_beams_as_words_search_exhaustively():
 
 
 def beams_by_hand(decoder, row, steps, W, stop=(), penalty=1.0):
-    """Beam search of one row as a loop, everything recomputed: an ended beam stays among the W with the score it has."""
+    """Beam search of one row as a loop, everything recomputed: an ended beam keeps its score and its place."""
     def rank(beam):
         return beam[0] / beam[2] ** penalty
     beams = [(0.0, row, 0, False)]  # log p, text, words written, ended
@@ -87,7 +87,8 @@ def test_beam_search_is_the_loop_without_a_cache(seed, stopping, penalty):
         assert (min(map(len, rows)) < 6) == stopping                            # something does stop early
     kw = dict(max_new_tokens=6, beams=3, stop=stop, length_penalty=penalty)
     mask = torch.tensor([[0] * 3 + [1] * 4] * 3).bool()  # left padding changes nothing here either
-    padded = beam_search(decoder, torch.cat((torch.zeros(3, 3, dtype=torch.long), PROMPT), 1), mask=mask, **kw)
+    padded = torch.cat((torch.zeros(3, 3, dtype=torch.long), PROMPT), 1)
+    padded = beam_search(decoder, padded, mask=mask, **kw)
     for mine in (beam_search(decoder, PROMPT, **kw), padded):
         for ids, row in zip(mine.tolist(), rows):
             assert ids == row + [row[-1]] * (len(ids) - len(row))
@@ -210,7 +211,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2():
     (["--itms", "3", "out/x"], 'unknown argument "--itms"; did you mean "--items"'),
     (["out/x", "--items", "few"], "--items"),
     (["out/x", "--items", "0"], "at least 1"),
-    (["out/x", "--claim", "all"], '"--claim"'),                 # as it was written before there were subcommands
+    (["out/x", "--claim", "all"], '"--claim"'),     # its spelling before there were subcommands
     (["compare"], "run folder"),
     (["compare", "out/x", "--protocl", "mapl"], 'did you mean "--protocol"'),
     (["claims", "--seed", "3", "all"], 'did you mean "--seeds"'),
