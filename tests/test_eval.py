@@ -59,7 +59,7 @@ def test_as_many_beams_as_words_search_exhaustively():
 
 
 def beams_by_hand(decoder, row, steps, W, stop=(), penalty=1.0):
-    """Beam search of one row as a loop, everything recomputed: an ended beam keeps its score and its place."""
+    """Beam search of one row as a loop, everything recomputed: an ended beam keeps its score."""
     def rank(beam):
         return beam[0] / beam[2] ** penalty
     beams = [(0.0, row, 0, False)]  # log p, text, words written, ended

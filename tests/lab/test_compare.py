@@ -1,5 +1,5 @@
-"""The full comparison: what is kept is not written twice; the official files are read back to the table's own numbers;
-Overall is the documents'."""
+"""The full comparison: what is kept is not written twice; the official files are read back to the table's own
+numbers; Overall is the documents'."""
 
 import csv
 import io
@@ -112,7 +112,8 @@ def test_text_markdown_and_csv_hold_the_same_cells():
         "| ----------- | ------: | -------: | -----: | ---: | ----: |",
         "| mapl        | 300,032 |   51,200 |   86.5 |      |       |"]
     table = [*csv.reader(io.StringIO(format_comparison(rows, "csv", each=True)))]
-    assert table[0] == ["", "trained", "examples", "color 0-shot", "Overall 0-shot", "Overall SQA", "Overall MME"]
+    assert table[0] == ["", "trained", "examples", "color 0-shot", "Overall 0-shot", "Overall SQA",
+                        "Overall MME"]
     assert table[1] == ["mapl", "300032", "51200", "82.00", "86.54", "", ""] and table[2][0] == "mapl, blind"
 
 
@@ -233,7 +234,8 @@ def test_another_training_in_the_same_folder_is_asked_again(runs, tmp_path, monk
 
 def test_one_command_prints_the_table_its_footnotes_and_minutes(runs, tmp_path, capsys):
     asked = ["compare", runs["mapl"], "--limit", "2", "--device", "cpu"]
-    evaluation.main([*asked, "--shots", "0,1", "--paper", "--format", "markdown", "--out", str(tmp_path / "t.md")])
+    evaluation.main([*asked, "--shots", "0,1", "--paper", "--format", "markdown",
+                     "--out", str(tmp_path / "t.md")])
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "t.md").read_text(encoding="utf-8")
     for word in ("| mapl ", "| mapl, blind ", "| chance ", "| [MAPL] ", "1-shot", "2 pictures a row",

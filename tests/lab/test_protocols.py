@@ -1,5 +1,5 @@
-"""Prompts are each paper's, to the letter; examples never show the question; what is asked in one batch is answered
-as one by one."""
+"""Prompts are each paper's, to the letter; examples never show the question; what is asked in one batch is
+answered as one by one."""
 
 import copy
 import json
@@ -134,7 +134,7 @@ def test_examples_are_drawn_by_the_seed_and_four_are_the_first_of_eight():
 
 
 def test_examples_never_show_the_picture_that_is_asked_about(tmp_path):
-    """Ten records, of which two share a picture under two names: neither the item nor its double is an example."""
+    """Ten records, of which two share a picture under two names: neither it nor its double is an example."""
     lines = []
     for n in range(10):
         Image.fromarray(np.full((8, 8, 3), 20 * min(n, 8), np.uint8)).save(tmp_path / f"{n}.png")
@@ -207,7 +207,7 @@ ITEMS = [data.Shapes("test").item(i) for i in range(6)]
 def test_answers_after_examples_are_the_same_in_a_batch_and_alone(runs, bridge, beams):
     vlm, tokenizer, _ = evaluation.open_run(runs[bridge], "cpu")
     train_split = data.Shapes("train")
-    examples = [few_shot_examples(train_split, i, 3)[:n % 4] for n, i in enumerate(ITEMS)]      # 1 to 4 pictures
+    examples = [few_shot_examples(train_split, i, 3)[:n % 4] for n, i in enumerate(ITEMS)]   # 1 to 4 pictures
     documents = [build_prompt(tokenizer, "ours", i, i.qas[0], e) for i, e in zip(ITEMS, examples)]
     items, keys = [[*e, i] for i, e in zip(ITEMS, examples)], [str(n) for n in range(6)]
     together = Comparison(vlm, tokenizer, beams=beams).texts(keys, documents, items, 8)

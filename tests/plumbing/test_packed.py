@@ -16,7 +16,7 @@ CASES = ["llama-mha", "llama-gqa-tied", "llama-rope-llama3", "llama-sharded", "l
 )
 @pytest.mark.parametrize("name", [*CASES, "qwen2-bias"])
 def test_packed_matrices_change_the_order_of_summation_and_nothing_else(name, monkeypatch):
-    """Logits, greedy tokens and beams with all matrices packed, against the published and unpacked bfloat16."""
+    """Logits, greedy tokens and beams with all matrices packed, against published and unpacked ones."""
     monkeypatch.setattr("support.plumbing.packed.PACKED", range(10**9))
     folder, _, x, expected = golden(name)
     decoder = load_decoder(folder, dtype=torch.bfloat16).eval()
