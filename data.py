@@ -104,7 +104,12 @@ class QA:
     question: str
     answer: str
     answers: list[str] = field(default_factory=list)        # ten annotators', where the data set has them
-    record: Record | None = None    # the entry on disk (chapter 6): id, choices, lecture, …
+    choices: tuple = ()             # of multiple choice
+    correct: int = -1               # which choice is right
+    hint: str = ""
+    lecture: str = ""
+    solution: str = ""
+    source: object = None           # the entry on disk
 
 
 @dataclass
@@ -206,8 +211,8 @@ def training_document(item: Item, tokenizer: Tokenizer, caption: bool = False, t
         if item.captions and (caption or not item.qas):
             return d.turn(CAPTION, item.captions[0])
         for q in item.qas:
-            if q.record is not None and q.record.choices:
-                prompt, answer = scienceqa_text(q.record, form)
+            if q.choices:
+                prompt, answer = scienceqa_text(q, form)
                 d.turn("\n" + prompt, answer)
             else:
                 d.turn(QUESTION.format(q.question), q.answer)
@@ -358,6 +363,7 @@ class Shapes:
     questions: is there a red square? yes · how many rings are there? one · what color is the ring? blue ·
     where is the red square? top left.
     """
+    finite, says_scenes = False, True
     name, size, held_out, seen, splits = "shapes", 3 * CELL, "test", "val", ("train", "val", "test", "all")
 
     def __init__(self, split: str = "train", seed: int = 0):
@@ -456,7 +462,7 @@ class Shapes:
                 return new
 
 
-def scienceqa_text(r: Record, form: str = "QCM-LEA") -> tuple[str, str]:
+def scienceqa_text(r: QA, form: str = "QCM-LEA") -> tuple[str, str]:
     """(prompt, answer) of a ScienceQA problem, worded as ScienceQA and LLaVA do:
 
         Question: …\\nContext: …\\nOptions: (A) … (B) …\\nAnswer:     lecture solution The answer is B.
@@ -467,10 +473,10 @@ def scienceqa_text(r: Record, form: str = "QCM-LEA") -> tuple[str, str]:
     """
     asked, told = form.split("-")
     letters = [chr(ord("A") + i) for i in range(len(r.choices))]
-    part = {"Q": f"Question: {r.question}", "C": f"Context: {r.more['hint'].strip() or 'N/A'}",
+    part = {"Q": f"Question: {r.question}", "C": f"Context: {r.hint.strip() or 'N/A'}",
             "M": "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, r.choices)),
-            "A": f"The answer is {letters[r.answer]}." + " BECAUSE:" * (told[0] == "A"),
-            "L": r.more["lecture"], "E": r.more["solution"]}
+            "A": f"The answer is {letters[r.correct]}." + " BECAUSE:" * (told[0] == "A"),
+            "L": r.lecture, "E": r.solution}
     prompt, answer = "\n".join(part[p] for p in asked), " ".join(["Answer:", *(part[p] for p in told)])
     prompt, answer = (text.replace("  ", " ").rstrip() for text in (prompt, answer))
     return prompt + "\nAnswer:", answer.removesuffix("BECAUSE:").rstrip().removeprefix("Answer: ")

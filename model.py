@@ -14,10 +14,9 @@ This file, bridges.py, data.py and papers/ open no file. A wrong number is a Val
 """
 from __future__ import annotations
 
-import contextlib
 import difflib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Callable, Iterator
 
 import torch
@@ -460,16 +459,17 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def stream(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
-               top_k: int = 0,
-               top_p: float = 1.0, stop: tuple[int, ...] = (), generator: torch.Generator | None = None,
-               mask: Tensor | None = None, embeds: Tensor | None = None, bridge: Bridge | None = None,
-               visual=None) -> Iterator[Tensor]:
+               top_k: int = 0, top_p: float = 1.0, stop: tuple[int, ...] = (),
+               generator: torch.Generator | None = None, mask: Tensor | None = None, embeds: Tensor | None = None,
+               bridge: Bridge | None = None, visual=None) -> Iterator[Tensor]:
         """Yields the next token of every row, (B,) int64, until all rows have stopped.
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the smallest set whose probability
         reaches p. A row that has emitted a stop id repeats it. Padding, if any, stands on the left.
         """
-        B, T = (tokens.shape if embeds is None else embeds.shape[:2])
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
+        B, T = tokens.shape if embeds is None else embeds.shape[:2]
         weight = self.embed.weight
         cache = Cache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
         stops = torch.tensor(stop, dtype=torch.long, device=weight.device)
@@ -485,60 +485,9 @@ class Decoder(nn.Module):
                 return
             tokens, mask, embeds = token[:, None], None, None
 
-    @torch.no_grad()
-    def generate(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
-                 beams: int = 1,
-                 length_penalty: float = 1.0, **kw) -> Tensor:
-        """The new tokens only, (B, T_new) int64; arguments as in `stream`. beams > 1: beam search (no
-        sampling)."""
-        from support.plumbing.packed import packed
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
-        with packed(self) if max_new_tokens >= 16 else contextlib.nullcontext():
-            if beams > 1:
-                return self.beam_search(tokens, max_new_tokens, beams, length_penalty, **kw)
-            return torch.stack(list(self.stream(tokens, max_new_tokens, temperature, **kw)), dim=1)
-
-    @torch.no_grad()
-    def beam_search(self, tokens: Tensor | None, max_new_tokens: int, beams: int, length_penalty: float = 1.0,
-                    stop: tuple[int, ...] = (), mask: Tensor | None = None, embeds: Tensor | None = None,
-                    bridge: Bridge | None = None, visual=None) -> Tensor:
-        """The sequence of largest log p / length^penalty among `beams` kept per row; (B, T_new), ended rows
-        repeat the stop id."""
-        B, T = (tokens.shape if embeds is None else embeds.shape[:2])
-        W, V, weight = min(beams, self.config.vocab_size), self.config.vocab_size, self.embed.weight
-        cache = Cache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
-        logits = self.head(self.states(tokens, mask, embeds=embeds, cache=cache, bridge=bridge,
-                                       visual=visual)[-1][:, -1])
-        total, first = logits.float().log_softmax(-1).topk(W)   # (B, W) log p of the W best first tokens
-        rows = torch.arange(B,
-                            device=weight.device).repeat_interleave(W)  # beams of one row stand side by side
-        cache.take(rows)
-        visual = select_rows(visual, rows)
-        written = first.reshape(B * W, 1)
-        stops = torch.tensor(stop, dtype=torch.long, device=weight.device)
-        done = torch.isin(first, stops)                                         # (B, W)
-        length = torch.ones_like(total)
-        for _ in range(max_new_tokens - 1):
-            if bool(done.all()):
-                break
-            hidden = self.states(written[:, -1:], cache=cache, bridge=bridge, visual=visual)[-1]
-            logp = self.head(hidden[:, -1]).float().log_softmax(-1).view(B, W, V)
-            last = written[:, -1].view(B, W, 1)
-            frozen = torch.full_like(logp, -torch.inf).scatter_(2, last,
-                                                                0.0)  # an ended beam repeats its stop id for free
-            logp = torch.where(done[..., None], frozen, logp)
-            longer = length + (~done).float()                                   # (B, W)
-            score = (total[..., None] + logp) / longer[..., None] ** length_penalty
-            best = score.flatten(1).topk(W).indices                             # (B, W) in W·V
-            parent, token = best // V, best % V
-            total = (total[..., None] + logp).flatten(1).gather(1, best)
-            length, done = longer.gather(1, parent), done.gather(1, parent) | torch.isin(token, stops)
-            rows = (parent + W * torch.arange(B, device=parent.device)[:, None]).flatten()
-            cache.take(rows)
-            written = torch.cat((written[rows], token.reshape(-1, 1)), dim=1)
-        best = (total / length ** length_penalty).argmax(1)                     # (B,)
-        return written.view(B, W, -1)[torch.arange(B, device=best.device), best]
+# ----------------------------------------------------------------------------------------------------------
+# 4. ViT: CLIP's, SigLIP's and BLIP-2's towers in one class
+# ----------------------------------------------------------------------------------------------------------
 
 
 NO_BRIDGE = Bridge()
@@ -558,19 +507,6 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
         drop = p.cumsum(-1) - p >= top_p        # the token that crosses p is kept, so at least one remains
         logits = logits.masked_fill(torch.zeros_like(drop).scatter_(1, order, drop), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-def select_rows(visual, rows: Tensor):
-    """The memory of a bridge for these rows of the batch: tensors are indexed, containers are walked."""
-    if isinstance(visual, Tensor):
-        return visual[rows]
-    if isinstance(visual, dict):
-        return {k: select_rows(v, rows) for k, v in visual.items()}
-    if isinstance(visual, (list, tuple)):
-        return type(visual)(select_rows(v, rows) for v in visual)
-    if isinstance(visual, ImagePositions):
-        return replace(visual, last=visual.last[rows])
-    return visual
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -822,7 +758,7 @@ class VLM(nn.Module):
     def generate(self, tokens: Tensor, pixels: Tensor | None = None, max_new_tokens: int = 32,
                  temperature: float = 0.0, mask: Tensor | None = None, features: Tensor | None = None,
                  bridge_tokens: Tensor | None = None, bridge_mask: Tensor | None = None, **kw) -> Tensor:
-        """New tokens (B, T_new); arguments as in Decoder.generate. Padding may stand on either side."""
+        """New tokens (B, T_new) int64; kw as in `Decoder.stream`. Padding may stand on either side."""
         features = self.features(pixels) if features is None else features
         inputs, _ = self.prepare(tokens, features, mask, left=True, bridge_tokens=bridge_tokens,
                                  bridge_mask=bridge_mask)

@@ -121,9 +121,7 @@ def ask(vlm: VLM, tokenizer: Tokenizer, image, prompt: str, longest: int = 48) -
     pixels = data.to_pixels([image], vlm.vit.config.image_size, vlm.processor)
     text = prompt if prompt == data.CAPTION else data.QUESTION.format(prompt)
     document = data.Document(tokenizer).image().add(text)
-    return evaluation.generate_texts(
-        vlm.generate, [document], tokenizer, longest, features=vlm.features(pixels)
-    )[0]
+    return evaluation.generate_texts(vlm, [document], tokenizer, longest, features=vlm.features(pixels))[0]
 
 
 def check(exercise: str, answer, expected=None, atol: float = 1e-5) -> None:

@@ -18,8 +18,8 @@ from papers import ALL_BRIDGES, make_bridge
 from papers.blip2_stage1 import Stage1
 from papers.llama_adapter import ZeroInitV1
 from conftest import SMALL, TINY, TINY_VIT, check, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
-from model import (Bridge, Cache, Context, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM,
-                   ViTConfig,
+from eval import generate_ids
+from model import (Bridge, Cache, Context, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM, ViTConfig,
                    next_token_loss, rope_frequencies)
 from support.formats.adapter import VISUAL_NAMES
 from support.formats.checkpoint import Checkpoint, fill
@@ -796,9 +796,9 @@ def test_generating_for_a_batch_is_generating_for_its_rows(name, options, beams,
     for rows in groups:
         tokens, mask, _ = batch(rows, "left")
         features = images(int((tokens == IMG).sum()))
-        ids = vlm.generate(tokens, mask=mask, features=features, max_new_tokens=5, beams=beams)
+        ids = generate_ids(vlm, tokens, 5, beams, mask, features=features)
         for mine, (row, own) in zip(ids, per_row(rows, features)):
-            assert torch.equal(mine, vlm.generate(row, features=own, max_new_tokens=5, beams=beams)[0])
+            assert torch.equal(mine, generate_ids(vlm, row, 5, beams, features=own)[0])
 
 
 def test_a_text_without_any_image_is_read_like_one_beside_others():
@@ -827,7 +827,7 @@ def test_bfloat16_follows_float32_and_learns(name, options, how):
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         logits = vlm(tokens, mask=mask, features=features).float()
         total, n = vlm.loss(tokens, labels, mask=mask, features=features)
-        assert vlm.generate(tokens, mask=mask, features=features, max_new_tokens=3, beams=2).shape == (
+        assert generate_ids(vlm, tokens, 3, 2, mask, features=features).shape == (
             len(rows),
             3,
         )

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import CONTRACTIONS, NUMBER_WORDS, bleu, cider, rouge_l, vqa_accuracy, vqa_normalize
+from eval import bleu, cider, rouge_l, vqa_accuracy
 from support.formats.ptb import ptb_tokenize
+from support.formats.vqa import CONTRACTIONS, NUMBER_WORDS, vqa_normalize
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 TOKENS, CAPTIONS, VQA, TABLES = (json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))

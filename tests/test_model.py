@@ -16,7 +16,6 @@ from model import (Cache, Decoder, DecoderConfig, RMSNorm, attend, attend_explic
                    rope_frequencies, sample, visible_to_bias)
 from support.formats.files import UserError
 from support.formats.llama import load_decoder, save_decoder
-from support.plumbing.packed import packed
 
 CASES = ["llama-mha", "llama-gqa-tied", "llama-rope-llama3", "llama-sharded", "llama-bf16"]
 
@@ -52,43 +51,6 @@ def test_bfloat16_stays_close_to_float32(name):
     # bfloat16 keeps 8 bits: each rounding is up to 2^-9 = 0.2 %, a few dozen of them in a row add like a
     # random walk to about 1 %
     assert (mine - expected["logits"]).norm() <= 2e-2 * expected["logits"].norm()
-
-
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 instructions"
-)
-@pytest.mark.parametrize("name", [*CASES, "qwen2-bias"])
-def test_packed_matrices_change_the_order_of_summation_and_nothing_else(name, monkeypatch):
-    """Logits, cached steps, greedy tokens and beams with every matrix packed, against the published ones and
-    the unpacked bfloat16."""
-    monkeypatch.setattr("support.plumbing.packed.PACKED", range(10**9))
-    folder, _, x, expected = golden(name)
-    decoder = load_decoder(folder, dtype=torch.bfloat16).eval()
-    with torch.no_grad():
-        plain = decoder(x["input_ids"])
-    with torch.no_grad(), packed(decoder):
-        assert all(
-            "forward" in vars(m) for m in decoder.modules() if isinstance(m, torch.nn.Linear)
-        ) and "head" in vars(decoder)
-        mine = decoder(x["input_ids"])
-        with packed(decoder):  # on already: nothing happens, nothing is undone
-            again = decoder(x["input_ids"])
-        assert torch.equal(mine, again) and "head" in vars(decoder)
-    assert (mine.float() - expected["logits"]).norm() <= 2e-2 * expected[
-        "logits"
-    ].norm()  # as without: see above
-    assert (mine - plain).float().norm() <= 1e-2 * plain.float().norm()
-    assert not any("forward" in vars(m) for m in decoder.modules()) and "head" not in vars(decoder)
-    with torch.no_grad():
-        assert torch.equal(decoder(x["input_ids"]), plain)
-    for beams in (1, 3):
-        ids = decoder.generate(x["prompt_ids"], max_new_tokens=16, beams=beams)  # 16: packs by itself
-        monkeypatch.setattr("support.plumbing.packed.PACKED", range(0))
-        unpacked = decoder.generate(x["prompt_ids"], max_new_tokens=16, beams=beams)
-        monkeypatch.setattr("support.plumbing.packed.PACKED", range(10**9))
-        assert (
-            ids.shape == unpacked.shape and (ids[:, :4] == unpacked[:, :4]).all()
-        )  # later ones may part where two logits tie
 
 
 def test_llama3_frequencies_are_the_published_values():
@@ -232,71 +194,6 @@ def test_greedy_with_a_cache_is_greedy_by_recomputation(decoder):
 PROMPT = torch.randint(61, (3, 4), generator=torch.Generator().manual_seed(5))
 
 
-def total_logp(decoder, prompt, new):
-    with torch.no_grad():
-        logp = decoder(torch.cat((prompt, new), 1)).log_softmax(-1)[:, prompt.shape[1] - 1:-1]
-    return logp.gather(2, new[..., None]).sum((1, 2))
-
-
-def test_one_beam_is_greedy(decoder):
-    assert torch.equal(decoder.beam_search(PROMPT, 9, beams=1), decoder.generate(PROMPT, 9))
-    assert torch.equal(decoder.generate(PROMPT, 9, beams=1), decoder.generate(PROMPT, 9))
-
-
-def test_more_beams_find_sequences_at_least_as_likely_as_greedy():
-    gained = 0
-    for seed in range(4):
-        decoder = tiny_decoder(seed)
-        greedy, beam = decoder.generate(PROMPT, 6), decoder.generate(PROMPT, 6, beams=5)
-        gain = total_logp(decoder, PROMPT, beam) - total_logp(decoder, PROMPT, greedy)
-        assert (gain > -1e-4).all()  # float32 sums of 6 log-probabilities
-        gained += int((gain > 1e-3).sum())
-    assert gained > 0  # and somewhere it is a real gain
-
-
-def test_as_many_beams_as_words_search_exhaustively():
-    decoder = tiny_decoder(vocab_size=7)  # 7 beams and 2 steps: all 49 continuations are seen
-    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    pairs = torch.cartesian_prod(torch.arange(7), torch.arange(7))
-    best = [pairs[total_logp(decoder, row.expand(49, -1), pairs).argmax()] for row in prompt]
-    assert torch.equal(decoder.generate(prompt, 2, beams=7), torch.stack(best))
-
-
-def beams_by_hand(decoder, row, steps, W, stop=(), penalty=1.0):
-    """Beam search of one row as a loop, everything recomputed: an ended beam stays among the W with the score
-    it has."""
-    rank = lambda b: b[0] / b[2] ** penalty
-    beams = [(0.0, row, 0, False)]  # log p, text, words written, ended
-    for _ in range(steps):
-        grown = [b for b in beams if b[3]]
-        for score, text, n, _ in (b for b in beams if not b[3]):
-            with torch.no_grad():
-                logp = decoder(text[None])[0, -1].log_softmax(-1)
-            grown += [
-                (score + float(p), torch.cat((text, i[None])), n + 1, int(i) in stop)
-                for p, i in zip(*logp.topk(W))
-            ]
-        beams = sorted(grown, key=rank, reverse=True)[:W]
-    return max(beams, key=rank)[1][len(row):].tolist()
-
-
-@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
-@pytest.mark.parametrize("stopping", [False, True])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_beam_search_is_the_loop_without_a_cache(seed, stopping, penalty):
-    decoder = tiny_decoder(seed)
-    stop = tuple(int(t) for t in decoder.generate(PROMPT, 3)[:, 2]) if stopping else ()
-    rows = [beams_by_hand(decoder, row, 6, 3, stop, penalty) for row in PROMPT]
-    if penalty < 2:  # which is the largest reward for going on
-        assert (min(map(len, rows)) < 6) == stopping                            # something does stop early
-    kw = dict(max_new_tokens=6, beams=3, stop=stop, length_penalty=penalty)
-    mask = torch.tensor([[0] * 3 + [1] * 4] * 3).bool()  # left padding changes nothing here either
-    padded = decoder.generate(torch.cat((torch.zeros(3, 3, dtype=torch.long), PROMPT), 1), mask=mask, **kw)
-    for mine in (decoder.generate(PROMPT, **kw), padded):
-        for ids, row in zip(mine.tolist(), rows):
-            assert ids == row + [row[-1]] * (len(ids) - len(row))
-
-
 def test_a_row_that_has_stopped_repeats_its_stop_id_and_all_stopped_ends_it(decoder):
     free = decoder.generate(PROMPT, 12)
     stop = (int(free[0, 3]), int(free[1, 5]))
@@ -308,7 +205,6 @@ def test_a_row_that_has_stopped_repeats_its_stop_id_and_all_stopped_ends_it(deco
         assert (mine[end:] == row[end:end + 1]).all()                           # and then that id
     every = tuple(free[:, 2].tolist())
     assert decoder.generate(PROMPT, 12, stop=every).shape[1] <= 3  # all rows have stopped: no further step
-    assert decoder.generate(PROMPT, 12, stop=every, beams=3).shape[1] <= 12
 
 
 def test_streaming_yields_what_generate_returns(decoder):

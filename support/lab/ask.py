@@ -1,64 +1,180 @@
-"""lab/ask.py: a published model answers about one picture."""
+"""A model answers about a picture file, or a decoder alone answers a question.
+
+    python eval.py ask out/mapl-shapes --image scene.png                        a caption
+    python eval.py ask out/mapl-shapes --image scene.png --prompt "where is the red ring?"
+    python eval.py ask llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "What is this?" --dtype bfloat16
+    python eval.py ask HuggingFaceTB/SmolLM2-135M-Instruct --prompt "What is the capital of France?"
+
+MODEL is a run of train.py, a published vision-language model (LLaVA, InstructBLIP, BLIP-2's first stage,
+IDEFICS, Llama 3.2 Vision) or a decoder: a folder, or a name on the Hugging Face hub. What it holds decides.
+"""
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import data
-from model import IMAGE, VLM
+from eval import generate_ids, generate_texts, open_run
+from model import IMAGE, VLM, ViT
 from papers.mllama_vit import TiledViT, Tiles
-from support.formats.files import read_json
-from support.formats.hub import print_licence
+from support.formats.files import UserError, read_json
+from support.formats.hub import fetch, print_licence
+from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor, read_image, tile_pixels
 from support.formats.tokenizer_files import load_tokenizer
-from support.formats.vlm import load_vlm
+from support.formats.tokenizers import Tokenizer
+from support.formats.vlm import LAYOUTS, load_vlm
+from support.plumbing.flags import Parser, add_machine_flags, use_machine
+from support.plumbing.packed import packed
 
-QUESTION_FORMS = {               # model_type → how a question about a picture is written; elsewhere "<image>" opens a conversation
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUESTION_FORMS = {      # model_type → how a question about a picture is written
     "llava": "<image>\n{}", "llava_llama": "<image>\n{}", "mllama": "<image>{}",
-    "idefics": "User:<fake_token_around_image><image><fake_token_around_image>{}<end_of_utterance>\nAssistant:",
-    "instructblip": "<image>{}",                        # the soft tokens come first, then <s> and the question alone
+    "idefics": "User:<fake_token_around_image><image><fake_token_around_image>{}<end_of_utterance>\n"
+               "Assistant:",
+    "instructblip": "<image>{}",                # the soft tokens come first, then <s> and the question alone
 }
 
 
-def ask(folder: Path, image: str, prompt: str, longest: int = 64, beams: int = 1, device=None, dtype=None) -> str:
-    """What a published model answers to a question about a picture file, in the form that it was trained with.
+@dataclass(frozen=True)
+class Request:
+    """What is asked, and how the answer is generated."""
+    image: str = ""                             # a file
+    prompt: str = ""
+    max_new_tokens: int = 64
+    beams: int = 1
+    device: str | None = None
+    dtype: torch.dtype | None = None            # None = float32
+
+
+def ask_run(run: str, request: Request) -> str:
+    """The answer of a run of train.py; without a prompt a caption."""
+    vlm, tokenizer, _ = open_run(run, request.device)
+    pixels = data.to_pixels([read_image(request.image)], vlm.vit.config.image_size, vlm.processor)
+    prompt = data.QUESTION.format(request.prompt) if request.prompt else data.CAPTION
+    document = data.Document(tokenizer).image().add(prompt)
+    features = vlm.features(pixels.to(request.device))
+    return generate_texts(vlm, [document], tokenizer, request.max_new_tokens, request.beams, features)[0]
+
+
+def ask_decoder(name: str, folder: Path, request: Request) -> str:
+    """The answer of a decoder alone, asked in its own chat template."""
+    print_licence(name, folder, sys.stderr)     # not among the answers
+    tokenizer, decoder = load_tokenizer(folder), load_decoder(folder, request.device, request.dtype)
+    ids = data.Document(tokenizer).chat(request.prompt).tokens
+    if IMAGE in ids:
+        raise UserError('a decoder alone sees no picture; leave "<image>" out of --prompt.')
+    return write_answer(decoder, torch.tensor([ids], device=request.device), tokenizer, request)
+
+
+@torch.no_grad()
+def ask_published(folder: Path, request: Request) -> str:
+    """The answer of a published vision-language model, asked in the form that it was trained with.
 
     BLIP-2's first stage answers no question: it says how well the prompt, as a caption, fits the picture.
     """
-    model, facts = load_vlm(folder, device, dtype), read_json(folder / "config.json")
+    model = load_vlm(folder, request.device, request.dtype)
     print_licence(str(folder), folder, sys.stderr)
-    kind, tokenizer, processor = facts["model_type"], load_tokenizer(folder), load_processor(folder)
-    vit, like = model.vit, next(model.vit.parameters())
-    put = lambda pixels: pixels.to(like.device, like.dtype)
-    picture = [read_image(image)]
-    if isinstance(vit, TiledViT):
-        pixels, aspect, there = tile_pixels(picture, vit.config.image_size, processor=processor)
-        pixels = Tiles(put(pixels), aspect.to(like.device), there.to(like.device))
-    else:
-        pixels = put(data.to_pixels(picture, vit.config.image_size, processor))
-    with torch.no_grad():
-        if not isinstance(model, VLM):
-            ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt), tokenizer.eos]], device=like.device)
-            features = model.features(pixels)
-            cosine = model.itc(features, ids)[0, 0] * (model.temperature if model.full else 1)
-            return f"match: {model.itm(features, ids).softmax(-1)[0, 1]:.3f} (ITM: text and picture belong together), similarity: {cosine:.3f} (ITC: cosine)"
-        document, text = data.Document(tokenizer), {}
-        if kind in ("llava", "llava_llama", "mllama"):
-            document.chat(QUESTION_FORMS[kind].format(prompt))
-            if facts.get("mm_use_im_start_end") and {"<im_start>", "<im_end>"} <= tokenizer.special.keys():     # LLaVA v1
-                at = document.tokens.index(IMAGE)
-                document.tokens[at:at + 1] = [tokenizer.special["<im_start>"], IMAGE, tokenizer.special["<im_end>"]]
-        else:
-            for part in re.split(r"(<[a-z_]+>|\{\})", QUESTION_FORMS[kind]):             # what the user writes stays plain text
-                special = part == "<image>" or part in tokenizer.special
-                document.add(prompt, False) if part == "{}" else document.add(part, False, special)
-        if kind == "instructblip":                      # the Q-Former reads the question, too, in BERT's words
-            document.tokens = [IMAGE, *(t for t in document.tokens if t != IMAGE)]
-            words = load_tokenizer(folder / "qformer_tokenizer")
-            text = {"bridge_tokens": torch.tensor([[words.bos, *words.encode(prompt), words.eos]], device=like.device)}
-        stop = () if tokenizer.eos is None else (tokenizer.eos,)
-        ids = model.generate(torch.tensor([document.tokens], device=like.device), pixels, longest, beams=beams, stop=stop, **text)[0]
+    tokenizer = load_tokenizer(folder)
+    pixels = picture_pixels(model.vit, folder, request.image)
+    if not isinstance(model, VLM):
+        return match_caption(model, tokenizer, pixels, request.prompt)
+    facts = read_json(folder / "config.json")
+    tokens = question_tokens(facts, tokenizer, request.prompt)
+    images, device = {"pixels": pixels}, model.decoder.embed.weight.device
+    if facts["model_type"] == "instructblip":   # the Q-Former reads the question, too, in BERT's words
+        words = load_tokenizer(folder / "qformer_tokenizer")
+        ids = [words.bos, *words.encode(request.prompt), words.eos]
+        images["bridge_tokens"] = torch.tensor([ids], device=device)
+    return write_answer(model, torch.tensor([tokens], device=device), tokenizer, request, **images)
+
+
+def write_answer(model: nn.Module, tokens: Tensor, tokenizer: Tokenizer, request: Request, **images) -> str:
+    stop = () if tokenizer.eos is None else (tokenizer.eos,)
+    decoder = model.decoder if isinstance(model, VLM) else model
+    long = request.max_new_tokens >= 16         # for fewer, packing costs more than it saves
+    with packed(decoder) if long else contextlib.nullcontext():
+        ids = generate_ids(model, tokens, request.max_new_tokens, request.beams, stop=stop, **images)[0]
     return tokenizer.decode(ids).strip()
+
+
+def picture_pixels(vit: ViT | TiledViT, folder: Path, file: str) -> Tensor | Tiles:
+    """A picture file as this tower reads it: (1, 3, S, S), or tiles; on its device, in its dtype."""
+    weight, image, processor = next(vit.parameters()), [read_image(file)], load_processor(folder)
+    if not isinstance(vit, TiledViT):
+        return data.to_pixels(image, vit.config.image_size, processor).to(weight.device, weight.dtype)
+    pixels, aspect, mask = tile_pixels(image, vit.config.image_size, processor=processor)
+    return Tiles(pixels.to(weight.device, weight.dtype), aspect.to(weight.device), mask.to(weight.device))
+
+
+def match_caption(stage1: nn.Module, tokenizer: Tokenizer, pixels: Tensor, caption: str) -> str:
+    """BLIP-2's two scores of a caption: does it belong to the picture, and how similar are they?"""
+    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(caption), tokenizer.eos]], device=pixels.device)
+    features = stage1.features(pixels)
+    cosine = stage1.itc(features, ids)[0, 0] * (stage1.temperature if stage1.full else 1)
+    match = stage1.itm(features, ids).softmax(-1)[0, 1]
+    return (f"match: {match:.3f} (ITM: text and picture belong together), "
+            f"similarity: {cosine:.3f} (ITC: cosine)")
+
+
+def question_tokens(facts: dict, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of a question about a picture in the model's own form; facts: its config.json."""
+    kind, document = facts["model_type"], data.Document(tokenizer)
+    form = QUESTION_FORMS[kind]
+    if kind in ("llava", "llava_llama", "mllama"):
+        tokens = document.chat(form.format(prompt)).tokens
+        marks = ("<im_start>", "<im_end>")
+        if facts.get("mm_use_im_start_end") and {*marks} <= tokenizer.special.keys():       # LLaVA v1
+            at = tokens.index(IMAGE)
+            tokens[at:at + 1] = [tokenizer.special[marks[0]], IMAGE, tokenizer.special[marks[1]]]
+        return tokens
+    for part in re.split(r"(<[a-z_]+>|\{\})", form):
+        if part == "{}":
+            document.add(prompt)                # what the user writes stays plain text
+        else:
+            document.add(part, special=part == "<image>" or part in tokenizer.special)
+    if kind == "instructblip":
+        return [IMAGE, *(t for t in document.tokens if t != IMAGE)]
+    return document.tokens
+
+
+def make_parser() -> Parser:
+    parser = Parser("eval.py ask", __doc__)
+    parser.add_argument("model", metavar="MODEL", help="a run, a published model or a decoder")
+    asked = parser.add_argument_group("the question")
+    asked.add_argument("--image", default="", metavar="FILE", help="a picture file")
+    asked.add_argument("--prompt", default="", metavar="TEXT", help="without it a run writes a caption")
+    answer = parser.add_argument_group("the answer")
+    answer.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)")
+    answer.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
+    answer.add_argument("--dtype", default="float32", choices=[*DTYPES], help="of the weights (float32)")
+    add_machine_flags(parser)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
+    device = use_machine(args)
+    if args.max_new_tokens < 1 or args.beams < 1:
+        raise UserError("--max-new-tokens and --beams must be at least 1.")
+    folder = fetch(args.model)
+    facts = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    request = Request(args.image, args.prompt, args.max_new_tokens, args.beams, device, DTYPES[args.dtype])
+    if "bridge" in facts:
+        if not args.image:
+            raise UserError(f"{args.model} is a run: give it a picture, --image FILE.")
+        print(ask_run(args.model, request))
+    elif facts.get("model_type") in LAYOUTS:
+        if not args.image or not args.prompt:
+            raise UserError(f"{args.model} needs --image FILE and --prompt TEXT: what to ask about it.")
+        print(ask_published(folder, request))
+    else:
+        if args.image or not args.prompt:
+            raise UserError(f"{args.model} is a decoder, which sees no picture: give it --prompt TEXT alone.")
+        print(ask_decoder(args.model, folder, request))

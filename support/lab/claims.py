@@ -1,4 +1,11 @@
-"""lab/claims.py: one miniature experiment per claim of the papers: its runs, its measurements, its verdict."""
+"""One miniature experiment per claim of the papers: its runs, its measurements, its verdict.
+
+    python eval.py claims all                           about 40 minutes on 2 cores
+    python eval.py claims zero-init gates --seeds 3
+    python eval.py claims all --jobs 8 --out claims.txt
+
+Finished runs in out/claims are kept, so that the command goes on where it was stopped.
+"""
 from __future__ import annotations
 
 import collections
@@ -8,8 +15,9 @@ import math
 import multiprocessing
 import re
 import textwrap
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,162 +25,258 @@ import torch
 
 import data
 import train
-from eval import (accuracy_by_kind, answer_accuracy, evaluate, first_items, generate_texts, mean, open_run,
-                  scalar_scores, vision_features)
+from eval import (accuracy_by_kind, align, answer_accuracy, evaluate, first_items, generate_texts, mean,
+                  open_run, scalar_scores, vision_features)
 from model import VLM
-from support.formats.files import atomically, read_json, write_json
+from support.formats.files import UserError, atomically, nearest, read_json, write_json
 from support.formats.tokenizers import Tokenizer
-from support.plumbing.log import read_log
 from support.lab.attention import gate_history
-from support.lab.claims_list import ARMS, CLAIMS, COMMON, Claim
+from support.lab.claims_list import ARMS, CLAIMS, COMMON, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
+from support.plumbing.flags import Parser
+from support.plumbing.log import read_log
 from support.worlds import open_data
 
 
-def measure_answers(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], run: Path) -> dict:
-    """VQA accuracy on held-out pictures by kind, their mean, and that of the pictures with one thing and with four."""
-    result = evaluate(vlm, tokenizer, items, captions=False)
+# What can be measured of an arm ----------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class TrainedArm:
+    """A finished run, and the held-out items that all seeds are asked about."""
+    vlm: VLM
+    tokenizer: Tokenizer
+    items: list[data.Item]
+    run: Path
+
+    @classmethod
+    def open(cls, run: Path, count: int) -> TrainedArm:
+        vlm, tokenizer, _ = open_run(str(run), "cpu")
+        return cls(vlm, tokenizer, first_items(open_data("shapes"), "test", count), run)
+
+
+def measure_answers(arm: TrainedArm) -> dict[str, float]:
+    """VQA accuracy by kind, the mean over kinds, and that of the pictures with one thing and with four."""
+    result = evaluate(arm.vlm, arm.tokenizer, arm.items, captions=False)
     answers, by_things = iter(result["answers"]), collections.defaultdict(list)
-    for item in items:
-        by_things[item.about.count(";") + 1] += [answer_accuracy(q, next(answers)) for q in item.qas]
-    return {**scalar_scores(result), "1 thing": mean(by_things[1] or [0.0]), "4 things": mean(by_things[4] or [0.0])}
+    for item in arm.items:
+        things = item.about.count(";") + 1
+        by_things[things] += [answer_accuracy(q, next(answers)) for q in item.qas]
+    counts = {"1 thing": mean(by_things[1] or [0.0]), "4 things": mean(by_things[4] or [0.0])}
+    return {**scalar_scores(result), **counts}
 
 
-def measure_loss(vlm, tokenizer, items, run) -> dict:
+def measure_captions(arm: TrainedArm) -> dict[str, float]:
+    items = [replace(item, qas=[]) for item in arm.items]
+    return {"cider": evaluate(arm.vlm, arm.tokenizer, items)["cider"]}
+
+
+def measure_blind(arm: TrainedArm) -> dict[str, float]:
+    result = evaluate(arm.vlm, arm.tokenizer, arm.items, blind=True)
+    return {f"blind {name}": result[name] for name in ("mean", "cider")}
+
+
+def measure_loss(arm: TrainedArm) -> dict[str, float]:
     """The training loss of the first batch, and its running mean at the end, in nats per learned token."""
-    log = [line for line in read_log(run / "log.jsonl") if "ema" in line]
+    log = [line for line in read_log(arm.run / "log.jsonl") if "ema" in line]
     return {"first loss": log[0]["loss"], "loss": log[-1]["ema"]}
 
 
-def measure_gates(vlm, tokenizer, items, run) -> dict:
-    """Mean |gate| over heads: of all layers halfway and at the end, and at the end of the lower and upper half of the adapted layers."""
-    gates = np.abs(gate_history(run)[1]).mean(-1)                                               # (logged steps, layers)
+def measure_gates(arm: TrainedArm) -> dict[str, float]:
+    """Mean |gate| over layers and heads, halfway and at the end; at the end also of either half of them."""
+    gates = np.abs(gate_history(arm.run)[1]).mean(-1)                       # (logged steps, adapted layers)
     lower, upper = np.array_split(gates[-1], 2)
-    halves = {"lower layers": lower, "upper layers": upper, "gate halfway": gates[len(gates) // 2], "gate at the end": gates[-1]}
-    return {name: float(g.mean()) for name, g in halves.items()}
+    found = {"lower layers": lower, "upper layers": upper, "gate halfway": gates[len(gates) // 2],
+             "gate at the end": gates[-1]}
+    return {name: float(g.mean()) for name, g in found.items()}
 
 
-def measure_reasons(vlm, tokenizer, items, run) -> dict:
-    """VQA accuracy of the answer within what is written, whose reasoning stands before or after it (data.ShapesReasons)."""
-    before = read_json(run / "config.json")["settings"]["data"] == "shapes-reasons"
-    asked = [(n, q) for n, item in enumerate(items) for q in item.qas]
-    prompts = [data.Document(tokenizer).image().add(data.QUESTION.format(q.question)) for _, q in asked]
-    texts = generate_texts(vlm.generate, prompts, tokenizer, 72, features=vision_features(vlm, items, False), pictures=[[n] for n, _ in asked])
-    return accuracy_by_kind([q for _, q in asked], [text.split(": ")[-before] for text in texts])
+def measure_reasons(arm: TrainedArm) -> dict[str, float]:
+    """VQA accuracy of the answer in a text that reasons before or after it (ShapesReasons, ShapesAnswers)."""
+    reasons_first = read_json(arm.run / "config.json")["settings"]["data"] == "shapes-reasons"
+    asked = [(n, q) for n, item in enumerate(arm.items) for q in item.qas]
+    prompts = [data.Document(arm.tokenizer).image().add(data.QUESTION.format(q.question)) for _, q in asked]
+    features, pictures = vision_features(arm.vlm, arm.items, blind=False), [[n] for n, _ in asked]
+    texts = generate_texts(arm.vlm, prompts, arm.tokenizer, 72, features=features, pictures=pictures)
+    answers = [text.split(": ")[-1 if reasons_first else 0] for text in texts]
+    return accuracy_by_kind([q for _, q in asked], answers)
+
+
+def measure_shots(arm: TrainedArm) -> dict[str, float]:
+    items = arm.items[:len(arm.items) // 4]
+    return {f"{k} shots": few_shot_accuracy(arm.vlm, arm.tokenizer, items, k) for k in (0, 1, 4, 8)}
+
+
+def measure_pages(arm: TrainedArm) -> dict[str, float]:
+    return {f"{k} pictures before": few_shot_accuracy(arm.vlm, arm.tokenizer, arm.items, k) for k in (0, 3)}
 
 
 def few_shot_accuracy(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], k: int) -> float:
-    """Mean VQA accuracy where k other pictures of training, each with a question and its answer, stand before the picture asked about."""
-    train = data.Shapes()
-    asked = [(item, q, support) for item in items for support in [few_shot_examples(train, item, k)] for q in item.qas]
-    documents = [build_prompt(tokenizer, "ours", item, q, support) for item, q, support in asked]
-    shown = [[*support, item] for item, _, support in asked]
-    return accuracy_by_kind([q for _, q, _ in asked], Comparison(vlm, tokenizer).texts([str(n) for n in range(len(asked))], documents, shown, 12))["mean"]
+    """Mean VQA accuracy behind k other pictures of training, each with a question and its answer."""
+    train_split = data.Shapes()
+    asked = []
+    for item in items:
+        examples = few_shot_examples(train_split, item, k)
+        asked += [(item, q, examples) for q in item.qas]
+    documents = [build_prompt(tokenizer, "ours", item, q, examples) for item, q, examples in asked]
+    pictures = [[*examples, item] for item, _, examples in asked]
+    keys = [str(n) for n in range(len(asked))]
+    texts = Comparison(vlm, tokenizer).texts(keys, documents, pictures, 12)
+    return accuracy_by_kind([q for _, q, _ in asked], texts)["mean"]
 
 
-MEASUREMENTS = {               # what can be measured of an arm, given (vlm, tokenizer, held-out items, run folder): {name: number}
-    "answers": measure_answers, "loss": measure_loss, "gates": measure_gates, "reasons": measure_reasons,
-    "captions": lambda vlm, tokenizer, items, run: {"cider": evaluate(vlm, tokenizer, [replace(i, qas=[]) for i in items])["cider"]},
-    "blind": lambda *a: {f"blind {k}": v for k, v in evaluate(*a[:3], blind=True).items() if k in ("mean", "cider")},
-    "shots": lambda vlm, tokenizer, items, run: {f"{k} shots": few_shot_accuracy(vlm, tokenizer, items[:len(items) // 4], k) for k in (0, 1, 4, 8)},
-    "pages": lambda vlm, tokenizer, items, run: {f"{k} pictures before": few_shot_accuracy(vlm, tokenizer, items, k) for k in (0, 3)},
+MEASUREMENTS: dict[str, Callable[[TrainedArm], dict[str, float]]] = {       # {name of a Number: its value}
+    "answers": measure_answers, "captions": measure_captions, "blind": measure_blind, "loss": measure_loss,
+    "gates": measure_gates, "reasons": measure_reasons, "shots": measure_shots, "pages": measure_pages,
 }
 
 
-def run_arm(arm: str, seed: int, out: Path, flags: list[str], looks: list[str], count: int = 200) -> dict:
-    """Train an arm unless its finished run lies in its folder, look at it, and keep there what was seen: {look: {its name: number}}."""
-    run = Path(arm_folder(out, arm, seed))
+# The runs --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Setup:
+    """How the experiments are run."""
+    seeds: int = 3                              # runs per arm, seeds 0 … seeds − 1
+    jobs: int = 2                               # runs at a time, one core each
+    runs: str | Path = "out/claims"             # a folder of run folders
+    report: str | Path = "support/results/claims.txt"
+    common: tuple[str, ...] = COMMON            # flags of every run
+    count: int = 200                            # held-out pictures
+
+
+def arm_folder(runs: str | Path, arm: str, seed: int) -> str:
+    return str(Path(runs) / f"{re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')}-s{seed}")
+
+
+def arm_flags(name: str, arm: Arm, seed: int, setup: Setup) -> list[str]:
+    """The command line of an arm's run."""
+    start = ["--init", arm_folder(setup.runs, arm.start, seed)] if arm.start else []
+    out = arm_folder(setup.runs, name, seed)
+    return [*setup.common, *arm.flags, *start, "--seed", str(seed), "--out", out]
+
+
+def run_arm(name: str, arm: Arm, seed: int, setup: Setup) -> dict:
+    """Train an arm unless its finished run lies in its folder, and measure what is missing.
+
+    Returns and keeps in seen.json: {"flags", "seconds", "steps", measurement: {name: number}}.
+    """
+    run, flags = Path(arm_folder(setup.runs, name, seed)), arm_flags(name, arm, seed, setup)
     done = read_json(run / "seen.json") if (run / "seen.json").exists() else {}
     if done.get("flags") != flags:
         run.mkdir(parents=True, exist_ok=True)
-        with open(run / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        with (open(run / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file),
+              contextlib.redirect_stderr(file)):
             train.main(flags)
-        done = {"flags": flags, "seconds": (config := read_json(run / "config.json"))["seconds"], "steps": config["steps"]}
+        config = read_json(run / "config.json")
+        done = {"flags": flags, "seconds": config["seconds"], "steps": config["steps"]}
         write_json(run / "seen.json", done)
-    if missing := [name for name in looks if name not in done]:
+    missing = [measure for measure in arm.measures if measure not in done]
+    if missing:
         torch.set_num_threads(1)
-        vlm, tokenizer, _ = open_run(str(run), "cpu")
-        items = first_items(open_data("shapes"), "test", count)               # the same pictures for every seed
-        for name in missing:
-            done[name] = MEASUREMENTS[name](vlm, tokenizer, items, run)
+        trained = TrainedArm.open(run, setup.count)
+        done |= {measure: MEASUREMENTS[measure](trained) for measure in missing}
         write_json(run / "seen.json", done)
     return done
 
 
-def arm_folder(out: Path, arm: str, seed: int) -> str:
-    return str(Path(out) / f"{re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')}-s{seed}")
+def needed_arms(claims: list[Claim], arms: dict[str, Arm]) -> set[str]:
+    """The arms of these claims, and those that they start from."""
+    needed = {name for claim in claims for name in claim.arms}
+    return needed | {arms[name].start for name in needed if arms[name].start}
 
 
-def arm_flags(arm: str, seed: int, out: Path, arms=None, common: str = COMMON) -> list[str]:
-    """The command line of an arm's run."""
-    own = [arm_folder(out, word[1:-1], seed) if word[0] == "{" else word for word in (arms or ARMS)[arm][0].split()]
-    return [*common.split(), *own, "--seed", str(seed), "--out", arm_folder(out, arm, seed)]
+def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> dict[tuple[str, int], dict]:
+    """{(arm, seed): what `run_arm` returns}; an arm that others start from runs before them."""
+    results = {}
+    for seed, second in itertools.product(range(setup.seeds), (False, True)):
+        ready = [name for name in arms if name in names and bool(arms[name].start) == second]
+        work = [(name, arms[name], seed, setup) for name in ready]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(setup.jobs, spawn) if setup.jobs > 1 else contextlib.nullcontext() as pool:
+            done = (pool.map if pool else map)(run_arm, *zip(*work)) if work else ()
+            for name, result in zip(ready, done):
+                results[name, seed] = result
+                minutes = result["seconds"] / 60
+                print(f"seed {seed}: {name}: {result['steps']} steps, {minutes:.1f} minutes", flush=True)
+    return results
 
+
+# The verdicts ----------------------------------------------------------------------------------------------
 
 def judge(left: list[float], right: list[float], relation: str = ">") -> str:
-    """The verdict on "left > right", numbers of several seeds each: "shown", "opposite" or "not shown" (of one: "one seed").
+    """The verdict on "left > right", numbers of several seeds each: shown, opposite, not shown, or one seed.
 
     With d = difference of the means and e = its standard error √(s²_left / n_left + s²_right / n_right):
-    "shown" where d > 2 e, "opposite" where d < −2 e, else "not shown". "≥" (no worse) is "shown" unless it is "opposite".
+    shown where d > 2 e, opposite where d < −2 e, else not shown. "≥" (no worse): shown unless it is opposite.
     Three seeds make 2 e a weak test (about one false alarm in ten): read the size of d beside it.
     """
     if min(len(left), len(right)) < 2:
         return "one seed"
-    d, e = mean(left) - mean(right), math.sqrt(np.var(left, ddof=1) / len(left) + np.var(right, ddof=1) / len(right))
+    variance = np.var(left, ddof=1) / len(left) + np.var(right, ddof=1) / len(right)
+    d, e = mean(left) - mean(right), math.sqrt(variance)
     return "opposite" if d < -2 * e else "shown" if d > 2 * e or relation == "≥" else "not shown"
 
 
-def arms_of(claim: Claim) -> list[str]:
-    return list(dict.fromkeys(side.split(": ")[0] for left, _, right, _ in claim.expect for side in (left, right)))
+def arm_values(results: dict[tuple[str, int], dict], seeds: int, arm: str, number: Number) -> list[float]:
+    """What the seeds of an arm measured, in the number's unit; nothing where the arm does not measure it."""
+    measured = [m for s in range(seeds) for m in results[arm, s].values() if isinstance(m, dict)]
+    return [number.scale * m[number.name] for m in measured if number.name in m]
 
 
-def claim_report(name: str, claim: Claim, seen: dict[tuple[str, int], dict], seeds: int) -> tuple[str, list[str]]:
+def claim_report(name: str, claim: Claim, results: dict[tuple[str, int], dict],
+                 seeds: int) -> tuple[str, list[str]]:
     """The claim, its table (mean ± standard deviation over seeds) and its verdicts as text; the verdicts."""
-    def values(arm: str, number: str) -> list[float]:
-        found = [x[number] for s in range(seeds) for x in seen[arm, s].values() if isinstance(x, dict) and number in x]
-        return found if re.search("loss|cider|gate|layers", number) else [100 * v for v in found]
+    rows, verdicts = [["", *(number.name for number in claim.columns)]], []
+    for arm in (arm for arm, seed in results if seed == 0 and arm in claim.arms):
+        found = [arm_values(results, seeds, arm, number) for number in claim.columns]
+        rows.append([arm, *(f"{mean(v):.3g} ± {np.std(v, ddof=seeds > 1):.2g}" if v else "" for v in found)])
+    lines = [f"    {line}" for line in align(rows).splitlines()]
 
-    columns, verdicts, shown = [c.replace("_", " ") for c in claim.columns.split()], [], set(arms_of(claim))
-    rows = [["", *columns]]
-    for arm in (arm for arm, seed in seen if arm in shown and seed == 0):
-        rows.append([arm, *(f"{mean(v):.3g} ± {np.std(v, ddof=seeds > 1):.2g}" if v else "" for v in (values(arm, c) for c in columns))])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["    " + "  ".join(v.ljust(w) if v is row[0] else v.rjust(w) for v, w in zip(row, widths)).rstrip() for row in rows]
-    for left, relation, right, paper in claim.expect:
-        sides = [values(*(side if ": " in side else f"{side}: {columns[0]}").split(": ")) for side in (left, right)]
-        verdicts.append(judge(*sides, relation))
-        paper = f"   (document: {paper})" if paper else ""
-        lines.append(f"    {verdicts[-1]:9s}  {left} {relation} {right}: {mean(sides[0]):.4g} against {mean(sides[1]):.4g}{paper}")
-    note = textwrap.fill(claim.note, 118, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join([f"{name}: {claim.says} ({claim.source})", *lines, *filter(None, [note])]), verdicts
+    def side_values(side: Side) -> list[float]:
+        return arm_values(results, seeds, side.arm, side.number or claim.columns[0])
+    for e in claim.expect:
+        left, right = side_values(e.left), side_values(e.right)
+        verdicts.append(judge(left, right, e.relation))
+        paper = f"   (document: {e.paper})" if e.paper else ""
+        lines.append(f"    {verdicts[-1]:9s}  {e.left} {e.relation} {e.right}: {mean(left):.4g} against "
+                     f"{mean(right):.4g}{paper}")
+    if claim.note:
+        lines.append(textwrap.fill(claim.note, 118, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join([f"{name}: {claim.says} ({claim.source})", *lines]), verdicts
 
 
-def run_claims(names: list[str], seeds: int = 3, jobs: int = 2, out: str | Path = "out/claims", file: str | Path = "weights/claims.txt",
-               claims=None, arms=None, common: str = COMMON, count: int = 200) -> str:
-    """Train and look at every arm of these claims with seeds 0 … seeds−1, `jobs` runs at a time, and write the report.
-
-    Finished runs in `out` are kept, so that the command goes on where it was stopped. claims and arms: tables, default CLAIMS and ARMS.
-    """
-    claims, arms = claims or CLAIMS, arms or ARMS
-    needed = {arm for name in names for arm in arms_of(claims[name])}
-    before = {arm: re.findall("{(.*?)}", arms[arm][0]) for arm in arms}         # what must be trained first
-    needed |= {b for arm in needed for b in before[arm]}
-    seen: dict[tuple[str, int], dict] = {}
-    for seed, later in itertools.product(range(seeds), (False, True)):
-        ready = [arm for arm in arms if arm in needed and bool(before[arm]) == later]
-        work = [(arm, seed, Path(out), arm_flags(arm, seed, out, arms, common), arms[arm][1].split(), count) for arm in ready]
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else contextlib.nullcontext() as pool:
-            for arm, done in zip(ready, (pool.map if pool else map)(run_arm, *zip(*work)) if work else ()):
-                seen[arm, seed] = done
-                print(f"seed {seed}: {arm}: {done['steps']} steps, {done['seconds'] / 60:.1f} minutes", flush=True)
-    reports = {name: claim_report(name, claims[name], seen, seeds) for name in names}
-    minutes = sum(done["seconds"] for done in seen.values()) / 60
-    head = (f"python eval.py --claim {'all' if len(names) == len(claims) else ' '.join(names)}: seeds 0 to {seeds - 1}, {len(seen)} runs, "
-            f"{minutes:.0f} minutes of training on one core each; every run: {common}\n"
-            f"Mean ± standard deviation over seeds: accuracy in %, CIDEr, loss in nats per learned token; {count} held-out pictures.\n"
-            "The documents' numbers are of other data and models: compare the direction. The verdicts are computed (eval.judge).")
+def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim] = CLAIMS,
+               arms: dict[str, Arm] = ARMS) -> str:
+    """Train and measure every arm of these claims, write the report to setup.report, and return it."""
+    results = run_arms(needed_arms([claims[name] for name in names], arms), setup, arms)
+    reports = {name: claim_report(name, claims[name], results, setup.seeds) for name in names}
+    minutes = sum(result["seconds"] for result in results.values()) / 60
+    asked = "all" if len(names) == len(claims) else " ".join(names)
+    head = (f"python eval.py claims {asked}: seeds 0 to {setup.seeds - 1}, {len(results)} runs, "
+            f"{minutes:.0f} minutes of training on one core each; every run: {' '.join(setup.common)}\n"
+            "Mean ± standard deviation over seeds: accuracy in %, CIDEr, loss in nats per learned token; "
+            f"{setup.count} held-out pictures.\n"
+            "The documents' numbers are of other data and models: compare the direction. The verdicts are "
+            "computed (support/lab/claims.py, judge).")
     summary = [f"    {name:12s}{', '.join(verdicts)}" for name, (_, verdicts) in reports.items()]
     text = "\n".join([head, "", *summary, "", *(f"{text}\n" for text, _ in reports.values())])
-    with atomically(Path(file)) as tmp:
+    with atomically(Path(setup.report)) as tmp:
         tmp.write_text(text, encoding="utf-8")
     return text
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("eval.py claims", __doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of: {', '.join(CLAIMS)}")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per arm (3)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one core each (2)")
+    parser.add_argument("--out", default=Setup.report, metavar="FILE", help=f"of the report ({Setup.report})")
+    args = parser.parse_args(argv)
+    if not args.names:
+        raise UserError(f"which claims? Write all, or some of {', '.join(CLAIMS)}.")
+    names = list(CLAIMS) if args.names == ["all"] else args.names
+    for name in names:
+        if name not in CLAIMS:
+            raise UserError(f'unknown claim "{name}"; {nearest(name, ["all", *CLAIMS])}')
+    if args.seeds < 1 or args.jobs < 1:
+        raise UserError("--seeds and --jobs must be at least 1.")
+    print(run_claims(names, Setup(args.seeds, args.jobs, report=args.out)))

@@ -26,7 +26,7 @@ def measure_reading(decoder: Decoder, tokenizer: Tokenizer, count: int = 400, st
             for q in world.questions(things, rng):
                 documents.append(data.Document(tokenizer).add(data.describe_scene(things, style)).add(data.QUESTION.format(q.question)))
                 facts.append((q, len(things)))
-        for (q, n), a in zip(facts, generate_texts(decoder.generate, documents, tokenizer, 6)):
+        for (q, n), a in zip(facts, generate_texts(decoder, documents, tokenizer, 6)):
             for key in (q.kind, f"{n} objects"):
                 hits.setdefault(key, []).append(a == q.answer)
     return {k: float(np.mean(v)) for k, v in sorted(hits.items())}

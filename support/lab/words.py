@@ -11,15 +11,17 @@ from support.formats.tokenizers import Tokenizer
 
 
 @torch.no_grad()
-def nearest_words(vlm: VLM, tokenizer: Tokenizer, features: Tensor, k: int = 5) -> list[list[tuple[str, float]]]:
-    """The k words nearest to each soft token h of one picture (1, N, Di): K lists of (word, cosine), the nearest first.
+def nearest_words(vlm: VLM, tokenizer: Tokenizer, features: Tensor,
+                  k: int = 5) -> list[list[tuple[str, float]]]:
+    """The k words nearest to each soft token h of a picture (1, N, Di): K lists of (word, cosine), best first.
 
     (A1)  cos(h, e_v) = h · e_v / (‖h‖ ‖e_v‖)        e_v: row v of the embedding matrix
 
-    Lengths are left out because soft tokens are far longer than words (mlp on shapes: 54 against 1.8 of the world's own words).
+    Lengths are left out because soft tokens are far longer than words (mlp on shapes: 54 against 1.8).
     """
     if not vlm.bridge.soft_tokens:
-        raise UserError(f"a {vlm.bridge.name} bridge puts no soft tokens among the words, so none has a nearest word.")
+        raise UserError(f"a {vlm.bridge.name} bridge puts no soft tokens among the words, so none has a "
+                        "nearest word.")
     soft = vlm.bridge.prefix(vlm.bridge.see(features))[0].float()               # (K, D)
     words = vlm.decoder.embed.weight[:vlm.decoder.config.vocab_size].float()
     near = (F.normalize(soft, dim=-1) @ F.normalize(words, dim=-1).T).topk(k)   # (K, k) (A1)
@@ -28,9 +30,10 @@ def nearest_words(vlm: VLM, tokenizer: Tokenizer, features: Tensor, k: int = 5) 
 
 
 def joint_projection(visual: Tensor, words: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-    """Visual tokens (K, D) and words (V, D) in one plane: (K, 2), (V, 2), and the shares of the variance on its axes.
+    """Visual tokens (K, D) and words (V, D) in one plane: (K, 2), (V, 2), and each axis's share of variance.
 
-    The first two principal components of all directions h / ‖h‖; an axis points to where its largest coordinate is.
+    The plane spans the first two principal components of all directions h / ‖h‖. An axis points to its
+    largest coordinate.
     """
     x = F.normalize(torch.cat((visual, words)).detach().double(), dim=-1)
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)

@@ -5,41 +5,65 @@ import contextlib
 from typing import Callable, Iterator
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from model import Decoder
 
-PACKED = range(10**7, 10**9)            # weights of a decoder: below, packing costs more than it saves; above, two copies might not fit
+# Weights of a decoder: below, packing costs more than it saves; above, two copies might not fit into memory.
+PACKED = range(10**7, 10**9)
 
 
 @contextlib.contextmanager
 def packed(decoder: Decoder) -> Iterator[None]:
-    """While it lasts, a bfloat16 decoder on a CPU multiplies with copies of its matrices in the order in which oneDNN reads them.
+    """While it lasts, a bfloat16 decoder on a CPU multiplies with copies of its matrices in oneDNN's order.
 
-    A step of one token is bound by reading every weight once; as they are stored, oneDNN reorders them in each product, which
-    is half of the time. Sums run in another order, nothing else changes. `generate` does it for itself; around several calls it saves
-    packing again (about 0.7 s per GB). Nothing happens on a GPU, in float32 (measured: no gain), under autocast, outside `PACKED`, or where it is on.
+    A step of one token is bound by reading every weight once. oneDNN reorders stored weights in each product,
+    which takes half of the time; a packed copy is in order. Sums run in another order, nothing else changes.
+
+    This is fast and ugly. It overwrites `forward` of every linear layer, `qkv` of every attention and `head`
+    of the decoder in the objects' own `__dict__`, and it calls private operators of PyTorch. Leaving deletes the
+    overwrites. So no model code enters it. A caller who asks for speed does, around many calls at once,
+    because packing costs about 0.7 s per GB. Nothing happens on a GPU, in float32 (measured: no gain), under
+    autocast, outside `PACKED`, or where it is on.
     """
-    linears, weight = [m for m in decoder.modules() if isinstance(m, nn.Linear)], decoder.embed.weight
-    attentions = [layer.attention for layer in decoder.layers]
-    if (weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            or torch.is_autocast_enabled("cpu") or sum(m.weight.numel() for m in linears) not in PACKED or "head" in vars(decoder)):
+    if not can_be_packed(decoder):
         yield
         return
-
-    def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)               # for one row at a time
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
+    linears = [m for m in decoder.modules() if isinstance(m, nn.Linear)]
+    attentions = [layer.attention for layer in decoder.layers]
     try:
         for m in linears:
-            m.forward = product(m.weight, m.bias)
+            m.forward = packed_product(m.weight, m.bias)
         for a in attentions:
             together = [a.q, a.k, a.v]
-            bias = [m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in together]
-            a.qkv = product(torch.cat([m.weight for m in together]), torch.cat(bias) if any(m.bias is not None for m in together) else None)
-        decoder.head = product(weight) if decoder.lm_head is None else decoder.lm_head.forward
+            weight, bias = torch.cat([m.weight for m in together]), None
+            if any(m.bias is not None for m in together):
+                zeros = [m.weight.new_zeros(len(m.weight)) for m in together]
+                bias = torch.cat([z if m.bias is None else m.bias for m, z in zip(together, zeros)])
+            a.qkv = packed_product(weight, bias)
+        tied = decoder.lm_head is None
+        decoder.head = packed_product(decoder.embed.weight) if tied else decoder.lm_head.forward
         yield
     finally:
-        for m, name in [*((m, "forward") for m in linears), *((a, "qkv") for a in attentions), (decoder, "head")]:
-            vars(m).pop(name, None)
+        for m in linears:
+            vars(m).pop("forward", None)
+        for a in attentions:
+            vars(a).pop("qkv", None)
+        vars(decoder).pop("head", None)
+
+
+def can_be_packed(decoder: Decoder) -> bool:
+    weight = decoder.embed.weight
+    size = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear))
+    return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and size in PACKED
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not torch.is_autocast_enabled("cpu")
+            and "head" not in vars(decoder))
+
+
+def packed_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x → x Wᵀ + b with a copy of W (out, in) in the order for one row at a time."""
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    def product(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
+    return product

@@ -6,37 +6,57 @@ import html
 import io
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
+
+from PIL import Image
 
 from support.formats.files import atomically
 
 PAGE = Template("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>$title</title>
-<style>body { margin: 1rem; font: 1rem/1.4 sans-serif; color: #1b1b1b; background: #fff; overflow-wrap: anywhere }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem }
-article { border: 1px solid #999; border-radius: .4rem; padding: .8rem; break-inside: avoid } h2 { font-size: 1rem }
-img { max-width: 100% } img:not(.zoom1) { image-rendering: pixelated } ul { list-style: none; padding: 0 }
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>$title</title>
+<style>
+body { margin: 1rem; font: 1rem/1.4 sans-serif; color: #1b1b1b; background: #fff; overflow-wrap: anywhere }
+main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)) }
+article { border: 1px solid #999; border-radius: .4rem; padding: .8rem; break-inside: avoid }
+h2 { font-size: 1rem } img { max-width: 100% } img:not(.zoom1) { image-rendering: pixelated }
+ul { list-style: none; padding: 0 }
 .right b { color: #0b5d1e } .wrong b { color: #b3140c } .partly b { color: #7a4a00 }
 pre { font-size: .75rem; overflow-x: auto } @media print { html { font-size: 8pt } }</style></head>
 <body><h1>$title</h1><p>$summary</p><pre>$text</pre><main>$cards</main></body></html>
 """)
 
 
-def write_samples_page(file: Path, title: str, told: list[tuple], text: str) -> None:
-    """One page that needs no other file and no script; told: (item, our caption or None, verdicts) per picture."""
-    from PIL import Image
-    show, cards, words = html.escape, [], [word for *_, asked in told for word, _ in asked]
-    for item, caption, asked in told:
-        picture, png = Image.fromarray(item.image), io.BytesIO()
-        picture.thumbnail((384, 384))
-        picture.save(png, "png")
-        zoom = max(1, 192 // max(picture.size))         # a small one is enlarged by a whole number and stays sharp
-        cards += [f"<article><h2>{show(item.id)}</h2>", f'<img class="zoom{zoom}" width="{zoom * picture.width}" alt=""',
-                  f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">']
-        if caption is not None:
-            cards.append(f"<p>reference: {show(item.captions[0])}</p><p>our caption: {show(caption)}</p>")
-        lines = [f'<li class="{word.split()[0].lower()}"><b>{word}</b> {show(line)}</li>' for word, line in asked]
-        cards += ["<ul>", *lines, "</ul></article>"]
-    counted = f"; {words.count('right')} of {len(words)} answers are right" if words else ""
-    page = dict(title=show(title), summary=f"{len(told)} held-out pictures{counted}.", text=show(text), cards="\n".join(cards))
+class JudgedItem(NamedTuple):
+    """A picture of an evaluation with what the model wrote about it."""
+    item: object                                        # data.Item with one picture
+    caption: str | None
+    verdicts: list[tuple[str, str]]                     # ("right", "is it red? yes") for each question
+
+
+def write_samples_page(file: Path, title: str, judged: list[JudgedItem], text: str) -> None:
+    """One HTML page of pictures, captions and verdicts below `text`; it needs no other file and no script."""
+    words = [word for _, _, verdicts in judged for word, _ in verdicts]
+    right = f"; {words.count('right')} of {len(words)} answers are right" if words else ""
+    cards = "\n".join(line for sample in judged for line in card_lines(*sample))
+    page = dict(title=html.escape(title), summary=f"{len(judged)} held-out pictures{right}.",
+                text=html.escape(text), cards=cards)
     with atomically(file) as tmp:
         tmp.write_text(PAGE.substitute(page), encoding="utf-8")
+
+
+def card_lines(item, caption: str | None, verdicts: list[tuple[str, str]]) -> list[str]:
+    """One picture of the page; a small one is enlarged by a whole number, so that it stays sharp."""
+    picture, png = Image.fromarray(item.image), io.BytesIO()
+    picture.thumbnail((384, 384))
+    picture.save(png, "png")
+    zoom = max(1, 192 // max(picture.size))
+    lines = [f"<article><h2>{html.escape(item.id)}</h2>",
+             f'<img class="zoom{zoom}" width="{zoom * picture.width}" alt=""',
+             f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">']
+    if caption is not None:
+        lines.append(f"<p>reference: {html.escape(item.captions[0])}</p>"
+                     f"<p>our caption: {html.escape(caption)}</p>")
+    rows = [f'<li class="{word.split()[0].lower()}"><b>{word}</b> {html.escape(line)}</li>'
+            for word, line in verdicts]
+    return [*lines, "<ul>", *rows, "</ul></article>"]

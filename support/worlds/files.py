@@ -21,6 +21,7 @@ class Files:
     The questions about one picture make one item (MME's pairs, VQAv2's five). A broken record or picture is skipped
     with a counted warning, or stops a strict run. share = 0.01 keeps 1 % of the items, the same for the same seed.
     """
+    finite, says_scenes = True, False
     size = 64                       # pixels a side, of a ViT trained here
 
     def __init__(self, kind: str, path: str, split: str, seed: int = 0, strict: bool = False, share: float = 1.0):
@@ -78,7 +79,8 @@ class Files:
     def question(self, r: Record) -> QA:
         most = r.more.get("most_common") or max(r.answers, key=r.answers.count, default="")
         answer = r.choices[r.answer] if r.choices else most
-        return QA(r.kind or self.kind, r.question, answer.strip(), list(r.answers) if len(r.answers) > 1 else [], r)
+        return QA(r.kind or self.kind, r.question, answer.strip(), list(r.answers) if len(r.answers) > 1 else [],
+                  r.choices, r.answer, *(r.more.get(part, "") for part in ("hint", "lecture", "solution")), r)
 
     def item(self, index: int, turns: int | None = None) -> Item:
         """For training (`turns`): captions in random order, and at most so many of the questions with an answer."""

@@ -40,6 +40,7 @@ from model import IGNORE, IMAGE, VLM, next_token_loss
 from support.formats.llama import load_decoder
 from support.formats.vision import load_vit
 from support.formats.vlm import load_bridge, load_vlm     # noqa: E402
+from support.plumbing.packed import packed                # noqa: E402
 
 SIZES = {  # decoder: layers, width, heads, key heads, feed-forward, words; ViT: image, patch, width, layers, heads, feed-forward
     "tiny": ((4, 128, 4, 2, 384, 512), (48, 16, 128, 4, 4, 512)),
@@ -461,7 +462,8 @@ def generate(a, folder, side, texts: int = 1, same: int = 8):
     @torch.no_grad()
     def run() -> float:
         if side == "ours":
-            ids = model.generate(tokens, max_new_tokens=128)
+            with packed(model):
+                ids = model.generate(tokens, max_new_tokens=128)
         else:
             ids = model.generate(
                 tokens,

@@ -215,7 +215,7 @@ def test_a_run_with_a_hub_model_names_its_commit_and_loads_again(hub, tmp_path, 
 
 
 def test_offline_holds_for_both_commands(hub, capsys):
-    evaluation.main(["--lm", NAME, "--prompt", "a red circle", "--offline", "--max-new-tokens", "2"])
+    evaluation.main(["ask", NAME, "--prompt", "a red circle", "--offline", "--max-new-tokens", "2"])
     out = capsys.readouterr()
     assert out.err == f"licence  {NAME}: apache-2.0\n" and "licence" not in out.out
     hub.error = raised("LocalEntryNotFoundError")

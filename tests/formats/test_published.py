@@ -217,12 +217,11 @@ def speaking(tmp_path, case: str) -> Path:
 def test_a_published_model_answers_about_a_picture_file(tmp_path, case, capsys):
     folder = speaking(tmp_path, case)
     picture = GOLDEN / "image-processors" / "images" / "coffee_73x151.png"
-    evaluation.main(["--vlm", str(folder), "--image", str(picture), "--prompt", "hello", "--max-new-tokens", "5"])
+    asked = ["ask", str(folder), "--image", str(picture), "--prompt", "hello", "--max-new-tokens", "5"]
+    evaluation.main(asked)
     first = capsys.readouterr().out
     assert first.endswith("\n")  # random weights: any text will do, but it came from this picture
-    evaluation.main(
-        ["--vlm", str(folder), "--image", str(picture), "--prompt", "hello", "--max-new-tokens", "5"]
-    )
+    evaluation.main(asked)
     assert capsys.readouterr().out == first
 
 
@@ -230,7 +229,7 @@ def test_blip2s_first_stage_says_how_well_a_caption_fits(tmp_path, capsys):
     folder = speaking(tmp_path, "blip2-itm-itc")
     evaluation.main(
         [
-            "--vlm",
+            "ask",
             str(folder),
             "--image",
             str(GOLDEN / "image-processors/images/coffee_73x151.png"),

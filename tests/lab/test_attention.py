@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-import data
 from support.lab.attention import (attention_to_patches, attention_weights, gate_history, overlay_attention,
                                    rollout, rollout_step, run_with_attention)
-from support.lab.targets import attention_on_target, words_on_target
-from support.lab.words import joint_projection, nearest_words
 from support.worlds.text import shapes_tokenizer
 import eval as evaluation
-import model
 from bridges import GatedCrossAttention, PostNormAttention, ResamplerLayer
 from papers import make_bridge
 from conftest import SMALL, small_pictures, small_vlm, tiny_vlm
@@ -27,7 +22,6 @@ from model import Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, spli
 from support.formats.files import UserError
 from support.formats.llama import load_decoder
 from support.formats.vision import load_vit
-from support.formats.vlm import save_vlm
 
 ROOT = Path(evaluation.__file__).parent
 H, T, N = 4, 5, 10  # heads of the decoder, words behind the picture, ViT tokens with the class token
@@ -296,51 +290,6 @@ def shapes_vlm(name: str, **options) -> VLM:
                TOKENIZER.special["<image>"]).eval()
 
 
-def test_a_soft_token_along_an_embedding_has_that_word():
-    vlm = shapes_vlm("linear")
-    red, = TOKENIZER.encode(" red")
-    with torch.no_grad():
-        vlm.bridge.map.weight.zero_()
-        vlm.bridge.map.bias.copy_(20 * vlm.decoder.embed.weight[red])
-        near = nearest_words(vlm, TOKENIZER, torch.zeros(1, 9, 128), k=3)
-    assert len(near) == 9 and near[0][0] == (" red", pytest.approx(1, abs=1e-6))
-    assert [w for w, _ in near[0]] == [
-        w for w, _ in near[8]
-    ]  # cosines of equal rows may differ in the last bit
-    assert [c for _, c in near[0]] == pytest.approx([c for _, c in near[8]], abs=1e-6)
-    e = vlm.decoder.embed.weight.detach()
-    cosine = (e @ e[red] / e.norm(dim=1) / e[red].norm()).tolist()
-    for word, c in near[0]:
-        assert c == pytest.approx(cosine[TOKENIZER.encode(word)[0]], abs=1e-6)
-    assert [c for _, c in near[0]] == pytest.approx(sorted(cosine)[:-4:-1], abs=1e-6)
-
-
-@pytest.mark.parametrize("name", ["zero_init", "flamingo"])
-def test_a_bridge_without_soft_tokens_says_so(name):
-    with pytest.raises(UserError, match=f"a {name} bridge"):
-        nearest_words(vlm_of(name), TOKENIZER, torch.zeros(1, 9, 20))
-
-
-def test_a_projection_of_directions_that_lie_in_a_plane_keeps_their_distances():
-    g = torch.Generator().manual_seed(0)
-    plane = torch.linalg.qr(torch.randn(7, 2, generator=g)).Q
-    flat = F.normalize(torch.randn(12, 2, generator=g), dim=-1)
-    vectors = (1 + torch.rand(12, 1, generator=g) * 50) * (flat @ plane.T)      # lengths do not count
-    visual, words, shares = joint_projection(vectors[:4], vectors[4:])
-    assert visual.shape == (4, 2) and words.shape == (8, 2)
-    assert sum(shares) == pytest.approx(1) and shares[0] >= shares[1]
-    torch.testing.assert_close(torch.cdist(visual, words), torch.cdist(flat[:4], flat[4:]), atol=1e-6, rtol=0)
-    x = torch.cat((visual, words))
-    assert (x.gather(0, x.abs().argmax(0)[None]) > 0).all() and x.mean(0).abs().max() < 1e-6
-
-
-def test_the_shares_of_a_projection_are_those_of_the_covariance():
-    vectors = F.normalize(torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).double(), dim=-1)
-    _, _, shares = joint_projection(vectors[:10], vectors[10:])
-    values = torch.linalg.eigvalsh(torch.cov(vectors.T)).flip(0)
-    assert shares == pytest.approx((values[:2] / values.sum()).tolist())
-
-
 def test_gates_are_read_back_from_the_log(tmp_path):
     lines = [{"step": 1, "gates": [[0.0, 0.1], [-0.2, 0.3]]}, {"step": 2, "loss": 1.0},
              {"step": 50, "gates": [[0.5, 0.6], [0.7, -0.8]]}]
@@ -365,135 +314,3 @@ def test_an_overlay_reddens_the_patch_and_nothing_else():
     half = overlay_attention(picture, [0, 0, 0, 0.25], top=0.5, side=90)
     assert (half[80, 80] == np.round(0.65 * 100 + 0.35 * np.array([255, 40, 0]))).all()
     assert (overlay_attention(picture, np.zeros(4)) == 100).all()              # looking nowhere
-
-
-# --- measured on shapes -------------------------------------------------------------------------------------
-
-
-def target_by_answer(q: data.QA, things: list[data.Thing]) -> data.Thing:
-    """Another way to find the thing that is asked about: by the true answer."""
-    if q.kind == "position":
-        return next(t for t in things if t.place == q.answer)
-    return next(
-        t
-        for t in things
-        if t.color == q.answer and (t.place in q.question or f"the {t.shape}?" in q.question)
-    )
-
-
-def test_attention_on_target_finds_the_thing_and_the_word(monkeypatch):
-    """A reader who gives the asked thing half of the attention, from the question's last word, in layer 1."""
-    world = data.Shapes("test")
-    questions = {(i, q.question): q for i in range(30) for q in world.item(i).qas}
-
-    def gaze(vlm, tokens, features):
-        text = TOKENIZER.decode([t for t in tokens[0].tolist() if t >= 0])
-        i, asked = int(features[0, 0, 0]), text.split("Question: ")[1].split(" Answer")[0]
-        words = torch.full((2, 4, tokens.shape[1] - 2, 9), 0.5 / 9)
-        last = [n for n, t in enumerate(tokens[0, 2:].tolist()) if TOKENIZER.decode([t]) == "?"][0] - 1
-        target = target_by_answer(questions[i, asked], world.scene(world.rng(i)))
-        words[1, :, last] = 0.5 * torch.eye(9)[target.cell]
-        return words, torch.eye(10)[1:]  # a class token stands in front
-
-    monkeypatch.setattr("support.lab.targets.attention_to_patches", gaze)
-    monkeypatch.setattr("support.lab.targets.vision_features", lambda vlm, items,
-                        blind: torch.arange(len(items)).view(-1, 1, 1).float())
-    right = [q.answer for i in range(30) if len(world.scene(world.rng(i))) > 1
-             for q in world.item(i).qas if q.kind in ("color", "position")]
-    monkeypatch.setattr("support.lab.targets.generate_texts", lambda *a, **k: right)
-    rows = {r.pop("row"): list(r.values()) for r in attention_on_target(vlm_of("mlp"), TOKENIZER, 30)}
-    cell, picture = (0.5 / 9, 0.5 / 9), (0.5, 0.5)
-    expected = {
-        "question: asked": (0.5 / 9, 0.5),
-        "question: another": (0.5 / 9, 0.0),
-        "question: picture": picture,
-        "answer: asked": cell,
-        "answer: another": cell,
-        "answer: picture": picture,
-        "all words: picture": picture,
-    }
-    assert rows.keys() == expected.keys()
-    for name, shares in expected.items():
-        assert rows[name] == pytest.approx(shares, abs=1e-6), name
-    monkeypatch.setattr("support.lab.targets.generate_texts", lambda *a, **k: ["wrong"] * len(right))
-    assert attention_on_target(vlm_of("mlp"), TOKENIZER, 30) == []   # wrong answers do not count
-
-
-def test_words_on_target_count_the_things_own_words_and_anothers_where_they_differ(monkeypatch):
-    world = data.Shapes("test")
-
-    def spell(vlm, tokenizer, features):  # the tokens spell their cells backwards
-        words = [[] for _ in range(9)]
-        for t in world.scene(world.rng(int(features[0, 0, 0]))):
-            words[8 - t.cell] = [(f" {w}", 0.5) for w in (t.color, t.shape, t.size, *t.place.split())]
-        return words
-
-    monkeypatch.setattr("support.lab.targets.nearest_words", spell)
-    monkeypatch.setattr(
-        "support.lab.targets.attention_to_patches", lambda vlm, tokens, features: (None, torch.eye(9).flip(0))
-    )
-    monkeypatch.setattr(
-        "support.lab.targets.vision_features",
-        lambda vlm, items, blind: torch.arange(len(items)).view(-1, 1, 1).float(),
-    )
-    own, another = words_on_target(vlm_of("mlp"), TOKENIZER, 30)
-    kinds = {"color", "shape", "size", "top/middle/bottom", "left/center/right"}
-    assert own == {"row": "own", **dict.fromkeys(kinds, 1.0)}
-    assert another == {"row": "another's", **dict.fromkeys(kinds, 0.0)}
-
-
-def test_other_grids_than_three_by_three_are_refused():
-    vlm = vlm_of("mlp")
-    vlm.vit = model.ViT(model.ViTConfig(image_size=56, patch=8, width=20, layers=1, heads=2, hidden=20))
-    for measure in (attention_on_target, words_on_target):
-        with pytest.raises(UserError, match="7 x 7"):
-            measure(vlm, TOKENIZER, 2)
-
-
-# --- the command line ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Untrained runs of two bridges, and a picture."""
-    folder = tmp_path_factory.mktemp("runs")
-    sizes = {"mapl": dict(constants=4, layers=2), "zero_init": dict(prompts=4, adapted=2, depth=1)}
-    for name, options in sizes.items():
-        vlm = shapes_vlm(name, width=16, heads=2, **options)
-        save_vlm(vlm, folder / name, vit="weights/vit", decoder="weights/decoder")
-    Image.fromarray(data.Shapes("test").item(0).image).save(folder / "scene.png")
-    return folder
-
-
-@pytest.mark.parametrize("name, layers", [("mapl", 4), ("zero_init", 2)])
-def test_look_writes_a_map_per_word_and_layer_and_one_per_visual_token(runs, name, layers, capsys, tmp_path):
-    asked = ["--image", str(runs / "scene.png"), "--prompt", "what color is the ring?"]
-    evaluation.main([str(runs / name), *asked, "--look", str(tmp_path / "maps")])
-    text = capsys.readouterr().out
-    with Image.open(tmp_path / "maps/words.png") as words, Image.open(tmp_path / "maps/tokens.png") as tokens:
-        assert words.size == (150 * 11, 150 * layers + 20)  # \n Question : what … ? Answer :
-        assert tokens.size == (150 * 4, 170)
-        assert np.asarray(words).std() > 0
-    assert text.count("attention to the picture") == layers
-    assert ("nearest" in text) == (name == "mapl") and ("mean |gate| 0.000" in text) == (name == "zero_init")
-
-
-def test_look_without_a_picture_is_one_sentence(runs):
-    with pytest.raises(UserError, match="--look needs --image"):
-        evaluation.main([str(runs / "mapl"), "--look", "maps"])
-
-
-def test_an_untrained_run_has_nothing_right_and_no_words(runs, capsys):
-    evaluation.main([str(runs / "mapl"), "--analyse", "--items", "3"])
-    text = capsys.readouterr().out
-    assert "no question was answered right" in text and "own" in text and "another's" in text
-
-
-def test_analyse_prints_a_table_per_run(runs, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "support.lab.targets.attention_on_target", lambda *a: [{"row": "question: asked", "layer 0": 0.625}]
-    )
-    evaluation.main(["--analyse", "--items", "4", str(runs / "mapl"), str(runs / "zero_init")])
-    text = capsys.readouterr().out
-    assert text.count("62.5") == 2 and "mapl:" in text and "zero_init:" in text
-    assert text.count("another's") == 1                                         # zero_init has no soft tokens

@@ -1,4 +1,5 @@
-"""eval.py --claim: every claim of the table can be run and judged, verdicts are computed, and the worlds that it needs say what they promise."""
+"""eval.py claims: every claim of the table can be run and judged, verdicts are computed, and the worlds that
+it needs say what they promise."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ import torch
 import data
 from model import IMAGE
 from support.formats.pictures import load_processor
-from support.lab.claims import few_shot_accuracy
 from support.worlds import open_data
 from support.worlds.text import shapes_tokenizer
 import eval as evaluation
 import train
 from papers import make_bridge
-from support.lab.claims import MEASUREMENTS, arm_flags, arm_folder, arms_of, judge, run_claims
-from support.lab.claims_list import ARMS, CLAIMS, Claim
+from support.lab.claims import (MEASUREMENTS, Setup, arm_flags, arm_folder, claim_report, few_shot_accuracy,
+                                judge, run_claims)
+from support.lab.claims_list import ARMS, CIDER, CLAIMS, LOSS, MEAN, Arm, Claim, Expectation, Side
 from model import VLM
 from support.formats.files import UserError, read_json
 from support.formats.llama import load_decoder
@@ -32,7 +33,7 @@ def test_a_verdict_is_two_standard_errors_of_the_difference():
     assert judge([1.0, 1.1, 1.2], [0.0, 0.1, 0.2]) == "shown"
     assert judge([0.0, 0.1, 0.2], [1.0, 1.1, 1.2]) == "opposite"
     assert judge([0.0, 1.0, 2.0], [0.1, 0.9, 1.7]) == "not shown"
-    # d = 2, s² = 1 on both sides: e = √(2/3) = 0.816; below: d = 1.9, s² = 0.98, e = √(0.98) = 0.99 with two seeds
+    # d = 2, s² = 1 on both sides: e = √(2/3) = 0.816; below: d = 1.9, s² = 0.98, e = √0.98 = 0.99 (two seeds)
     assert judge([2.0, 3.0, 4.0], [0.0, 1.0, 2.0]) == "shown"
     assert judge([2.2, 3.6], [0.3, 1.7]) == "not shown"
 
@@ -46,7 +47,7 @@ def test_one_seed_shows_nothing():
     assert judge([1.0], [0.0]) == judge([1.0], [0.0], "≥") == "one seed"
 
 
-def test_every_claim_names_its_source_and_compares_arms_by_numbers_that_are_looked_at():
+def test_every_claim_names_its_source_and_compares_arms_by_numbers_that_are_measured():
     names = {
         "answers": {"mean", "color", "count", "existence", "position", "1 thing", "4 things"},
         "captions": {"cider"},
@@ -61,23 +62,33 @@ def test_every_claim_names_its_source_and_compares_arms_by_numbers_that_are_look
     for name, claim in CLAIMS.items():
         assert re.match(r"document [0-4], ", claim.source) and claim.says.endswith("."), name
         assert claim.expect, name
-        for left, relation, right, _ in claim.expect:
-            assert relation in (">", "≥")
-            for side in (left, right):
-                arm, _, number = side.partition(": ")
-                known = set().union(*(names[look] for look in ARMS[arm][1].split()))
-                assert (number or claim.columns.split()[0].replace("_", " ")) in known, side
+        for expectation in claim.expect:
+            assert expectation.relation in (">", "≥")
+            for side in (expectation.left, expectation.right):
+                measured = set().union(*(names[measure] for measure in ARMS[side.arm].measures))
+                assert (side.number or claim.columns[0]).name in measured, side
     assert len({arm_folder("out", arm, 0) for arm in ARMS}) == len(ARMS)
-    assert {arm for claim in CLAIMS.values() for arm in arms_of(claim)} | {
-        "llava-1",
-        "llava-1-last",
-        "blip2-1",
-    } == set(ARMS)  # no arm for nothing
+    compared = {arm for claim in CLAIMS.values() for arm in claim.arms}
+    assert compared | {"llava-1", "llava-1-last", "blip2-1"} == set(ARMS)  # no arm for nothing
+    assert {arm.start for arm in ARMS.values()} == {"", "llava-1", "llava-1-last", "blip2-1"}
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_the_flags_of_an_arm_are_a_command_line_of_train(arm, tmp_path):
-    s, resume = train.settings_from(arm_flags(arm, 2, tmp_path))
+def test_percentages_are_multiplied_by_100_and_the_other_units_are_not():
+    expectation = Expectation(Side("a"), ">", Side("b", CIDER), "2, 1")
+    claim = Claim("It is.", "document 0", (expectation,), (MEAN, CIDER))
+    results = {(arm, 0): {"seconds": 1, "measure": {"mean": 0.5, "cider": 2.0}} for arm in "ab"}
+    text, verdicts = claim_report("name", claim, results, 1)
+    assert verdicts == ["one seed"] and text.splitlines() == [
+        "name: It is. (document 0)",
+        "         mean  cider",
+        "    a  50 ± 0  2 ± 0",
+        "    b  50 ± 0  2 ± 0",
+        "    one seed   a > b: cider: 50 against 2   (document: 2, 1)"]
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_the_flags_of_an_arm_are_a_command_line_of_train(name, tmp_path):
+    s, resume = train.settings_from(arm_flags(name, ARMS[name], 2, Setup(runs=tmp_path)))
     assert (s.seed, s.threads, resume) == (2, 1, False)
     assert s.out.startswith(str(tmp_path)) and s.out.endswith("-s2")
     if s.init not in ("", "none"):                      # the run of another arm, of the same seed
@@ -86,17 +97,18 @@ def test_the_flags_of_an_arm_are_a_command_line_of_train(arm, tmp_path):
 
 
 STUB = {
-    "first": ("--bridge linear --captions 1", "loss"),
-    "second": ("--bridge linear --captions 1 --init {first}", "captions loss"),
+    "first": Arm(("--bridge", "linear", "--captions", "1"), measures=("loss",)),
+    "second": Arm(("--bridge", "linear", "--captions", "1"), start="first", measures=("captions", "loss")),
 }
 CLAIM = {"longer": Claim("A run that goes on from another has the lower loss.", "document 0, nowhere",
-                         (("first: loss", ">", "second: loss", "2, 1"),), "loss cider")}
+                         (Expectation(Side("first", LOSS), ">", Side("second", LOSS), "2, 1"),),
+                         (LOSS, CIDER))}
 
 
-def test_a_claim_is_trained_looked_at_judged_and_kept(tmp_path, capsys):
-    ask = lambda common: run_claims(
-        ["longer"], 2, 1, tmp_path / "runs", tmp_path / "claims.txt", CLAIM, STUB, common, 4
-    )
+def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
+    def ask(common: str) -> str:
+        setup = Setup(2, 1, tmp_path / "runs", tmp_path / "claims.txt", tuple(common.split()), 4)
+        return run_claims(["longer"], setup, CLAIM, STUB)
     quick = "--steps 12 --batch 4 --threads 1 --log-every 4 --eval-items 1 --samples 1 --lr 0.01"
     text = ask(quick)
     assert (tmp_path / "claims.txt").read_text(encoding="utf-8") == text
@@ -125,16 +137,18 @@ def test_a_claim_is_trained_looked_at_judged_and_kept(tmp_path, capsys):
     ]
     assert "cider" in seen["second", 0]["captions"] and "captions" not in seen["first", 0]
 
-    bridge, when = tmp_path / "runs/second-s1/bridge.safetensors", lambda: bridge.stat().st_mtime_ns
-    before = when()
-    assert ask(quick) == text and when() == before      # finished runs are kept
+    bridge = tmp_path / "runs/second-s1/bridge.safetensors"
+    before = bridge.stat().st_mtime_ns
+    assert ask(quick) == text and bridge.stat().st_mtime_ns == before   # finished runs are kept
     ask(quick.replace("12", "13"))
-    assert when() != before                             # unless they were asked for something else
+    assert bridge.stat().st_mtime_ns != before          # unless they were asked for something else
 
 
 def test_an_unknown_claim_names_the_nearest():
     with pytest.raises(UserError, match='unknown claim "zero_init"; did you mean "zero-init"'):
-        evaluation.main(["--claim", "zero_init"])
+        evaluation.main(["claims", "zero_init"])
+    with pytest.raises(UserError, match="which claims"):
+        evaluation.main(["claims"])
 
 
 def test_multiple_choice_offers_the_answer_once_and_its_solution_tells_the_scene():
@@ -145,26 +159,24 @@ def test_multiple_choice_offers_the_answer_once_and_its_solution_tells_the_scene
             item.image == plain.image
         ).all()
         for q in item.qas:
-            r = q.record
-            assert r.choices[r.answer] == q.answer and len(set(r.choices)) == len(r.choices) == (
-                2 if q.kind == "existence" else 4
-            )
-            assert plain.captions[0] in r.more["solution"]
+            assert q.choices[q.correct] == q.answer
+            assert len(set(q.choices)) == len(q.choices) == (2 if q.kind == "existence" else 4)
+            assert plain.captions[0] in q.solution
         assert len(world.item(i, turns=1).qas) == 1
-    places = [q.record.answer for i in range(100) for q in world.item(i).qas if q.kind != "existence"]
+    places = [q.correct for i in range(100) for q in world.item(i).qas if q.kind != "existence"]
     assert min(places.count(n) for n in range(4)) > 0.18 * len(places)  # the letter gives nothing away
 
 
 def test_a_lesson_in_multiple_choice_reasons_first_or_answers_first():
     tokenizer = shapes_tokenizer()
     item = open_data("shapes-choices").item(0, turns=1)
-    learned = lambda form: tokenizer.decode(
-        [t for t in data.training_document(item, tokenizer, form=form).labels if t >= 0]
-    )
-    letter = "ABCD"[item.qas[0].record.answer]
-    assert learned("QCM-LEA").startswith(" Look at each place. There is ") and learned("QCM-LEA").endswith(
-        f" The answer is {letter}."
-    )
+
+    def learned(form: str) -> str:
+        labels = data.training_document(item, tokenizer, form=form).labels
+        return tokenizer.decode([t for t in labels if t >= 0])
+    letter = "ABCD"[item.qas[0].correct]
+    assert learned("QCM-LEA").startswith(" Look at each place. There is ")
+    assert learned("QCM-LEA").endswith(f" The answer is {letter}.")
     assert learned("QCM-ALE").startswith(f" The answer is {letter}. BECAUSE: Look at each place. There is ")
 
 
@@ -200,7 +212,7 @@ def test_examples_stand_before_the_question_each_with_its_own_picture(monkeypatc
     vlm.processor = load_processor(WEIGHTS / "vit")
     items, written = [data.Shapes("test").item(i) for i in range(3)], []
 
-    def truth(generate, documents, tokenizer, longest, beams, features, pictures):
+    def truth(model, documents, tokenizer, max_new_tokens, beams, features, pictures):
         for d, rows in zip(documents, pictures):
             assert (
                 d.tokens.count(IMAGE) == len(rows) == len(set(rows)) == 3

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from papers.mllama import Mllama
 from support.formats.vlm import LAYOUTS
 from conftest import (SMALL_TILES, TINY, check, check_states, fixed_loss, golden, small_pictures, small_vlm,
-                      stir,
-                      tiny_decoder)
+                      stir, tiny_decoder)
+from eval import generate_ids
 from model import Decoder, DecoderConfig, IMAGE, VLM
 from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles
 from support.formats.files import UserError
@@ -195,13 +195,13 @@ def test_rows_do_not_depend_on_their_neighbours_nor_on_the_cache(leak, beams):
     width = max(map(len, rows))
     batch = torch.tensor([[0] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[False] * (width - len(r)) + [True] * len(r) for r in rows])
-    logits, words = vlm(batch, pictures, mask), vlm.generate(batch, pictures, 6, mask=mask, beams=beams)
+    logits, words = vlm(batch, pictures, mask), generate_ids(vlm, batch, 6, beams, mask, pixels=pictures)
     for r, (row, of) in enumerate(zip(rows, images)):
         alone = vlm(torch.tensor([row]), pictures[of])
         torch.testing.assert_close(
             logits[r, -len(row) :], alone[0], atol=1e-4, rtol=1e-4
         )  # float32, other shapes
-        assert torch.equal(words[r], vlm.generate(torch.tensor([row]), pictures[of], 6, beams=beams)[0])
+        assert torch.equal(words[r], generate_ids(vlm, torch.tensor([row]), 6, beams, pixels=pictures[of])[0])
         if beams == 1:                                  # and without a cache
             grown = list(row)
             for word in words[r].tolist():

@@ -1,0 +1,43 @@
+"""plumbing/flags.py: the parser of eval.py's command lines, and the flags that all of them have."""
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+
+from support.formats.files import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake as one sentence (UserError) and keeps lines of examples."""
+
+    def __init__(self, program: str, examples: str):
+        super().__init__(prog=program, description=examples, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            hint = f"see python {self.prog} --help."
+            if unknown[0].startswith("-"):
+                hint = nearest(unknown[0].partition("=")[0], flags)
+            raise UserError(f'unknown argument "{unknown[0]}"; {hint}')
+        return args
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see python {self.prog} --help.")
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--device", default="auto", help="cpu | cuda | auto (auto)")
+    group.add_argument("--offline", action="store_true", help="no network: hub names from the local cache")
+
+
+def use_machine(args: argparse.Namespace) -> str:
+    """Apply --offline, and return the device that --device means."""
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"              # read by hub.fetch and by the hub's own library
+    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device

@@ -1,0 +1,67 @@
+"""What MODEL holds decides how it is asked: a run about a picture, a decoder alone (published models: see
+tests/formats/test_published.py)."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import eval as evaluation
+from conftest import ROOT
+from model import VLM
+from papers import make_bridge
+from support.formats.files import UserError
+from support.formats.llama import load_decoder
+from support.formats.vision import load_vit
+from support.formats.vlm import save_vlm
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An untrained run between the bundled towers: its answers are poor, but they are answers."""
+    torch.manual_seed(0)
+    decoder, vit = load_decoder(ROOT / "weights/decoder"), load_vit(ROOT / "weights/vit")
+    vlm = VLM(vit, make_bridge("linear", decoder.config, 128), decoder)
+    folder = tmp_path_factory.mktemp("run")
+    save_vlm(vlm, folder, vit="weights/vit", decoder="weights/decoder")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    file = tmp_path_factory.mktemp("picture") / "scene.png"
+    Image.fromarray(data.Shapes("test").item(0).image).save(file)
+    return str(file)
+
+
+@pytest.mark.parametrize("flags", [[], ["--prompt", "what color is the ring?"], ["--beams", "3"]])
+def test_a_run_answers_about_a_picture_file_or_captions_it(run, picture, flags, capsys):
+    evaluation.main(["ask", run, "--image", picture, *flags])
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_decoder_answers_without_a_picture(capsys):
+    evaluation.main(["ask", "weights/decoder", "--prompt", "a red circle", "--max-new-tokens", "2"])
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_a_mistake_is_one_sentence(run, picture, tmp_path):
+    text, wide = tmp_path / "text.png", tmp_path / "wide.png"
+    text.write_text("this is no picture")
+    Image.fromarray(np.zeros((1, 20_001, 3), np.uint8)).save(wide)
+    for argv, words in (
+        ([run, "--image", text], ["text.png", "not a picture"]),
+        ([run, "--image", wide], ["wide.png", "20001", "20,000"]),
+        ([run, "--image", tmp_path / "none.png"], ["none.png"]),
+        ([run, "--prompt", "what?"], ["--image"]),
+        (["weights/decoder"], ["--prompt"]),
+        (["weights/decoder", "--image", picture, "--prompt", "what?"], ["sees no picture"]),
+        (["weights/decoder", "--prompt", "<image> what?"], ["<image>"]),
+        (["no/lm", "--prompt", "hi"], ["no/lm"]),
+        ([run, "--image", picture, "--dtype", "float8"], ["float8"]),
+        ([run, "--image", picture, "--beams", "0"], ["at least 1"]),
+    ):
+        with pytest.raises(UserError) as e:
+            evaluation.main(["ask", *argv])
+        assert all(word in str(e.value) for word in words), e.value
