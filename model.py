@@ -485,9 +485,11 @@ class Decoder(nn.Module):
                 return
             tokens, mask, embeds = token[:, None], None, None
 
-# ----------------------------------------------------------------------------------------------------------
-# 4. ViT: CLIP's, SigLIP's and BLIP-2's towers in one class
-# ----------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def generate(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
+                 **kw) -> Tensor:
+        """The new tokens only, (B, T_new) int64; arguments as in `stream`."""
+        return torch.stack(list(self.stream(tokens, max_new_tokens, temperature, **kw)), dim=1)
 
 
 NO_BRIDGE = Bridge()
