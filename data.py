@@ -358,6 +358,7 @@ class Shapes:
     questions: is there a red square? yes · how many rings are there? one · what color is the ring? blue ·
     where is the red square? top left.
     """
+    finite, says_scenes = False, True
     name, size, held_out, seen, splits = "shapes", 3 * CELL, "test", "val", ("train", "val", "test", "all")
 
     def __init__(self, split: str = "train", seed: int = 0):

@@ -185,6 +185,7 @@ class Emoji:
     questions: What is on the left? red apple · What is on the right? dog · How many drawings are there? two. One drawing alone:
     What is this? red apple, or, where it is a flag: What country is this? France.
     """
+    finite, says_scenes = False, False
     name, held_out, seen, splits = "emoji", "pairs", "val", ("train", "val", "pairs", "test")
 
     def __init__(self, split: str = "train", seed: int = 0, size: int = 64):

@@ -21,6 +21,7 @@ class Files:
     The questions about one picture make one item (MME's pairs, VQAv2's five). A broken record or picture is skipped
     with a counted warning, or stops a strict run. share = 0.01 keeps 1 % of the items, the same for the same seed.
     """
+    finite, says_scenes = True, False
     size = 64                       # pixels a side, of a ViT trained here
 
     def __init__(self, kind: str, path: str, split: str, seed: int = 0, strict: bool = False, share: float = 1.0):

@@ -12,6 +12,7 @@ from support.formats.records import Record
 
 class ShapesWords(Shapes):
     """Instructions without pictures, in Alpaca's form: a question about a scene that is told in words (LLaMA-Adapter's first stage)."""
+    says_scenes = False
     name = "shapes-words"
 
     def item(self, index: int, turns: int | None = None) -> Item:
@@ -23,6 +24,7 @@ class ShapesWords(Shapes):
 
 class ShapesPages(Shapes):
     """Interleaved pages: two to four pictures, each followed by what is seen or by a question and its answer (Flamingo's M3W)."""
+    says_scenes = False
     name = "shapes-pages"
 
     def item(self, index: int, turns: int | None = None) -> Item:
@@ -40,6 +42,7 @@ class ShapesChoices(Shapes):
     Question: what color is the ring? Context: N/A Options: (A) red (B) blue (C) cyan (D) white
     Answer: Look at each place. There is a small red square at the top left and a large blue ring at the middle center. The answer is B.
     """
+    says_scenes = False
     name = "shapes-choices"
     options = {"existence": ("yes", "no"), "count": NUMBERS, "color": tuple(COLORS), "shape": SHAPES, "position": PLACES}
 
@@ -59,6 +62,7 @@ class ShapesChoices(Shapes):
 
 class ShapesReasons(Shapes):
     """Answers behind their reasoning, which is what is there: "a large blue ring at the middle center: blue"; `turns` questions a picture."""
+    says_scenes = False
     name, form = "shapes-reasons", "{0}: {1}"
 
     def item(self, index: int, turns: int | None = None) -> Item:
@@ -76,6 +80,7 @@ class ShapesAnswers(ShapesReasons):
 
 class ShapesWeb(Shapes):
     """Alt-texts as a crawl finds them, for training alone: one thing is named, one time in five a wrong one, among words that say nothing."""
+    says_scenes = False
     name = "shapes-web"
     forms = ("{} stock photo", "free image of {}", "{} (4)", "buy {} here", "{}")
 
