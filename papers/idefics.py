@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bridges import Flamingo
 from model import DecoderConfig, RMSNorm, SwiGLU
+from papers.recipe import MUON, Numbers, Recipe
 
 
 class NormedSwiGLU(SwiGLU):
@@ -53,3 +54,10 @@ class Idefics(Flamingo):
             layer.q_norm, layer.k_norm = nn.LayerNorm(resampler_head_width), nn.LayerNorm(resampler_head_width)
         if not latents:
             self.resampler = None
+
+
+RECIPE = Recipe(
+    "IDEFICS 9B: resampler, gated blocks and the new words learn",
+    "OBELICS, LAION, Wikipedia, PMD; 1.3M tokens a batch",
+    Numbers(1e-5, 1280, 200000, 2000, weight_decay=0.1, beta2=0.999), Numbers(2e-3, 64, 1000, **MUON), "idefics",
+    options=dict(reads=-2, every=1, latents=16, depth=2, resampler_heads=4, resampler_head_width=32))
