@@ -15,7 +15,7 @@ def draw_curves(out: Path, per_token: bool = True) -> None:
     per_token: whether the loss is a mean over learned tokens, which its axis then says.
     """
     try:
-        from matplotlib.figure import Figure            # not pyplot: no window, no state shared with a caller
+        from matplotlib import figure as plots          # not pyplot: no window, no state shared with a caller
     except ImportError:
         raise UserError("curves are drawn by matplotlib, which is not installed; "
                         "pip install matplotlib.") from None
@@ -26,10 +26,10 @@ def draw_curves(out: Path, per_token: bool = True) -> None:
                         "wait for the run's first line.")
     blind = [x["blind"] for x in log if "blind" in x]
     xlabel = f"step (one update: batch of {s['batch']})"
-    figures = {"loss.png": Figure((8, 5.5), layout="constrained")}
+    figures = {"loss.png": plots.Figure((8, 5.5), layout="constrained")}
     draw_loss(figures["loss.png"], lines, blind, per_token, xlabel)
     if "gates" in lines[-1]:
-        figures["gates.png"] = Figure((10, 4.2), layout="constrained")
+        figures["gates.png"] = plots.Figure((10, 4.2), layout="constrained")
         draw_gates(figures["gates.png"], lines, xlabel)
     for name, figure in figures.items():
         figure.suptitle(f"{out.resolve().name}: {s['bridge'] or s['recipe']} on {s['data']}")

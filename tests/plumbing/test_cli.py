@@ -8,7 +8,8 @@ import pytest
 
 from model import DecoderConfig
 from support.formats.files import UserError
-from support.plumbing.cli import check_settings, make_parser, parse_flags, parse_options, parse_weighted, run_cli, setting
+from support.plumbing.cli import (check_settings, make_parser, parse_flags, parse_options, parse_weighted,
+                                  run_cli, setting)
 
 
 @dataclass

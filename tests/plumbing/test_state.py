@@ -16,8 +16,9 @@ from support.plumbing.ranks import Ranks
 from support.plumbing.state import TrainState, load_state, save_state
 
 ROOT = Path(__file__).parents[2]
+# dropout, so that the random state counts
 RUN = ["--bridge", "qformer", "--steps", "12", "--batch", "4", "--save-every", "4", "--option", "dropout=0.1",
-       "--dtype", "float32", "--log-every", "1", "--eval-items", "2", "--samples", "0"]  # dropout: random state
+       "--dtype", "float32", "--log-every", "1", "--eval-items", "2", "--samples", "0"]
 KILL_IN_A_STEP = """
 import os, signal, sys, train
 first = train.schedule
@@ -62,7 +63,8 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(code, unbroken, tmp
     assert command(*RUN, "--out", tmp_path, code=code).returncode == -signal.SIGKILL
     done = command("--resume", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path) == losses(unbroken) and len(losses(unbroken)) == 12  # equal floats, not close ones
+    assert losses(tmp_path) == losses(unbroken)          # equal floats, not close ones
+    assert len(losses(unbroken)) == 12
     # tensors, not bytes: a safetensors header has no fixed order
     a, b = (load_file(out / "bridge.safetensors") for out in (unbroken, tmp_path))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
