@@ -1,6 +1,6 @@
 """train.py: the hand-written loop; what differs between the papers is data, in one table of recipes.
 
-    python train.py                                     train a bridge between the bundled frozen towers: 3 minutes
+    python train.py                                     a bridge between the bundled frozen towers: 3 minutes
     python train.py --bridge qformer --steps 2000       another bridge, for longer
     python train.py --recipe llava                      a paper's system: llava-1, then llava-2
     python train.py --recipe flamingo --data "shapes + shapes-pages * 0.5"      a weighted sum of data sets
@@ -60,8 +60,7 @@ from support.plumbing.state import TrainState, load_state, save_state
 from support.worlds import open_data, text
 
 
-# The recipes: the paper's numbers, then the toy's
-# ------------------------------------------------------------
+# The recipes: the paper's numbers, then the toy's -----------------------------------------------------------
 
 # The bundled ViT is probed at layer −2, so every toy bridge reads it there.
 LINEAR_OPTIONS, MLP_OPTIONS = dict(reads=-2), dict(reads=-2)
@@ -93,7 +92,7 @@ RECIPES = {
         Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
         options=ZERO_INIT_OPTIONS),
     "flamingo": Recipe(
-        "Flamingo (2204.14198v2 §2.4): resampler and gated blocks learn; Σ_m λ_m E_m, one update for all data sets",
+        "Flamingo (2204.14198v2 §2.4): resampler and gated blocks learn; Σ_m λ_m E_m over all data sets",
         "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
         Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000,
                                                                            **MUON), "flamingo",
@@ -141,8 +140,7 @@ SYSTEMS = {                                             # a system → its stage
 }
 
 
-# The settings
-# ------------------------------------------------------------------------------------------------
+# The settings -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Settings:
@@ -214,8 +212,7 @@ def main(argv: list[str] | None = None) -> nn.Module:
     return module
 
 
-# The loop
-# ----------------------------------------------------------------------------------------------------
+# The loop ---------------------------------------------------------------------------------------------------
 
 def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
     # 1. settings --------------------------------------------------------------------------------------------
@@ -238,8 +235,8 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
               f"{str(dtype).removeprefix('torch.')} ({reason})")
 
     # 2. data ------------------------------------------------------------------------------------------------
-    sets = [(open_data(spec, s.seed, s.strict, s.share / 100), weight) for spec,
-            weight in parse_weighted(s.data)]
+    sets = [(open_data(spec, s.seed, s.strict, s.share / 100), weight)
+            for spec, weight in parse_weighted(s.data)]
     ranks.require_divisible(s.batch, len(sets))
 
     # 3. model: load, freeze, print the table ----------------------------------------------------------------
@@ -270,9 +267,8 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
             print(f"resume   at step {state.step} of {out}")
     elif ranks.first:
         write_json(out / "config.json", {"settings": dataclasses.asdict(s)})
-        for name in ("log.jsonl", "loss.png", "gates.png", "samples.html",
-                     "results.json"):  # of an earlier run
-            (out / name).unlink(missing_ok=True)
+        for earlier in ("log.jsonl", "loss.png", "gates.png", "samples.html", "results.json"):
+            (out / earlier).unlink(missing_ok=True)
 
     # 6. the loop --------------------------------------------------------------------------------------------
     task.module.train()
@@ -301,7 +297,7 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
             for group, lr in zip(o.param_groups, peak):
                 group["lr"] = lr * rate
 
-        # ---------------------------------------------------------------------------------------- the step ---
+        # --------------------------------------------------------------------------------------- the step ---
         pieces = task.to_device(next(batches))          # `accumulate` parts of one batch
         scales = ranks.loss_scales(pieces)              # λ_m ÷ supervised tokens of the WHOLE update
         loss = torch.zeros((), device=device)
@@ -411,8 +407,7 @@ def make_optimizers(module: nn.Module, trained: list[tuple[str, nn.Parameter]],
     return [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=fused)]
 
 
-# The answer task
-# ---------------------------------------------------------------------------------------------
+# The answer task --------------------------------------------------------------------------------------------
 
 class AnswerTask(Task):
     """−Σ log p(answer | image, question), through a decoder that is frozen or learns.
@@ -474,13 +469,12 @@ class AnswerTask(Task):
             raise UserError(f"{self.s.data}: the text of item {item.id} has {places} <image> for "
                             f"{len(item.pictures)} pictures; repair it.")
         if all(label == IGNORE for label in d.labels):
-            raise UserError(f"{self.s.data}: item {item.id} has nothing to learn: no caption, answer or conversation; "
-                            "choose another split.")
+            raise UserError(f"{self.s.data}: item {item.id} has nothing to learn: no caption, answer or "
+                            "conversation; choose another split.")
         return d
 
     def piece(self, pairs: list[tuple[data.Document, data.Item]], m: int, weight: float) -> dict:
-        """Documents and pictures of data set m as tensors; pictures in the order of their places in the
-        rows."""
+        """Documents and pictures of data set m as tensors, pictures in the order of their places."""
         documents, K = [d for d, _ in pairs], self.visual_tokens
         cut = sum(d.cut(self.s.longest, K) for d in documents)
         rows = [[i] for i in range(len(documents))]
@@ -515,8 +509,7 @@ class AnswerTask(Task):
 
     @torch.no_grad()
     def features(self, pixels: Tensor, keys: list[str], fresh: list[int]) -> Tensor:
-        """(m, N, Di) of the pictures named by keys; pixels are those of keys[n] for n in fresh, the rest is
-        cached."""
+        """(m, N, Di) of the pictures named by keys (m); pixels: of those in `fresh`, the rest is cached."""
         if self.cache is None:
             return self.vision_features(pixels)
         return self.cache({keys[n]: p for n, p in zip(fresh, pixels)}, keys, self.vision_features)
@@ -541,15 +534,15 @@ class AnswerTask(Task):
             print_first_document(document, item.pictures, self.tokenizer, out)
 
     def flops_per_position(self, rows: int = 4) -> float:
-        rows = min(rows, math.ceil(self.s.batch / self.s.accumulate))   # no more memory than a step takes
+        """Counted on a few rows, no more than a step has; with --cache the ViT does not run."""
+        rows = min(rows, math.ceil(self.s.batch / self.s.accumulate))
         piece = self.piece([self.example(self.world, i) for i in range(rows)], 0, 1.0) | {"cut": 0}
         pictures = len(piece["keys"])
 
         def loss() -> Tensor:
             if self.cache is None:
                 return self.loss(**self.to_device([dict(piece)])[0])
-            features = torch.zeros(pictures, *self.cache.shape,
-                                   dtype=self.cache.dtype)  # the ViT does not run
+            features = torch.zeros(pictures, *self.cache.shape, dtype=self.cache.dtype)
             return self.loss(**Task.to_device(self, [piece | {"features": features}])[0])
 
         return count_flops(loss, self.module) / count_positions(piece, self.visual_tokens)
@@ -582,8 +575,8 @@ class AnswerTask(Task):
 
     def report(self, out: Path) -> dict[str, dict]:
         if self.cut_documents:
-            print(f"warning: {self.cut_documents} documents were longer than --longest {self.s.longest} and lost "
-                  "their ends", file=sys.stderr)
+            print(f"warning: {self.cut_documents} documents were longer than --longest {self.s.longest} "
+                  "and lost their ends", file=sys.stderr)
         try:
             held_out = self.given.open_held_out()
             item = held_out.item(0)
@@ -605,8 +598,7 @@ class AnswerTask(Task):
         return sum(self.loss(**p).item() for p in pieces) / sum(p["count"] for p in pieces)
 
 
-# Ingredients: what is loaded for a task
-# ----------------------------------------------------------------------
+# Ingredients: what is loaded for a task ---------------------------------------------------------------------
 
 TASKS = {"answer": AnswerTask, "stage1": blip2_stage1.Stage1Task, "lm": text.TextTask, "clip": clip.ClipTask}
 PER_TOKEN = ("answer", "lm")                            # tasks whose loss is a mean over tokens
@@ -625,8 +617,8 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
         if s.init:
             fill_from_run(given.bridge, Path(s.init))
         if s.pack and not given.bridge.soft_tokens:
-            raise UserError(f"--pack: a {s.bridge} bridge reaches into the layers, where documents in one row would "
-                            "share its image; it packs for prefix bridges only.")
+            raise UserError(f"--pack: a {s.bridge} bridge reaches into the layers, where documents in one row "
+                            "would share its image; it packs for prefix bridges only.")
         task = AnswerTask(given, s, ranks, sets)
     else:
         ranks.require_one(s.recipe)
@@ -637,7 +629,8 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
             vocab = given.tokenizer.vocab_size
             given.bridge = new_bridge(s, "qformer", None, given.vit.config.width, vocab=vocab)
         elif recipe.task == "clip":
-            given.tokenizer = text.shapes_tokenizer() if world.says_scenes else load_tokenizer(resolve_folder(s.lm))
+            own = world.says_scenes                     # its words have a tokenizer of their own
+            given.tokenizer = text.shapes_tokenizer() if own else load_tokenizer(resolve_folder(s.lm))
             given.save = save_clip_run
         elif s.init:                                    # lm: a second training
             given.decoder = load_decoder(Path(s.init) / "decoder")
@@ -664,8 +657,7 @@ def held_out_spec(world) -> str:
     return f"{world.name}:{world.held_out}"
 
 
-# From the command line to settings
-# ---------------------------------------------------------------------------
+# From the command line to settings --------------------------------------------------------------------------
 
 def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
     """(the flags, whether a run is resumed); what the recipe says is still None."""
@@ -706,7 +698,8 @@ def with_recipe(s: Settings, name: str) -> Settings:
     filled = {k: v for k, v in filled.items() if hasattr(s, k) and getattr(s, k) is None}
     s = dataclasses.replace(s, recipe=name, bridge=s.bridge or r.bridge, **filled)
     if s.batch is None:
-        raise UserError(f"the paper's batch of {name} is not in our sources; give --batch beside --scale paper.")
+        raise UserError(f"the paper's batch of {name} is not in our sources; "
+                        "give --batch beside --scale paper.")
 
     def folder(recipe: str) -> str:
         return f"{s.out}/{recipe}" if s.out and system else f"out/{recipe}-{re.split('[: ]', s.data)[0]}"
@@ -714,8 +707,8 @@ def with_recipe(s: Settings, name: str) -> Settings:
     start, out = folder(r.start), s.out if s.out and not system else folder(name)
     if r.start and not s.init:
         if not Path(start).is_dir():
-            raise UserError(f"recipe {name} starts from a run of {r.start}, and there is none at {start}; train that "
-                            "first, give --init RUN, or --init none to start fresh.")
+            raise UserError(f"recipe {name} starts from a run of {r.start}, and there is none at {start}; "
+                            "train that first, give --init RUN, or --init none to start fresh.")
         s.init = start
     return dataclasses.replace(s, out=out, init="" if s.init == "none" else s.init)
 

@@ -12,7 +12,8 @@ from PIL import Image
 import data
 from support.formats.files import write_tensors
 from support.formats.tokenizer_files import load_tokenizer
-from support.lab.probe import linear_probe, measure_reading
+from papers.clip import linear_probe
+from support.worlds.text import measure_reading
 from support.worlds.text import shapes_tokenizer
 import eval as evaluation
 import train
@@ -119,7 +120,7 @@ def test_a_kind_of_question_may_be_called_name():
 
 def test_the_bundled_decoder_reads_above_97_percent_in_every_kind_and_number_of_objects():
     tokenizer, decoder = load_tokenizer(ROOT / "weights/decoder"), load_decoder(ROOT / "weights/decoder")
-    result = measure_reading(decoder, tokenizer, 120)  # the full gate (400 per style) stands in weights/
+    result = measure_reading(decoder, tokenizer, evaluation.generate_texts, 120)  # the full gate (400 per style) stands in weights/
     assert set(result) == {*data.KINDS, "1 objects", "2 objects", "3 objects", "4 objects"}
     assert min(result.values()) > 0.97, result
 

@@ -103,5 +103,6 @@ class Meter:
         device += f"  mfu {100 * x['mfu']:.0f}%" if "mfu" in x else ""
         return (f"step {x['step']:6d}/{self.steps} {100 * progress:3.0f}%  "
                 f"loss {x['loss']:.3f} (ema {x['ema']:.3f})  |g| {x['grad_norm']:.2f}{extra}  "
-                f"lr {x['lr']:.1e}  {x['learned_per_s'] / 1e3:.1f}/{x['tokens_per_s'] / 1e3:.1f}k tok/s{device}  "
+                f"lr {x['lr']:.1e}  {x['learned_per_s'] / 1e3:.1f}/{x['tokens_per_s'] / 1e3:.1f}k tok/s"
+                f"{device}  "
                 f"eta {eta // 60}m{eta % 60:02d}s")
