@@ -35,20 +35,19 @@ from tqdm import tqdm
 import data
 from eval import evaluate, first_items, generate_texts, report_run, scalar_scores
 from model import Bridge, IGNORE, IMAGE, VLM, nearest
-from papers import ALL_BRIDGES, blip2_stage1, clip, frozen, idefics, make_bridge
+from papers import ALL_BRIDGES, blip2_stage1, clip, frozen, idefics, make_bridge, systems
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task, print_recipes
+from papers.systems import SYSTEMS
 from support.formats.chat import TEMPLATES
 from support.formats.files import UserError, at_the_door, read_json, write_json
 from support.formats.hub import pin_revision, print_licence
 from support.formats.llama import load_decoder
 from support.formats.tokenizer_files import copy_tokenizer, load_tokenizer
 from support.formats.towers import (WEIGHTS, fill_from_run, load_answer_parts, load_stage1_parts,
-                                    portable_name,
-                                    resolve_folder, save_clip_run, tower_names)
+                                    portable_name, resolve_folder, save_clip_run, tower_names)
 from support.formats.vlm import save_vlm
 from support.plumbing.cli import (check_settings, make_parser, parse_flags, parse_options, parse_weighted,
-                                  run_cli,
-                                  setting)
+                                  run_cli, setting)
 from support.plumbing.curves import draw_curves
 from support.plumbing.device import frozen_dtype, pick_dtype
 from support.plumbing.doctor import gradient_norms, print_first_document, print_modules, report_blind_loss
@@ -63,80 +62,38 @@ from support.worlds import open_data, text
 # The recipes: the paper's numbers, then the toy's -----------------------------------------------------------
 
 # The bundled ViT is probed at layer −2, so every toy bridge reads it there.
-LINEAR_OPTIONS, MLP_OPTIONS = dict(reads=-2), dict(reads=-2)
-QFORMER_OPTIONS = blip2_stage1.RECIPE.options
-ZERO_INIT_OPTIONS = dict(reads=-2, prompts=16, adapted=4, version=2, width=128, depth=2, heads=4)
-LLAVA = dict(weight_decay=0.0, warmup=0.03, beta2=0.999, clip=1.0)
-ADAPTER = dict(weight_decay=0.02, warmup=0.4, beta2=0.95, clip=0)              # 2 of 5 epochs warm up
-BLIP2 = dict(weight_decay=0.05, clip=0)
-
 RECIPES = {
     "linear": Recipe(
         "LLaVA stage 1 (2304.08485v2 §4.2): W learns, log p(answer)", "CC3M, 595K pairs, 1 epoch",
-        Numbers(2e-3, 128, 4650, **LLAVA), Numbers(6e-3, 64, 1600), "linear", options=LINEAR_OPTIONS),
+        Numbers(2e-3, 128, 4650, **systems.LLAVA),
+        Numbers(6e-3, 64, 1600), "linear", options=systems.LINEAR_OPTIONS),
     "mlp": Recipe(
         "LLaVA-1.5 stage 1 (2310.03744v2 §3): the MLP learns", "LCS-558K, 1 epoch",
-        Numbers(1e-3, 256, 2180, **LLAVA), Numbers(6e-3, 64, 1000), "mlp", options=MLP_OPTIONS),
+        Numbers(1e-3, 256, 2180, **systems.LLAVA),
+        Numbers(6e-3, 64, 1000), "mlp", options=systems.MLP_OPTIONS),
     "mapl": Recipe(
         "MAPL (2210.07179v2 §3.3): the mapper learns",
         "CC-clean, 374K captions: 2,922 steps are an epoch, early stopping says how many",
-        Numbers(3e-4, 128, 2922, 1500, "constant", 0.01, 0.95, 0), Numbers(2e-3, 64, 800, **MUON), "mapl",
+        Numbers(3e-4, 128, 2922, 1500, "constant", 0.01, 0.95, 0),
+        Numbers(2e-3, 64, 800, **MUON), "mapl",
         options=dict(reads=-2, constants=16, width=128, layers=2, heads=4)),
     "qformer": Recipe(
         "BLIP-2 stage 2 without stage 1 (2301.12597v3 §3.3): the Q-Former learns", "129M pairs",
-        Numbers(1e-4, 1920, 80000, 2000, **BLIP2), Numbers(2e-3, 64, 1200, **MUON), "qformer",
-        options=QFORMER_OPTIONS),
+        Numbers(1e-4, 1920, 80000, 2000, **systems.BLIP2),
+        Numbers(2e-3, 64, 1200, **MUON), "qformer", options=systems.QFORMER_OPTIONS),
     "zero_init": Recipe(
         "LLaMA-Adapter with images (2303.16199v3 §3.3): prompts, gates and projection learn",
         "ScienceQA, 5 epochs",
-        Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
-        options=ZERO_INIT_OPTIONS),
+        Numbers(2.25e-3, 64, 1000, **systems.ADAPTER),
+        Numbers(3e-3, 64, 1000, **MUON), "zero_init", options=systems.ZERO_INIT_OPTIONS),
     "flamingo": Recipe(
-        "Flamingo (2204.14198v2 §2.4): resampler and gated blocks learn; Σ_m λ_m E_m over all data sets",
-        "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
-        Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000,
-                                                                           **MUON), "flamingo",
+        "Flamingo (2204.14198v2 §2.4): resampler and gated blocks learn; "
+        "Σ_m λ_m E_m, one update for all data sets", "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
+        Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999),
+        Numbers(2e-3, 64, 1000, **MUON), "flamingo",
         options=dict(reads=-2, every=1, latents=16, depth=2, heads=4, head_width=32)),
-
-    "llava-1": Recipe(
-        "LLaVA stage 1, captions alone: W learns to align", "CC3M, 595K pairs, 1 epoch",
-        Numbers(2e-3, 128, 4650, **LLAVA), Numbers(6e-3, 64, 400), "linear", options=LINEAR_OPTIONS,
-        captions=1.0, template="plain"),
-    "llava-2": Recipe(
-        "LLaVA stage 2 (§4.2): W and the decoder learn from conversations", "Instruct-158K, 3 epochs",
-        Numbers(2e-5, 32, 14800, **LLAVA), Numbers(1e-3, 64, 400), "linear", ("bridge", "decoder"),
-        options=LINEAR_OPTIONS, start="llava-1"),
-    "llava-1.5-1": Recipe(
-        "LLaVA-1.5 stage 1, captions alone: the MLP learns to align", "LCS-558K, 1 epoch",
-        Numbers(1e-3, 256, 2180, **LLAVA), Numbers(6e-3, 64, 400), "mlp", options=MLP_OPTIONS,
-        captions=1.0, template="plain"),
-    "llava-1.5-2": Recipe(
-        "LLaVA-1.5 stage 2: MLP and decoder learn from academic VQA and conversations", "mix-665K, 1 epoch",
-        Numbers(2e-5, 128, 5200, **LLAVA), Numbers(1e-3, 64, 400), "mlp", ("bridge", "decoder"),
-        options=MLP_OPTIONS, start="llava-1.5-1"),
-    "blip2-1": blip2_stage1.RECIPE,
-    "blip2-2": Recipe(
-        "BLIP-2 stage 2 (§3.3): the Q-Former of stage 1 learns to prompt the frozen decoder", "129M pairs",
-        Numbers(1e-4, 1920, 80000, 2000, **BLIP2), Numbers(2e-3, 64, 800, **MUON), "qformer",
-        options=QFORMER_OPTIONS, start="blip2-1"),
-    "adapter-1": Recipe(
-        "LLaMA-Adapter (§3.1, §4.1): prompts and gates learn instructions without pictures",
-        "Alpaca-52K, 5 epochs", Numbers(2.25e-3, 64, 4060, **ADAPTER), Numbers(3e-3, 64, 200, **MUON),
-        "zero_init", options=ZERO_INIT_OPTIONS, template="alpaca", toy_data="shapes-words"),
-    "adapter-2": Recipe(
-        "LLaMA-Adapter (§3.3): prompts, gates and projection learn from pictures", "ScienceQA, 5 epochs",
-        Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
-        options=ZERO_INIT_OPTIONS, template="alpaca", form="QCM-A", start="adapter-1"),
-    "adapter-rand": Recipe(
-        "LLaMA-Adapter's ablation (§4.4, Table 6): gates at random instead of zero", "ScienceQA, 5 epochs",
-        Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
-        options={**ZERO_INIT_OPTIONS, "gate_init": "random"}, template="alpaca", form="QCM-A"),
-
+    **systems.RECIPES,                                  # the stages of llava, llava-1.5, blip2, adapter
     "frozen": frozen.RECIPE, "idefics": idefics.RECIPE, "lm": text.RECIPE, "clip": clip.RECIPE,
-}
-SYSTEMS = {                                             # a system → its stages, run one after the other
-    "llava": ("llava-1", "llava-2"), "llava-1.5": ("llava-1.5-1", "llava-1.5-2"),
-    "blip2": ("blip2-1", "blip2-2"), "adapter": ("adapter-1", "adapter-2"),
 }
 
 
@@ -249,7 +206,7 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
         print_modules(task.module)
     forward = ranks.wrap(task.module, task.loss)
     trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]
-    if ranks.rank:                              # equal weights so far; now each process draws its own dropout
+    if ranks.rank:                                      # equal weights so far; dropout differs from here on
         torch.manual_seed(s.seed + ranks.rank)
 
     # 4. optimiser and schedule ------------------------------------------------------------------------------
@@ -339,8 +296,7 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
             with ranks.unsharded(forward):
                 metrics, details = task.metrics(), task.log_details()
             line = {"step": step, "loss": loss, "ema": state.smooth_loss, "grad_norm": norm,
-                    "lr": s.lr * rate,
-                    **metrics, **meter.rates(device)}
+                    "lr": s.lr * rate, **metrics, **meter.rates(device)}
             seconds = time.monotonic() - start
             if ranks.first:
                 append_line(out / "log.jsonl", {**line, "seconds": seconds, **details})
@@ -353,12 +309,12 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
     with torch.no_grad():
         for n, p in trained if s.ema else ():
             p.copy_(mean[n])
-    task.module = ranks.unshard(task.module, lambda: make_task().module).eval()
+    task.module = ranks.gather_module(task.module, lambda: make_task().module).eval()
     if ranks.first:
         learned = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
-        task.save(out,
-                  {"settings": dataclasses.asdict(s), "steps": state.step, "seconds": round(state.seconds, 1),
-                        "trained_parameters": learned, "training_examples": state.step * s.batch})
+        facts = {"settings": dataclasses.asdict(s), "steps": state.step, "seconds": round(state.seconds, 1),
+                 "trained_parameters": learned, "training_examples": state.step * s.batch}
+        task.save(out, facts)
         print(f"\ntrained  {state.step} steps in {state.seconds / 60:.1f} minutes")
         with ranks.eager_layers(), autocast(enabled=task.mixed):
             for name, content in task.report(out).items():
@@ -617,8 +573,8 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
         if s.init:
             fill_from_run(given.bridge, Path(s.init))
         if s.pack and not given.bridge.soft_tokens:
-            raise UserError(f"--pack: a {s.bridge} bridge reaches into the layers, where documents in one row "
-                            "would share its image; it packs for prefix bridges only.")
+            raise UserError(f"--pack: a {s.bridge} bridge reaches into the layers, where documents in one "
+                            "row would share its image; it packs for prefix bridges only.")
         task = AnswerTask(given, s, ranks, sets)
     else:
         ranks.require_one(s.recipe)
@@ -647,8 +603,7 @@ def new_bridge(s: Settings, name: str, decoder, vision_width: int, **options) ->
 
 
 def toy_options(bridge: str, recipe: str) -> dict:
-    """The toy sizes of a bridge: the recipe's own where that is its bridge, else those of the bridge's
-    recipe."""
+    """The toy sizes of a bridge: the recipe's own where that is its bridge, else its own recipe's."""
     r = RECIPES[recipe] if RECIPES[recipe].bridge == bridge else RECIPES.get(bridge)
     return r.options if r else {}
 
@@ -663,10 +618,8 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
     """(the flags, whether a run is resumed); what the recipe says is still None."""
     parser = make_parser(Settings, __doc__)
     run = parser.add_argument_group("instead of training anew")
-    run.add_argument("--resume", metavar="RUN",
-                     help="go on with this run folder, in the settings it began with")
-    run.add_argument("--curves", metavar="RUN",
-                     help="draw loss.png and gates.png of this run from its log.jsonl")
+    run.add_argument("--resume", metavar="RUN", help="go on with this run, in the settings it began with")
+    run.add_argument("--curves", metavar="RUN", help="draw loss.png and gates.png from this run's log.jsonl")
     run.add_argument("--list", action="store_true", help="print the recipes")
     args = vars(parse_flags(parser, argv))
     resume, curves, listed = (args.pop(name) for name in ("resume", "curves", "list"))
@@ -679,9 +632,10 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
             raise UserError(f'{folder}/config.json: "settings" is missing, so this is no run of train.py; '
                             "give the folder of one.")
         if curves:
-            draw_curves(Path(folder), RECIPES[settings["recipe"]].task in PER_TOKEN)
+            draw_curves(Path(folder), RECIPES.get(settings["recipe"], RECIPES["mlp"]).task in PER_TOKEN)
             raise SystemExit(0)
-        return Settings(**{**settings, "out": folder}), True
+        known = {k: v for k, v in settings.items() if k in args}                # a flag may have left since
+        return Settings(**{**known, "out": folder}), True
     s = Settings(**args)
     check_settings(s)
     s.recipe = s.recipe or s.bridge or "mlp"

@@ -139,7 +139,7 @@ class Ranks:
             torch.distributed.all_gather_object(values, value)
         return values
 
-    def unshard(self, module: nn.Module, rebuild: Callable[[], nn.Module]) -> nn.Module:
+    def gather_module(self, module: nn.Module, rebuild: Callable[[], nn.Module]) -> nn.Module:
         """After training: on the first process a module without FSDP2's hooks that holds all parameters.
 
         rebuild: makes the module anew, as it was before `wrap`. Without --shard the module returns as it is.

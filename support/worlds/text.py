@@ -151,7 +151,9 @@ class TextTask(Task):
         self.given, self.tokenizer = given, shapes_tokenizer()
         self.continued = given.decoder is not None
         V = self.tokenizer.vocab_size
-        self.decoder = given.decoder if self.continued else Decoder(DecoderConfig(vocab_size=V)).init_weights()
+        self.decoder = given.decoder
+        if not self.continued:
+            self.decoder = Decoder(DecoderConfig(vocab_size=V)).init_weights()
         self.module = nn.ModuleDict({"decoder": self.decoder}).to(given.device)
         self.text = ShapesText(self.tokenizer, seed=given.seed)
         self.vlm = VLM(nn.Module(), WordBag(self.decoder), self.decoder)
