@@ -333,8 +333,10 @@ def clip_gradients(trained: list[tuple[str, nn.Parameter]], limit: float) -> Ten
 
 
 def schedule(progress: float, warmup: float, kind: str = "cosine", floor: float = 0.02) -> float:
-    """A factor of the peak rate: linear warm-up over the first share of the run, then half a cosine down to
-    `floor`, or as named."""
+    """A factor of the peak rate at `progress` (0 … 1) of the run.
+
+    A linear warm-up over its first share, then half a cosine down to `floor`, or what `kind` names.
+    """
     if progress < warmup:
         return max(progress / warmup, 0.02)
     rest = (progress - warmup) / (1 - warmup)

@@ -44,8 +44,7 @@ def command(*argv, check: bool = True) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory):
-    """short_run(bridge) → (module, run folder): 30 steps on the same 16 pictures, trained once per
-    session."""
+    """short_run(bridge) → (module, run folder): 30 steps on 16 pictures, trained once per session."""
     runs = {}
 
     def run(bridge: str) -> tuple:
@@ -78,8 +77,7 @@ def test_frozen_towers_keep_their_bytes_and_the_bridge_moves(bridge, short_run):
 
 @pytest.mark.parametrize("bridge", ALL_BRIDGES)
 def test_a_short_run_learns_what_the_decoder_cannot_know_without_the_pictures(bridge, short_run):
-    """The small version of the miniature run below: the loss on 16 pictures falls below the decoder's without
-    any."""
+    """The small version of the miniature run below: the loss on 16 pictures falls below the blind loss."""
     _, out = short_run(bridge)
     blind = read_log(out / "log.jsonl")[0]["blind"]
     assert np.mean(losses(out)[-3:]) < 0.9 * min(blind, losses(out)[0])
@@ -212,8 +210,7 @@ def answer_task(*flags: str) -> train.AnswerTask:
 
 
 def test_what_is_computed_twice_to_save_memory_is_not_more_work(tmp_path):
-    """--checkpoint leaves the operations of a step as they are; with cached features the ViT does not
-    count."""
+    """--checkpoint leaves the operations of a step as they are; with --cache the ViT does not count."""
     plain = answer_task().flops_per_position()
     assert plain == answer_task("--checkpoint").flops_per_position()
     assert plain > answer_task("--cache", str(tmp_path)).flops_per_position() > 0

@@ -28,8 +28,7 @@ def resolve_folder(name: str) -> Path:
 
 
 def portable_name(name: str, out: Path) -> str:
-    """How config.json in `out` names a tower: by its name on the hub, inside the run, in the repository, or
-    by path."""
+    """How config.json in `out` names a tower: its name on the hub, else its path, relative if it can be."""
     if not Path(name).is_dir() and is_hub_name(name):
         return name
     folder = resolve_folder(name).resolve()
@@ -49,8 +48,7 @@ def tower_names(lm: str, vit: str, init: str = "") -> dict[str, str]:
 
 
 def load_answer_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
-    """Tokenizer, decoder, ViT and its image processor, on given.device. vit "random": a new one, as the
-    bundled."""
+    """Tokenizer, decoder, ViT and image processor, on given.device; vit "random" is a new ViT."""
     names = tower_names(lm, vit, init)
     given.tokenizer = load_tokenizer(resolve_folder(lm))
     given.decoder = load_decoder(resolve_folder(names["decoder"]), given.device)

@@ -140,8 +140,7 @@ def is_error_of_the_math(error: ValueError) -> bool:
 
 
 def run_cli(main_function: Callable[[], object]) -> None:
-    """Run a command. A user's mistake is one sentence on stderr and exit code 2; a bug shows its
-    traceback."""
+    """Run a command: a user's mistake is one sentence on stderr, exit code 2; a bug shows its traceback."""
     try:
         main_function()
         if torch.distributed.is_initialized():

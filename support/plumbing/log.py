@@ -19,8 +19,7 @@ def append_line(file: Path, line: dict) -> None:
 
 
 def rewind_log(file: Path, step: int) -> None:
-    """Drop the lines after `step`, because a resumed run writes them again, and a last line that is cut
-    off."""
+    """Drop the lines after `step`, which a resumed run writes again, and a last line that is cut off."""
     kept = [json.dumps(x) + "\n" for x in read_log(file) if x["step"] <= step]
     with atomically(file) as tmp:
         tmp.write_text("".join(kept), encoding="utf-8")

@@ -94,8 +94,7 @@ class Meter:
         return rates
 
     def line(self, x: dict, seconds: float) -> str:
-        """The line of progress, at most 120 characters. x: the numbers of a log line; seconds: of
-        training."""
+        """The line of progress, at most 120 characters, from a line of the log and seconds of training."""
         progress = x["step"] / self.steps
         eta = int(seconds / max(progress, 1e-6) * (1 - progress))
         extra = "".join(f"  {k} {x[k]:.3f}" for k in ("gate", "scale") if k in x)

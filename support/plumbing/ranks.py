@@ -10,12 +10,14 @@ from typing import Callable, ContextManager, Iterator
 import torch
 from torch import Tensor, nn
 
+if torch.distributed.is_available():                    # PyTorch can be built without it
+    from torch.distributed.fsdp import fully_shard
+
 from support.formats.files import UserError
 
 
 class Step(nn.Module):
-    """A task's loss as a forward, which is what DistributedDataParallel, FSDP2 and torch.compile hook
-    into."""
+    """A task's loss as a forward: DistributedDataParallel, FSDP2 and torch.compile hook into that."""
 
     def __init__(self, module: nn.Module, loss: Callable[..., Tensor]):
         super().__init__()
@@ -27,14 +29,17 @@ class Step(nn.Module):
         Texts without a picture leave some of a bridge's parameters without a gradient, and processes that add
         up their gradients must all bring the same ones.
         """
-        learns = (p for n,
-                  p in self.module.named_parameters() if p.requires_grad and not n.startswith("decoder."))
-        return self.loss(**piece) + 0 * sum(p.sum() for p in learns)
+        learned = [p for n, p in self.module.named_parameters()
+                   if p.requires_grad and not n.startswith("decoder.")]
+        return self.loss(**piece) + 0 * sum(p.sum() for p in learned)
 
 
 class Ranks:
-    """The processes that torchrun started, or this one. Each reads its own part of a batch; sums go over
-    all."""
+    """The processes that torchrun started, or this one.
+
+    Each reads its own part of a batch; sums go over all. compile: layers by torch.compile; shard: parameters,
+    gradients and moments in slices (FSDP2) instead of copies (DDP).
+    """
 
     def __init__(self, device: str = "auto", compile: bool = False, shard: bool = False):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -50,8 +55,8 @@ class Ranks:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             day = timedelta(days=1)                     # the others wait while the first one evaluates
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                                 timeout=day)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, timeout=day)
 
     def require_one(self, recipe: str) -> None:
         if self.size > 1:
@@ -67,8 +72,10 @@ class Ranks:
                             f"make it a multiple of {parts}.")
 
     def wrap(self, module: nn.Module, loss: Callable[..., Tensor]) -> nn.Module:
-        """`loss` as a module: gradients averaged over processes (DDP), or layers and all that learns in
-        slices (FSDP2)."""
+        """`loss` as a module of several processes.
+
+        Gradients are averaged (DDP), or layers and all that learns lie in slices (FSDP2).
+        """
         step, decoder = Step(module, loss), getattr(module, "decoder", None)
         layers = decoder.layers if decoder is not None else []
         if self.compile:                        # one graph for all layers, unless a bridge has blocks there
@@ -76,7 +83,6 @@ class Ranks:
             for layer in layers:
                 layer.compile(dynamic=True)     # of any length: no second compilation at the second batch
         if self.sharded:                        # a layer is put together while it runs, the rest for a step
-            from torch.distributed.fsdp import fully_shard
             mesh = torch.distributed.init_device_mesh(self.device.type, (self.size,))
             for layer in layers:
                 fully_shard(layer, mesh=mesh)
@@ -87,8 +93,7 @@ class Ranks:
         return step
 
     def eager_layers(self) -> ContextManager:
-        """Layers compiled for training run uncompiled: generation calls a layer with a new length for every
-        token."""
+        """Compiled layers run uncompiled: generation calls a layer with a new length for every token."""
         return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
 
     @contextlib.contextmanager

@@ -25,8 +25,8 @@ class TrainState:
 
 def save_state(state: TrainState, ranks: Ranks, out: Path) -> None:
     """Write `state`, and the random state of every process, to state.safetensors."""
-    tensors = {f"parameter.{n}": p for n, p in state.trained} | {f"mean.{n}": p for n,
-                                                                 p in state.mean.items()}
+    tensors = {f"parameter.{n}": p for n, p in state.trained}
+    tensors |= {f"mean.{n}": p for n, p in state.mean.items()}
     for i, optimizer in enumerate(state.optimizers):
         for j, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in moments.items() if isinstance(v, Tensor)}

@@ -80,8 +80,7 @@ def flags(text: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """All runs of two processes, and their data set: a picture with a short answer, a long answer without
-    one."""
+    """All runs of two processes. Their data set: a picture with a short answer, a long answer without one."""
     folder = tmp_path_factory.mktemp("ranks")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "a.png")
@@ -110,8 +109,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "uneven", "uneven-fsdp"])
 def test_two_processes_equal_one(name, folder, tmp_path):
-    """Losses, norms, gates, scores, weights, files. In `uneven` one answer has 1 word, the other process's
-    53."""
+    """Losses, norms, gates, scores, weights, files. The answers of `uneven` have 1 word and 53 words."""
     train.main([*(a for a in flags(RUNS[name], folder) if a != "--shard"), "--out", str(tmp_path)])
     # rtol 1e-5: the same float32 sums in another order, through 4 AdamW updates (measured: up to 3e-6)
     np.testing.assert_allclose(losses(folder / name), losses(tmp_path), rtol=1e-5)
@@ -175,8 +173,7 @@ def test_several_processes_say_a_mistake_once_and_exit_with_2(folder):
 
 
 def test_compiled_layers_train_to_the_same_losses(tmp_path, monkeypatch):
-    """Traced and differentiated ahead of time, but run by PyTorch's own kernels: generating code takes a
-    minute."""
+    """Traced and differentiated ahead of time, but run by PyTorch's own kernels: no minute of compiling."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: compile(self, backend="aot_eager", **kw)
