@@ -19,7 +19,6 @@ from torch import Tensor
 from model import IGNORE, IMAGE
 
 if TYPE_CHECKING:
-    from support.formats.records import Record
     from support.formats.tokenizers import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -8,12 +8,20 @@ import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig, nearest
+from papers import (blip2_stage1, clip, clipcap, frozen, idefics, llama_adapter, llava_data, mllama,
+                    systems)
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
 from papers.idefics import Idefics
 from papers.llama_adapter import ZeroInitV1
 
-ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{b.name: b for b in (Frozen, Idefics, ClipCap, ClipCapTransformer)}}
+PAPERS = {module.__name__.removeprefix("papers."): module
+          for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap)}
+RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
+           **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap)
+              for name, recipe in paper.RECIPES.items()}}
+RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer)
+ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 
 
@@ -44,9 +52,3 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **o
             setattr(bridge, key, options[key])
     bridge.options = dict(options)
     return bridge
-
-
-from papers import blip2_stage1, clip, clipcap, frozen, idefics, llama_adapter, llava_data, mllama      # noqa: E402
-
-PAPERS = {module.__name__.removeprefix("papers."): module
-          for module in (blip2_stage1, clip, clipcap, frozen, idefics, llama_adapter, llava_data, mllama)}

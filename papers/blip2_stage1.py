@@ -1,7 +1,11 @@
-"""papers/blip2_stage1.py: BLIP-2's first stage (2301.12597v3, §3.2)."""
+"""papers/blip2_stage1.py: BLIP-2's first stage (2301.12597v3, §3.2).
+
+Run      python train.py --recipe blip2           both stages; --recipe blip2-1 this one alone
+Content  Stage1                                   the model and its three losses
+         Stage1Task, RECIPES                      the training
+"""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 import math
 from pathlib import Path
 
@@ -13,45 +17,42 @@ from torch import Tensor, nn
 import data
 from bridges import QFormer
 from model import IGNORE, ViT
-from papers import make_bridge
-from papers.recipe import Recipe, Task
-
-if TYPE_CHECKING:
-    from support.plumbing.ranks import Ranks
-    from train import Settings
+from papers.recipe import Ingredients, Numbers, Recipe, Task
 
 
 class Stage1(nn.Module):
-    """BLIP-2's first stage (2301.12597v3, §3.2, Figure 2): three tasks for the Q-Former beside a frozen ViT, before any decoder.
+    """BLIP-2's first stage (2301.12597v3, §3.2, Figure 2): three tasks for the Q-Former beside a frozen ViT.
 
     symbol        shape                here                   meaning
     q(I), t(I)    (B, Q, W), (B, T, W) encode                 query and text states
     W_v, W_t      (256, W)             image_head, text_head  into the space of the contrast
     τ             ()                   temperature            0.07 at the start, learned; it divides
     W_itm         (2, W)               match_head             class 1 = the pair matches
-    W_lm          (V, W)               word_matrix            the word embeddings, as in BERT; tied=False: a matrix of its own
-    I⁻, Y⁻        (B,)                 wrong                  an image that is not the text's, a text that is not the image's
+    W_lm          (V, W)               word_matrix            the word embeddings (tied=False: its own)
+    I⁻, Y⁻        (B,)                 wrong                  another text's image, another image's text
 
     (S1)  s(I, Y) = max_q cos(W_v q(I), W_t t(Y)_[CLS]) / τ       ITC: the two do not see each other
     (S2)  m(I, Y) = mean_q W_itm q(I, Y)                          ITM: everything sees everything
-    (S3)  p(y_t | y_<t, I) = softmax(W_lm LN GELU(W t(I, Y)_{t-1}))          ITG: the text begins with [DEC] instead of [CLS]
-    (S4)  I⁻ ~ softmax_I s(I, Y),  Y⁻ ~ softmax_Y s(I, Y)         hard negatives of the same batch, never the own pair
+    (S3)  p(y_t | y_<t, I) = softmax(W_lm LN GELU(W t(I, Y)_{t-1}))   ITG: the text begins with [DEC]
+    (S4)  I⁻ ~ softmax_I s(I, Y),  Y⁻ ~ softmax_Y s(I, Y)         hard negatives of the batch, no own pair
     (S5)  L_itc = ½ CE(s, own) + ½ CE(sᵀ, own)                    mean over the B rows, labels smoothed by 0.1
     (S6)  L_itm = CE(m, 1 for (I, Y), 0 for (I⁻, Y) and (I, Y⁻))  mean over the 3B pairs
-    (S7)  L_itg = −log p(y_t | y_<t, I)                           mean over the real words of the batch, labels smoothed by 0.1
+    (S7)  L_itg = −log p(y_t | y_<t, I)                           mean over real words, labels smoothed by 0.1
 
-    The three are added up unweighted. `image` is pixels (B, 3, S, S) or the ViT's features (B, N, Di); `tokens` (B, T) are BERT's
-    WordPieces from [CLS] on; `mask` (B, T) bool, False = padding. The authors draw I⁻ and Y⁻ from all GPUs' batches, we from one's.
-    full=False: without τ and W_lm (s is the bare cosine), which is all that transformers keeps of a first stage.
+    The three are added up unweighted. No decoder takes part. `image` is pixels (B, 3, S, S) or the ViT's
+    features (B, N, Di); `tokens` (B, T) are BERT's WordPieces from [CLS] on; `mask` (B, T) bool, False =
+    padding. The authors draw I⁻ and Y⁻ from the batches of all GPUs, we from one's.
+    full=False: without τ and W_lm (s is the bare cosine), which is all that transformers keeps.
     """
 
-    def __init__(self, vit: ViT | None, qformer: QFormer, contrast: int = 256, full: bool = True, tied: bool = True,
-                 dec: int | None = None):
+    def __init__(self, vit: ViT | None, qformer: QFormer, contrast: int = 256, full: bool = True,
+                 tied: bool = True, dec: int | None = None):
         super().__init__()
         vocab, width = qformer.words.weight.shape
         self.vit, self.qformer, self.full = vit, qformer, full
-        self.dec = vocab - 1 if dec is None else dec                            # id of [DEC], the one word that BERT does not have
-        self.image_head, self.text_head, self.match_head = (nn.Linear(width, n) for n in (contrast, contrast, 2))
+        self.dec = vocab - 1 if dec is None else dec    # id of [DEC], the one word that BERT does not have
+        self.image_head, self.text_head = nn.Linear(width, contrast), nn.Linear(width, contrast)
+        self.match_head = nn.Linear(width, 2)
         if full:
             self.temperature = nn.Parameter(torch.tensor(0.07))
             self.word_head, self.word_norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
@@ -63,10 +64,12 @@ class Stage1(nn.Module):
         if image.ndim == 3:
             return image
         if self.vit is None:
-            raise ValueError('this first stage came without its ViT; give features, or name a folder as "vit" in its config.json.')
+            raise ValueError("this first stage came without its ViT; give features, or name a folder as "
+                             '"vit" in its config.json.')
         return self.vit.features(image, self.qformer.reads, self.qformer.reads_cls)
 
-    def encode(self, image: Tensor, tokens: Tensor | None = None, kind: str = "itm", mask: Tensor | None = None):
+    def encode(self, image: Tensor, tokens: Tensor | None = None, kind: str = "itm",
+               mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Query states (B, Q, W) and text states (B, T, W); kind: itm | itg | itc, see `qformer_mask`."""
         hidden = self.qformer.encode(self.qformer.vision_norm(self.features(image)), tokens, kind, mask)[-1]
         return hidden.tensor_split([len(self.qformer.queries)], dim=1)
@@ -74,7 +77,8 @@ class Stage1(nn.Module):
     def itc(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B_images, B_texts) similarities (S1); there need not be as many texts as images."""
         text = self.qformer.encode(None, tokens, "itc", mask)[-1][:, 0]
-        f, g = F.normalize(self.image_head(self.encode(image)[0]), dim=-1), F.normalize(self.text_head(text), dim=-1)
+        f = F.normalize(self.image_head(self.encode(image)[0]), dim=-1)         # (B_images, Q, 256)
+        g = F.normalize(self.text_head(text), dim=-1)                           # (B_texts, 256)
         cosine = torch.einsum("iqe,te->itq", f, g).amax(-1)
         return cosine / self.temperature if self.full else cosine               # (S1)
 
@@ -85,89 +89,97 @@ class Stage1(nn.Module):
     def itg(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, V): logits of the word after each word; tokens[:, 0] is replaced by [DEC]."""
         if not self.full:
-            raise ValueError("this first stage has no captioning head (transformers does not keep it); load the authors' file.")
+            raise ValueError("this first stage has no captioning head (transformers does not keep it); "
+                             "load the authors' file.")
         tokens = torch.cat((torch.full_like(tokens[:, :1], self.dec), tokens[:, 1:]), dim=1)
         t = self.word_norm(F.gelu(self.word_head(self.encode(image, tokens, "itg", mask)[1])))
         return F.linear(t, (self.word_matrix or self.qformer.words).weight, self.word_bias)             # (S3)
 
     @torch.no_grad()
     def generate(self, image: Tensor, max_new_tokens: int = 30, stop: tuple[int, ...] = ()) -> Tensor:
-        """The Q-Former's own captions, greedy: (B, T_new) ids after [DEC]; a row that has emitted a stop id repeats it."""
+        """The Q-Former's own captions, greedy: (B, T_new) ids after [DEC].
+
+        A row that has emitted a stop id repeats it. Nothing is cached, because captions are short.
+        """
         image = self.features(image)
         text = torch.full((len(image), 1), self.dec, device=image.device)
         stops = torch.tensor(stop, dtype=torch.long, device=image.device)
         while text.shape[1] <= max_new_tokens and not bool(torch.isin(text[:, 1:], stops).any(1).all()):
-            word, last = self.itg(image, text)[:, -1].argmax(-1), text[:, -1]   # (B,)  no cache: captions are short
+            word, last = self.itg(image, text)[:, -1].argmax(-1), text[:, -1]   # (B,)
             text = torch.cat((text, torch.where(torch.isin(last, stops), last, word)[:, None]), dim=1)
         return text[:, 1:]
 
-    def losses(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None, generator: torch.Generator | None = None,
+    def losses(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None,
+               generator: torch.Generator | None = None,
                wrong: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """{"itc", "itm", "itg"}: the means of (S5) to (S7) over B >= 2 pairs (image i, text i).
 
-        wrong = (the image shown with text i, the text shown with image i), (B,) each, fixes the negatives; else `generator` draws.
+        wrong = (the image shown with text i, the text shown with image i), (B,) each, fixes the negatives.
+        Without it `generator` draws them.
         """
         B, own = len(tokens), torch.arange(len(tokens), device=tokens.device)
         if B < 2:
-            raise ValueError("the first stage learns by contrast, so a batch needs 2 pairs or more; this one has 1.")
+            raise ValueError("the first stage learns by contrast, so a batch needs 2 pairs or more; "
+                             "this one has 1.")
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         image = self.features(image)
         s = self.itc(image, tokens, mask)                                       # (B images, B texts)
-        itc = (F.cross_entropy(s, own, label_smoothing=0.1) + F.cross_entropy(s.T, own, label_smoothing=0.1)) / 2       # (S5)
+        itc = (F.cross_entropy(s, own, label_smoothing=0.1) +
+               F.cross_entropy(s.T, own, label_smoothing=0.1)) / 2              # (S5)
         if wrong is None:
             others = s.detach().float().fill_diagonal_(-torch.inf)
-            wrong = [torch.multinomial(p.softmax(1), 1, generator=generator)[:, 0] for p in (others.T, others)]         # (S4)
+            wrong = [torch.multinomial(p.softmax(1), 1, generator=generator)[:, 0]
+                     for p in (others.T, others)]                               # (S4)
         i, y = torch.cat((own, wrong[0], own)), torch.cat((own, own, wrong[1]))             # (3B,)
         itm = F.cross_entropy(self.itm(image[i], tokens[y], mask[y]), (i == y).long())      # (S6)
         target = tokens.masked_fill(~mask, IGNORE)[:, 1:]
-        itg = F.cross_entropy(self.itg(image, tokens, mask)[:, :-1].flatten(0, 1), target.flatten(), label_smoothing=0.1)   # (S7)
+        logits = self.itg(image, tokens, mask)[:, :-1]                          # (B, T − 1, V)
+        itg = F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=0.1)      # (S7)
         return {"itc": itc, "itm": itm, "itg": itg}
 
 
+RECIPES = {"blip2-1": Recipe(
+    "BLIP-2 stage 1 (§3.2): ITC + ITM + ITG, no decoder", "129M pairs",
+    Numbers(1e-4, 2320, 250000, 2000, weight_decay=0.05, clip=0), Numbers(1e-3, 64, 600),
+    "qformer", task="stage1",
+    options=dict(reads=-2, queries=16, width=128, layers=2, heads=4, hidden=512, dropout=0.0))}
+
+
 class Stage1Task(Task):
-    """BLIP-2's first stage: ITC + ITM + ITG of a Q-Former on the frozen ViT (bridges.Stage1), without any decoder."""
+    """Recipe `blip2-1`: ITC + ITM + ITG of a Q-Former on the frozen ViT, without any decoder.
 
-    def __init__(self, s: Settings, recipe: Recipe, ranks: Ranks):
-        from support.formats.pictures import load_processor
-        from support.formats.tokenizer_files import load_tokenizer
-        from support.plumbing.ranks import require_one_process
-        from support.worlds import open_data
-        from train import resolve_folder, start_towers
-        require_one_process(ranks, s)
-        self.s, self.device = s, ranks.device
-        self.world = open_data(s.data, s.seed, s.strict, s.share / 100)
-        self.tokenizer = load_tokenizer(resolve_folder(s.lm))
-        self.module = self.build()
-        self.processor = load_processor(resolve_folder(start_towers(s)["vit"]))
-        B = s.batch
-        self.expect = f"(uniform guesses: ITC ln {B} + ITM ln 2 + ITG ln V = {math.log(B) + math.log(2) + math.log(self.tokenizer.vocab_size):.2f})"
+    Takes world, open_held_out, tokenizer, processor, vit, bridge (a Q-Former with words), batch and seed.
+    """
 
-    def build(self) -> Stage1:
-        from support.formats.vision import load_vit
-        from support.plumbing.cli import parse_options
-        from train import resolve_folder, start_towers, toy_options
-        s = self.s
-        vit = load_vit(resolve_folder(start_towers(s)["vit"]), self.device)
-        options = {**(toy_options("qformer", s.recipe) if s.scale == "toy" else {}), **parse_options(s.option)}
-        former = make_bridge("qformer", None, vit.config.width, vocab=self.tokenizer.vocab_size, **options)
-        self.options = former.options
-        return Stage1(vit, former, contrast=min(256, former.queries.shape[1]), dec=self.tokenizer.image).to(self.device)
+    def __init__(self, given: Ingredients):
+        self.given, self.world, self.tokenizer = given, given.world, given.tokenizer
+        contrast = min(256, given.bridge.queries.shape[1])
+        self.module = Stage1(given.vit, given.bridge, contrast, dec=self.tokenizer.image).to(given.device)
+        guess = math.log(given.batch) + math.log(2) + math.log(self.tokenizer.vocab_size)
+        self.expect = f"(uniform guesses: ITC ln {given.batch} + ITM ln 2 + ITG ln V = {guess:.2f})"
 
-    def freeze(self, learning, stored) -> None:
+    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
         super().freeze(tuple(n for n, _ in self.module.named_children() if n != "vit"), stored)
 
     def texts(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, T) ids from [CLS] (the tokenizer's bos) to its eos, and the mask."""
-        rows = [data.Document(self.tokenizer).add(c).end() for c in captions]
-        tokens, _, mask = data.collate(rows)
+        documents = [data.Document(self.tokenizer).add(c).end() for c in captions]
+        tokens, _, mask = data.collate(documents)
         return tokens, mask
 
-    def read(self, step: int) -> list[dict]:
-        items = [self.world.item(i % self.s.examples if self.s.examples else i) for i in range(step * self.s.batch, (step + 1) * self.s.batch)]
-        chosen = [np.random.default_rng((self.s.seed, 1, step, n)).integers(len(item.captions)) for n, item in enumerate(items)]
-        tokens, mask = self.texts([item.captions[c] for item, c in zip(items, chosen)])
-        pixels = data.to_pixels([i.image for i in items], self.module.vit.config.image_size, self.processor)
-        return [dict(pixels=pixels, tokens=tokens, mask=mask, set=0, weight=1.0, count=1)]
+    def pixels(self, items: list[data.Item]) -> Tensor:
+        """(B, 3, S, S): the items' pictures as the ViT takes them."""
+        size = self.module.vit.config.image_size
+        return data.to_pixels([item.image for item in items], size, self.given.processor)
+
+    def batch(self, step: int) -> list[dict]:
+        g = self.given
+        indices = range(step * g.batch, (step + 1) * g.batch)
+        items = [self.world.item(i % g.examples if g.examples else i) for i in indices]
+        captions = [item.captions[np.random.default_rng((g.seed, 1, step, n)).integers(len(item.captions))]
+                    for n, item in enumerate(items)]
+        tokens, mask = self.texts(captions)
+        return [dict(pixels=self.pixels(items), tokens=tokens, mask=mask, set=0, weight=1.0, count=1)]
 
     def loss(self, pixels: Tensor, tokens: Tensor, mask: Tensor, **_) -> Tensor:
         with torch.no_grad():
@@ -175,31 +187,22 @@ class Stage1Task(Task):
         self.last = self.module.losses(features, tokens, mask)
         return sum(self.last.values())
 
-    def vitals(self) -> dict:
+    def metrics(self) -> dict[str, float]:
         return {name: value.item() for name, value in self.last.items()}
 
-    def save(self, out: Path, facts: dict) -> None:
-        from support.formats.files import write_json, write_tensors
-        from train import portable_name, start_towers
-        tensors = {n: p for n, p in self.module.state_dict().items() if not n.startswith("vit.")}
-        write_tensors(out / "stage1.safetensors", tensors, {"stage1": "qformer"})
-        write_json(out / "config.json", {**facts, "model_type": "stage1", "bridge_options": self.options,
-                                         "contrast": len(self.module.image_head.weight), "dec": self.module.dec,
-                                         "vit": portable_name(start_towers(self.s)["vit"], out)})
-
     @torch.no_grad()
-    def check(self) -> dict:
+    def check(self) -> dict[str, float]:
         """Recall@1 of 100 held-out pictures and their captions, both ways, by ITC; a guess finds 1 %."""
-        from support.worlds import open_data
-        items = [open_data(f"{self.world.name}:{self.world.held_out}", self.s.seed).item(i) for i in range(100)]
+        world, device = self.given.open_held_out(), self.given.device
+        items = [world.item(i) for i in range(100)]
         tokens, mask = self.texts([item.captions[0] for item in items])
-        pixels = data.to_pixels([item.image for item in items], self.module.vit.config.image_size, self.processor)
-        similar = self.module.itc(pixels.to(self.device), tokens.to(self.device), mask.to(self.device))
-        own = torch.arange(len(items), device=similar.device)
-        return {"image to text R@1": (similar.argmax(1) == own).float().mean().item(), "text to image R@1": (similar.argmax(0) == own).float().mean().item()}
+        S = self.module.itc(self.pixels(items).to(device), tokens.to(device), mask.to(device))  # (100, 100)
+        own = torch.arange(len(items), device=S.device)
+        return {"image to text R@1": (S.argmax(1) == own).float().mean().item(),
+                "text to image R@1": (S.argmax(0) == own).float().mean().item()}
 
-    def report(self, out: Path) -> None:
-        from support.formats.files import write_json
+    def report(self, out: Path) -> dict[str, dict]:
         result = self.check()
-        write_json(out / "results.json", result)
-        print("retrieve 100 held-out pictures and captions, %: " + "  ".join(f"{k} {100 * v:.0f}" for k, v in result.items()) + "  (a guess: 1)")
+        scores = "  ".join(f"{k} {100 * v:.0f}" for k, v in result.items())
+        print(f"retrieve 100 held-out pictures and captions, %: {scores}  (a guess: 1)")
+        return {"results.json": result}

@@ -1,23 +1,23 @@
-"""papers/clip.py: CLIP (2103.00020v1): two towers and a contrast."""
+"""papers/clip.py: CLIP (2103.00020v1): two towers and a contrast.
+
+Run      python train.py --recipe clip            makes the bundled ViT again and prints its gate
+Content  TextTransformer, CLIP                    the model
+         linear_probe                             what one token of a ViT holds
+         ClipTask, RECIPES                        the training
+"""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import data
 from model import EncoderBlock, ViT, ViTConfig
-from papers.recipe import Recipe, Task
-
-if TYPE_CHECKING:
-    from support.plumbing.ranks import Ranks
-    from train import Settings
+from papers.recipe import Ingredients, Numbers, Recipe, Task
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,20 @@ class TextConfig:
 
 
 class TextTransformer(nn.Module):
-    """CLIP's text tower: a causal pre-norm transformer whose state at the end-of-text token stands for the text."""
+    """CLIP's text tower: a causal pre-norm transformer, read at the end-of-text token."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.width)
         self.positions = nn.Parameter(torch.randn(c.context, c.width) * 0.01)
-        self.blocks = nn.ModuleList(EncoderBlock(c.width, c.heads, c.hidden, c.act, c.norm_eps) for _ in range(c.layers))
+        self.blocks = nn.ModuleList(EncoderBlock(c.width, c.heads, c.hidden, c.act, c.norm_eps)
+                                    for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width, eps=c.norm_eps)
         nn.init.normal_(self.embed.weight, 0.0, 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T) → (B, T, width), after the final norm. Padding follows the end token, so causality hides it."""
+        """(B, T) → (B, T, width), after the final norm. Padding follows the end token: causality hides it."""
         x = self.embed(tokens) + self.positions[:tokens.shape[1]]
         for block in self.blocks:
             x = block(x, causal=True)
@@ -59,7 +60,7 @@ class TextTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature (2103.00020v1, Figure 3); the loss stands in train.ClipTask.
+    """Two towers and a temperature (2103.00020v1, Figure 3); the loss stands in ClipTask.
 
     (I3)  S_ij = e^s cos(image_i, text_j)
     (I4)  loss = ½ (mean_i −log softmax_j(S_i·)_i + mean_j −log softmax_i(S_·j)_j)
@@ -73,86 +74,137 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))       # s; logits are e^s · cosine
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.image_projection(self.vit.pool(self.vit(pixels))), dim=-1)          # (B, width)
+        """(B, 3, S, S) → (B, width), of length 1."""
+        return F.normalize(self.image_projection(self.vit.pool(self.vit(pixels))), dim=-1)
 
     def embed_texts(self, tokens: Tensor) -> Tensor:
-        return F.normalize(self.text_projection(self.text.pool(self.text(tokens), tokens)), dim=-1)  # (B, width)
+        """(B, T) → (B, width), of length 1."""
+        return F.normalize(self.text_projection(self.text.pool(self.text(tokens), tokens)), dim=-1)
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         """(B_images, B_texts): scaled cosine similarities."""
         return self.logit_scale.exp() * self.embed_images(pixels) @ self.embed_texts(tokens).T      # (I3)
 
 
+def linear_probe(vit: ViT, layer: int = -2, train: int = 3000, test: int = 1500) -> dict[str, float]:
+    """Linear probe of ONE token: logistic regression from the token of an object's cell to its attributes.
+
+    Trained on seen pairs of colour and shape, tested on held-out ones. Needs a ViT with one patch per cell.
+    layer: the hidden state that is read; train, test: numbers of scenes.
+    Returns the accuracy of color, shape, size and place.
+    """
+    x, seen = tokens_of_things(vit, layer, "val", train)
+    y, held_out = tokens_of_things(vit, layer, "test", test)
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, y = (x - mean) / std, (y - mean) / std
+    result = {}
+    for attribute, names in (("color", list(data.COLORS)), ("shape", list(data.SHAPES)),
+                             ("size", list(data.SIZES)), ("place", list(data.PLACES))):
+        target = torch.tensor([names.index(getattr(t, attribute)) for t in seen])
+        truth = torch.tensor([names.index(getattr(t, attribute)) for t in held_out])
+        head = fit_logistic_regression(x, target, len(names))
+        result[attribute] = (head(y).argmax(1) == truth).float().mean().item()
+    return result
+
+
+def tokens_of_things(vit: ViT, layer: int, split: str, count: int) -> tuple[Tensor, list[data.Thing]]:
+    """(n, Di): the token of each thing's cell in `count` scenes; and the things (of "test": held-out)."""
+    world = data.Shapes(split, seed=2)
+    scenes = [(world.scene(rng), rng) for rng in map(world.rng, range(count))]
+    with torch.no_grad():
+        parts = []
+        for i in range(0, count, 250):
+            images = [data.draw_scene(things, rng) for things, rng in scenes[i:i + 250]]
+            parts.append(vit.features(data.to_pixels(images, world.size), layer))
+        x = torch.cat(parts)                            # (count, 9, Di)
+    things = [(n, t) for n, (things, _) in enumerate(scenes) for t in things
+              if split == "val" or t.pair in data.HELD_OUT]
+    return torch.stack([x[n, t.cell] for n, t in things]), [t for _, t in things]
+
+
+def fit_logistic_regression(x: Tensor, target: Tensor, classes: int) -> nn.Linear:
+    """Cross-entropy with 1e-4 · |W|², minimised by L-BFGS from zero; x (n, Di), target (n,)."""
+    head = nn.Linear(x.shape[1], classes)
+    nn.init.zeros_(head.weight)
+    solver = torch.optim.LBFGS(head.parameters(), max_iter=100)
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(head(x), target) + 1e-4 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return head
+
+
+RECIPES = {"clip": Recipe(
+    "CLIP (2103.00020v1 §2): both towers, symmetric contrast", "400M pairs, 32 epochs",
+    Numbers(5e-4, 32768, 390000, 2000, weight_decay=0.2, clip=0),
+    Numbers(1.5e-3, 96, 2500, weight_decay=0.05), trained=("vit", "text"), task="clip")}
+
+
 class ClipTask(Task):
-    """Recipe `clip`: CLIP's symmetric contrast (2103.00020v1, Figure 3), with hard negative captions beside the batch's own."""
+    """Recipe `clip`: CLIP's symmetric contrast, with hard negative captions beside the batch's own.
 
-    def __init__(self, s: Settings, recipe: Recipe, ranks: Ranks):
-        from support.formats.tokenizer_files import load_tokenizer
-        from support.plumbing.ranks import require_one_process
-        from support.worlds import open_data
-        from support.worlds.text import shapes_tokenizer
-        from train import resolve_folder
-        require_one_process(ranks, s)
-        self.s, self.device = s, ranks.device
-        self.world = open_data(s.data, s.seed, s.strict, s.share / 100)
-        self.tokenizer = shapes_tokenizer() if s.data.startswith("shapes") else load_tokenizer(resolve_folder(s.lm))
-        size = self.world.size
-        vit = ViT(ViTConfig(image_size=size))
-        nn.init.normal_(vit.positions, std=0.5)         # at CLIP's 0.01 the patches forget where they are: 0.2 % of their variance,
-                                                        # a probe finds the cell of 25 %, and every bridge fails on "where is …?"
+    Takes world, tokenizer, batch. Both towers are new and both learn.
+    """
+
+    def __init__(self, given: Ingredients):
+        self.given, self.world, self.tokenizer = given, given.world, given.tokenizer
+        vit = ViT(ViTConfig(image_size=self.world.size))
+        # At CLIP's 0.01 the positions are 0.2 % of the patches' variance. A probe then finds the cell of 25 %
+        # of the things, and every bridge fails on "where is …?".
+        nn.init.normal_(vit.positions, std=0.5)
         text = TextTransformer(TextConfig(self.tokenizer.vocab_size, context=64, end=self.tokenizer.eos))
-        self.module = CLIP(vit, text, width=128).to(self.device)
-        self.expect = f"(a uniform guess: (ln {3 * s.batch} + ln {s.batch})/2 = {(math.log(3 * s.batch) + math.log(s.batch)) / 2:.2f})"
+        self.module = CLIP(vit, text, width=128).to(given.device)
+        B = given.batch
+        guess = (math.log(3 * B) + math.log(B)) / 2
+        self.expect = f"(a uniform guess: (ln {3 * B} + ln {B})/2 = {guess:.2f})"
 
-    def freeze(self, learning, stored) -> None:
-        pass
+    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
+        """Nothing is frozen: both towers and the temperature learn."""
 
-    def read(self, step: int) -> list[dict]:
+    def batch(self, step: int) -> list[dict]:
         images, texts, negatives = [], [], []
-        for i in range(step * self.s.batch, (step + 1) * self.s.batch):
+        for i in range(step * self.given.batch, (step + 1) * self.given.batch):
             image, text, wrong = self.world.pair(i)
             images.append(image)
             texts.append(text)
             negatives += wrong
         pixels = data.to_pixels(images, self.module.vit.config.image_size)
-        limit = self.module.text.config.context - 1
-        ids = [self.tokenizer.encode(t)[:limit] + [self.tokenizer.eos] for t in texts + negatives]
+        longest = self.module.text.config.context - 1
+        ids = [self.tokenizer.encode(t)[:longest] + [self.tokenizer.eos] for t in texts + negatives]
         tokens = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
         for row, t in zip(tokens, ids):
             row[:len(t)] = torch.tensor(t)
         return [dict(pixels=pixels, tokens=tokens, set=0, weight=1.0, count=1)]
 
     def loss(self, pixels: Tensor, tokens: Tensor, **_) -> Tensor:
-        """½ (CE over the texts of each image + CE over the images of each true text); the hard negatives only add texts."""
-        S = self.module(pixels, tokens).float()                                 # (B, B + negatives)
+        """½ (CE over each image's texts + CE over each true text's images). Hard negatives only add texts."""
+        S = self.module(pixels, tokens).float()         # (B, B + negatives)
         target = torch.arange(len(S), device=S.device)
         return (F.cross_entropy(S, target) + F.cross_entropy(S[:, :len(S)].T, target)) / 2      # (I4)
 
     def after_step(self) -> None:
         with torch.no_grad():
-            self.module.logit_scale.clamp_(max=math.log(100))                   # CLIP §2.5: logits scaled by at most 100
+            self.module.logit_scale.clamp_(max=math.log(100))       # §2.5: logits scaled by at most 100
 
-    def vitals(self) -> dict:
+    def metrics(self) -> dict[str, float]:
         return {"scale": self.module.logit_scale.exp().item()}
 
-    def save(self, out: Path, facts: dict) -> None:
-        from support.formats.files import write_json
-        from support.formats.vision import save_vit
-        save_vit(self.module.vit, out / "vit")
-        write_json(out / "config.json", facts)
+    def check(self) -> dict[str, float]:
+        return linear_probe(self.module.vit, train=1000, test=500) if self.world.says_scenes else {}
 
-    def check(self) -> dict:
-        from support.lab.probe import linear_probe
-        return linear_probe(self.module.vit, train=1000, test=500) if self.world.name == "shapes" else {}
-
-    def report(self, out: Path) -> None:
-        """The gate: one token at the layer that bridges read names colour, shape and place of a held-out pair above 95 %."""
-        from support.formats.files import write_json
-        from support.lab.probe import linear_probe
-        if self.world.name != "shapes":
-            return
+    def report(self, out: Path) -> dict[str, dict]:
+        """The gate: one token at layer −2 names colour, shape and place of a held-out pair above 95 %."""
+        if not self.world.says_scenes:
+            return {}
         result = linear_probe(self.module.vit)
-        write_json(out / "vit" / "probe.json", result)
-        print("probe    one token at layer -2, held-out pairs, %: " + "  ".join(f"{k} {100 * v:.1f}" for k, v in result.items()))
+        scores = "  ".join(f"{k} {100 * v:.1f}" for k, v in result.items())
+        print(f"probe    one token at layer -2, held-out pairs, %: {scores}")
         worst = min(result[k] for k in ("color", "shape", "place"))
-        print(f"gate     {'PASSED' if worst > 0.95 else 'NOT PASSED'}: the lowest of colour, shape and place is {100 * worst:.1f} %, the gate is 95 %")
+        verdict = "PASSED" if worst > 0.95 else "NOT PASSED"
+        print(f"gate     {verdict}: the lowest of colour, shape and place is {100 * worst:.1f} %, "
+              "the gate is 95 %")
+        return {"vit/probe.json": result}

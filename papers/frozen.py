@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from model import Bridge, DecoderConfig
+from papers.recipe import MUON, Numbers, Recipe
 
 
 class Frozen(Bridge):
@@ -26,3 +27,9 @@ class Frozen(Bridge):
 
     def prefix(self, visual: Tensor) -> Tensor:
         return self.map(visual.mean(1)).unflatten(-1, (self.tokens, -1))        # (ΣM, n, D)   (R1)
+
+
+RECIPES = {"frozen": Recipe(
+    "Frozen (2106.13884v2 §3.2): the vision encoder and its map to 2 tokens learn THROUGH the frozen decoder",
+    "CC3M, 3.3M pairs", Numbers(3e-4, 128, 39000, 1, "constant", 0.0, 0.95, 0), Numbers(2e-3, 64, 1000, **MUON),
+    "frozen", ("bridge", "vit"), options=dict(reads=-1, tokens=2))}

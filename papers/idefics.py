@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bridges import Flamingo, GatedCrossAttention, Resampler, ResamplerLayer
 from model import Attend, Bridge, DecoderConfig, RMSNorm, SwiGLU, merge_heads, split_heads, visible_to_bias
+from papers.recipe import MUON, Numbers, Recipe
 
 
 class NormedSwiGLU(SwiGLU):
@@ -95,3 +96,10 @@ class Idefics(Flamingo):
             layer=layer)
         self.blocks = nn.ModuleList(IdeficsBlock(decoder, vision_width, qk_norm, vector_gates)
                                     for _ in range(0, decoder.layers, every))
+
+
+RECIPES = {"idefics": Recipe(
+    "IDEFICS 9B: resampler, gated blocks and the new words learn",
+    "OBELICS, LAION, Wikipedia, PMD; 1.3M tokens a batch",
+    Numbers(1e-5, 1280, 200000, 2000, weight_decay=0.1, beta2=0.999), Numbers(2e-3, 64, 1000, **MUON), "idefics",
+    options=dict(reads=-2, every=1, latents=16, depth=2, resampler_heads=4, resampler_head_width=32))}

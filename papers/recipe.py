@@ -1,80 +1,173 @@
-"""papers/recipe.py: what a recipe says, and what every training task shares."""
+"""papers/recipe.py: what a recipe says, and what every training task shares.
+
+Run      python train.py --list        every recipe, the paper's numbers beside ours
+Content  Numbers, Recipe               how a system is trained: data, no code
+         Ingredients                   what train.py loads and hands to a task
+         Task                          parts, batch, loss, report: what train.py's loop asks of a task
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from model import Bridge, Decoder, ViT
 
 
-# The recipes
+# ------------------------------------------------------------------------------------------------------------
+# Recipes
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Numbers:
-    """How a recipe is optimised: one column of the table for the paper, one for our toy."""
+    """How a recipe is optimised: one column for the paper, one for our toy."""
     lr: float                       # peak learning rate
     batch: int | None               # pictures (or texts) per update; None: not in our sources, give --batch
     steps: int
     warmup: float = 0.05            # linear, a share of the steps; from 1 on: so many steps
-    schedule: str = "cosine"        # after the warm-up: cosine (to 2 % of the peak) | constant | linear (to 0)
+    schedule: str = "cosine"        # after the warm-up: cosine (to 2 % of the peak), constant, linear (to 0)
     weight_decay: float = 0.01      # on matrices only
     beta2: float = 0.98             # AdamW's second β; the first is 0.9
     clip: float = 1.0               # largest gradient norm; 0 = no clipping
-    optimizer: str = "adamw"        # adamw | muon (matrices of Linear layers by Muon at muon_lr, the rest by AdamW)
-    muon_lr: float = 0.02
+    optimizer: str = "adamw"        # adamw, or muon: matrices of Linear layers by Muon, the rest by AdamW
+    muon_lr: float = 0.02           # Muon's peak learning rate; lr is AdamW's
+
+
+MUON = dict(optimizer="muon")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a system trains, through what, on what: the paper's numbers and our toy's side by side."""
-    says: str                                           # paper, what is trained and by which loss
-    data: str                                           # the paper's data; a toy has `shapes`
+    summary: str                    # the paper, what is trained, by which loss
+    data: str                       # the paper's data
     paper: Numbers
     toy: Numbers
-    bridge: str = ""                                    # its bridge, where it has one
+    bridge: str = ""                # "": a recipe without a bridge
     trained: tuple[str, ...] = ("bridge",)              # the parts that learn; the others are frozen
-    task: str = "answer"                                # the loss: answer | stage1 | lm | clip
-    options: dict = field(default_factory=dict)         # keyword arguments of the bridge, toy sizes; the papers' are its defaults
-    captions: float = 0.2                               # share of documents that ask for a caption instead of answers
-    template: str = ""                                  # how a conversation is written, a key of data.TEMPLATES; "" = as the model knows it
-    form: str = "QCM-LEA"                               # of a multiple choice: reasoning, then the answer (data.scienceqa_text)
+    task: str = "answer"            # the loss: answer | stage1 | lm | clip
+    options: dict = field(default_factory=dict)         # the bridge's toy sizes; its defaults are the paper's
+    captions: float = 0.2           # share of documents that ask for a caption instead of answers
+    template: str = ""              # a key of support.formats.chat.TEMPLATES; "" = as the model knows it
+    form: str = "QCM-LEA"           # order of a multiple choice's parts: reasoning, then the answer
     toy_data: str = "shapes"
-    start: str = ""                                     # the recipe whose run it starts from
+    start: str = ""                 # the recipe whose run it starts from
 
 
-# Tasks: what a batch is, what its loss is, what to write and to report
+def print_recipes(recipes: dict[str, Recipe], systems: dict[str, tuple[str, ...]]) -> None:
+    """A table on standard output: of each recipe the paper's numbers and ours, of each system its stages."""
+    for name, r in recipes.items():
+        facts = [f"bridge {r.bridge}", f"learns: {' + '.join(r.trained)}"]
+        facts += [f"after {r.start}"] if r.start else []
+        print(f"{name}   ({'; '.join(facts)})" if r.bridge else name)
+        for column, numbers, data in (("paper", r.paper, r.data), ("toy  ", r.toy, r.toy_data)):
+            print(f"    {column}  {describe_numbers(numbers)} on {data}")
+        sizes = f"; toy sizes: {', '.join(f'{k}={v}' for k, v in r.options.items())}" if r.options else ""
+        print(f"    {r.summary}{sizes}")
+    for name, stages in systems.items():
+        print(f"{name}\n    {', then '.join(stages)}")
+
+
+def describe_numbers(n: Numbers) -> str:
+    muon = f"Muon {n.muon_lr:g}, " if n.optimizer == "muon" else ""
+    warmup = f"{n.warmup:,.0f} warm-up steps" if n.warmup >= 1 else f"{100 * n.warmup:g} % warm-up"
+    batch = n.batch or "? (not in our sources)"
+    return (f"{muon}AdamW {n.lr:g} (0.9, {n.beta2:g}), wd {n.weight_decay:g}, {n.schedule}, {warmup}, "
+            f"clip {n.clip or 'none'}, batch {batch}, {n.steps:,} steps")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tasks
+# ------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Ingredients:
+    """What train.py loads and hands to a task: values, modules and functions. A task opens no file itself.
+
+    A task takes what it needs. What its recipe does not use stays None.
+    """
+    device: torch.device
+    seed: int
+    batch: int                      # items per update, of all processes together
+    steps: int                      # updates of the run
+    world: Any                      # the data set: item(i), and pair(i) for the contrast
+    accumulate: int = 1             # pieces per batch
+    examples: int = 0               # if not 0: only the first so many items, over and over
+    eval_items: int = 400           # held-out items in the final report
+    tokenizer: Any = None
+    processor: Any = None           # how the ViT's family prepares a picture (data.Processor)
+    vit: ViT | None = None
+    decoder: Decoder | None = None
+    bridge: Bridge | None = None
+    generate_texts: Callable | None = None              # eval.generate_texts
+    open_held_out: Callable[[], Any] | None = None      # opens the split that training does not see
+    save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
+
 
 class Task:
-    """What tasks share. A task reads a batch on the CPU (`read`), makes it `ready` on the device, and returns a piece's summed `loss`."""
-    mixed = False                                       # whether the final report runs under autocast (frozen parts in bfloat16)
+    """What tasks share: `module` holds the parts, `batch` and `loss` define a step, `report` ends the run.
 
-    def freeze(self, learning: tuple[str, ...], stored: torch.dtype) -> None:
-        """Parts that learn stay float32; the others are frozen and stored as asked."""
+    A batch is a list of pieces (dicts). Every piece holds its tensors (what `loss` takes as keywords) and
+    set: the number of its data set; weight: λ of that data set; count: what its summed loss is divided by.
+    """
+    mixed = False                   # whether evaluation runs under autocast (frozen parts in bfloat16)
+    expect = ""                     # the loss of a uniform guess, in words
+    visual_tokens = 1               # K, the positions of the decoder that an image takes
+    module: nn.Module
+    given: Ingredients
+
+    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
+        """Parts that learn stay float32; the others are frozen and stored in the dtype asked for."""
         for name, part in self.module.named_children():
-            part.requires_grad_(name in learning)
-            if name not in learning and stored != torch.float32:
+            part.requires_grad_(name in trained)
+            if name not in trained and stored != torch.float32:
                 part.to(stored)
                 self.mixed = True
 
-    def describe(self, step: int) -> str:
-        return f"items {step * self.s.batch} to {(step + 1) * self.s.batch - 1} of {self.s.data}"
+    def batch(self, step: int) -> list[dict]:
+        """The pieces of a step on the CPU, a function of the step alone."""
+        raise NotImplementedError
 
-    def ready(self, pieces: list[dict]) -> list[dict]:
-        return [{k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in p.items()} for p in pieces]
+    def to_device(self, pieces: list[dict]) -> list[dict]:
+        move = dict(device=self.given.device, non_blocking=True)
+        return [{k: v.to(**move) if isinstance(v, Tensor) else v for k, v in p.items()} for p in pieces]
 
-    def doctor(self, pieces: list[dict], scales: list[float], out: Path) -> None:
-        pass
+    def loss(self, **piece) -> Tensor:
+        """The summed loss of a piece; the loop divides it by the count of the whole update."""
+        raise NotImplementedError
+
+    def describe_batch(self, step: int) -> str:
+        first = step * self.given.batch
+        return f"items {first} to {first + self.given.batch - 1}"
+
+    def first_step(self, pieces: list[dict], scales: list[float], out: Path) -> None:
+        """What is worth a look after the first backward pass."""
 
     def after_step(self) -> None:
-        pass
+        """What follows an optimiser step: a clamp, say."""
 
-    def work(self) -> float:
-        """Floating-point operations of a training step per position of the decoder, see `operations`; 0: not counted."""
+    def flops_per_position(self) -> float:
+        """Floating-point operations of a training step per position of the decoder; 0: not counted."""
         return 0.0
 
-    def vitals(self) -> dict:
+    def metrics(self) -> dict[str, float]:
+        """The task's own numbers in a line of the log."""
         return {}
 
-    def details(self) -> dict:
+    def log_details(self) -> dict:
+        """What log.jsonl holds beside the numbers of its line."""
+        return {}
+
+    def save(self, out: Path, facts: dict) -> None:
+        self.given.save(self, out, facts)
+
+    def check(self) -> dict[str, float]:
+        """A short evaluation during training: scores by name."""
+        return {}
+
+    def report(self, out: Path) -> dict[str, dict]:
+        """Print the final evaluation; returns the JSON files to write into the run folder, by their names."""
         return {}

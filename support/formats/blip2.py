@@ -11,7 +11,7 @@ from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig
 from papers import make_bridge
 from papers.blip2_stage1 import Stage1
 from support.formats.checkpoint import BridgeFile, Checkpoint, Filling, IGNORED
-from support.formats.files import UserError, read_json
+from support.formats.files import UserError, read_json, write_json, write_tensors
 from support.formats.hub import tower_folder
 from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names
 from support.formats.names import Names, Part, WB, ZerosLike, expand, parameters
@@ -278,6 +278,28 @@ def qformer_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
 
 BERT_UNUSED = ("embeddings.token_type_embeddings.", "pooler.", "cls.seq_relationship.",
                "cls.predictions.decoder.")
+
+
+def save_stage1(stage: Stage1, out: Path, facts: dict, vit: str) -> None:
+    """Write a run of recipe blip2-1, which read_own_stage1 reads; vit: the name of the frozen ViT's folder."""
+    tensors = {n: p for n, p in stage.state_dict().items() if not n.startswith("vit.")}
+    write_tensors(out / "stage1.safetensors", tensors, {"stage1": "qformer"})
+    write_json(out / "config.json", {**facts, "model_type": "stage1", "bridge_options": stage.qformer.options,
+                                     "contrast": len(stage.image_head.weight), "dec": stage.dec, "vit": vit})
+
+
+def fill_from_stage1(bridge: QFormer, path: Path) -> None:
+    """Stage 2 begins with the Q-Former of a run of blip2-1, without its text branch; only the projection is new."""
+    file = Checkpoint(path)
+    with torch.no_grad():
+        for n, p in bridge.named_parameters():
+            name = f"qformer.{n}"
+            if n.startswith("project."):
+                continue
+            if file.missing(name) or file.shape(name) != tuple(p.shape):
+                raise UserError(f'{file.path}: tensor "{name}" of shape {tuple(p.shape)} is not there; '
+                                "the run was another Q-Former.")
+            p.copy_(file.get(name))
 
 
 def init_from_bert(module: QFormer | Stage1, path: str | os.PathLike) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from support.formats.chat import template_of
-from support.formats.files import UserError, read_json
+from support.formats.files import UserError, atomically, read_json
 from support.formats.tokenizers import (ByteLevel, ClipBPE, GPT2_SPLIT, LLAMA3_SPLIT, SentencePiece,
                                         Tokenizer, WordPiece, byte_letters)
 
@@ -187,3 +187,11 @@ def split_pattern(pre: dict | None, file: Path) -> str:
         elif step["type"] != "ByteLevel" or step.get("add_prefix_space"):
             raise UserError(f'{file}: the pre-tokenizer {json.dumps(step)} is not supported; known: Digits, Split, ByteLevel.')
     return pattern
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The files of a tokenizer, as they are, from one folder into another."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        if (source / name).exists():
+            with atomically(target / name) as tmp:
+                tmp.write_bytes((source / name).read_bytes())

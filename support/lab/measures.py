@@ -14,7 +14,7 @@ from support.formats.datasets import MME
 from support.formats.files import UserError
 from support.lab.protocols import (Comparison, PROTOCOLS, build_prompt, few_shot_examples, multiple_choice,
                                    yes_no_pairs)
-from support.plumbing.cli import refused_by_the_math
+from support.plumbing.cli import is_error_of_the_math
 from support.worlds import open_data
 
 Cells = dict[tuple[str, ...], float]            # {(measure,): number, (part, measure): number}
@@ -160,7 +160,7 @@ def measure_cells(comparison: Comparison, dataset: EvaluationSet, settings: Sett
         try:
             answers = answer(comparison, dataset, measure, settings.protocol, form)
         except ValueError as e:                 # a bridge that takes one picture; too few examples on disk
-            if not (isinstance(e, UserError) or refused_by_the_math(e)):
+            if not (isinstance(e, UserError) or is_error_of_the_math(e)):
                 raise
             notes.append(f"{measure.name} is empty: {e}")
             continue

@@ -1,7 +1,9 @@
-"""What caching the frozen ViT's features is worth: seconds of a training step with and without, in turns, in one process.
+"""What caching the frozen ViT's features is worth: seconds of a training step with and without, in turns.
 
-python tests/benchmarks/bench_cache.py                       mapl and linear on `shapes`: bundled towers; a ViT of ViT-B/16's size (random weights)
-python tests/benchmarks/bench_cache.py SMOLLM2_FOLDER        and with SmolLM2-135M behind that ViT
+    python tests/benchmarks/bench_cache.py                  mapl and linear on `shapes`
+    python tests/benchmarks/bench_cache.py SMOLLM2_FOLDER   and with SmolLM2-135M behind the larger ViT
+
+All in one process. Towers: the bundled ones, and a ViT of ViT-B/16's size with random weights.
 """
 from __future__ import annotations
 
@@ -17,27 +19,24 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import train
-from support.plumbing.device import pick_dtype
-from support.plumbing.ranks import Ranks  # noqa: E402  (after the path)
-from model import ViT, ViTConfig
-from support.formats.vision import save_vit                                      # noqa: E402
+import train                                                                    # noqa: E402  (after the path)
+from model import ViT, ViTConfig                                                # noqa: E402
+from support.formats.vision import save_vit                                     # noqa: E402
+from support.plumbing.device import pick_dtype                                  # noqa: E402
+from support.plumbing.ranks import Ranks                                        # noqa: E402
 
 
-def steps_of(argv: list[str], steps: int, epoch: int) -> float:
+def seconds_of_a_step(argv: list[str], steps: int, epoch: int) -> float:
     """Median seconds of a step after the first pass over the `epoch` steps' worth of examples."""
     s = train.with_recipe(train.settings_from(argv)[0], argv[argv.index("--bridge") + 1])
-    task = train.TASKS["answer"](s, train.RECIPES[s.recipe], Ranks(s))
-    task.freeze(train.RECIPES[s.recipe].trained, torch.float32)
+    sets = [(train.open_data(s.data, s.seed), 1.0)]
+    task = train.load_task(s, train.RECIPES[s.recipe], Ranks("cpu"), sets, torch.float32)
     trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]
-    optimizers, dtype, times = (
-        train.make_optimizers(task.module, trained, s),
-        pick_dtype("auto", torch.device("cpu"))[0],
-        [],
-    )
+    optimizers, times = train.make_optimizers(task.module, trained, s), []
+    dtype, _ = pick_dtype("auto", torch.device("cpu"))
     for step in range(epoch + steps):
         start = time.monotonic()
-        for piece in task.ready(task.read(step)):
+        for piece in task.to_device(task.batch(step)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 (task.loss(**piece) / piece["count"]).backward()
         for o in optimizers:
@@ -54,74 +53,36 @@ def compare(name: str, argv: list[str], steps: int, epoch: int, rounds: int) -> 
         for _ in range(rounds):
             for kind, extra in (("without", []), ("with", ["--cache", folder])):
                 with contextlib.redirect_stdout(io.StringIO()):
-                    seconds[kind].append(steps_of([*argv, *extra], steps, epoch))
+                    seconds[kind].append(seconds_of_a_step([*argv, *extra], steps, epoch))
             ratios.append(seconds["without"][-1] / seconds["with"][-1])
-    row = {
-        "case": name,
-        "without_s": statistics.median(seconds["without"]),
-        "with_s": statistics.median(seconds["with"]),
-        "ratio": statistics.median(ratios),
-        "lowest": min(ratios),
-        "highest": max(ratios),
-    }
-    print(
-        f"{name:55s} {1e3 * row['without_s']:8.0f} ms {1e3 * row['with_s']:8.0f} ms   {row['ratio']:.2f}x ({row['lowest']:.2f} to {row['highest']:.2f})"
-    )
+    row = {"case": name, "without_s": statistics.median(seconds["without"]),
+           "with_s": statistics.median(seconds["with"]), "ratio": statistics.median(ratios),
+           "lowest": min(ratios), "highest": max(ratios)}
+    print(f"{name:55s} {1e3 * row['without_s']:8.0f} ms {1e3 * row['with_s']:8.0f} ms   {row['ratio']:.2f}x "
+          f"({row['lowest']:.2f} to {row['highest']:.2f})")
     return row
 
 
-if __name__ == "__main__":
+def main(lm: str | None) -> None:
     print(f"{'':55s} {'without':>11s} {'with':>11s}   speed-up of a step")
-    rows = [
-        compare(
-            f"{bridge} on shapes, batch 64",
-            ["--bridge", bridge, "--examples", "256", "--threads", "1"],
-            12,
-            4,
-            3,
-        )
-        for bridge in ("mapl", "linear")
-    ]
+    rows = []
+    for bridge in ("mapl", "linear"):
+        argv = ["--bridge", bridge, "--examples", "256", "--threads", "1"]
+        rows.append(compare(f"{bridge} on shapes, batch 64", argv, 12, 4, 3))
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         save_vit(ViT(ViTConfig(224, 16, 768, 12, 12, 3072)), folder)            # ViT-B/16
+        large = ["--vit", folder, "--captions", "1", "--option", "reads=-2"]
         for bridge in ("mapl", "linear"):
-            argv = [
-                "--bridge",
-                bridge,
-                "--vit",
-                folder,
-                "--examples",
-                "16",
-                "--batch",
-                "16",
-                "--captions",
-                "1",
-                "--option",
-                "reads=-2",
-            ]
+            argv = ["--bridge", bridge, *large, "--examples", "16", "--batch", "16"]
             rows.append(compare(f"{bridge} (toy), bundled decoder + ViT-B/16, batch 16", argv, 4, 1, 3))
-        if len(sys.argv) > 1:
-            for bridge in ("mapl", "linear"):
-                argv = [
-                    "--bridge",
-                    bridge,
-                    "--scale",
-                    "paper",
-                    "--lm",
-                    sys.argv[1],
-                    "--vit",
-                    folder,
-                    "--examples",
-                    "8",
-                    "--batch",
-                    "8",
-                    "--captions",
-                    "1",
-                    "--option",
-                    "reads=-2",
-                ]
-                rows.append(
-                    compare(f"{bridge} (published size), SmolLM2-135M + ViT-B/16, batch 8", argv, 2, 1, 2)
-                )
+        for bridge in ("mapl", "linear") if lm else ():
+            argv = ["--bridge", bridge, *large, "--scale", "paper", "--lm", lm, "--examples", "8", "--batch",
+                    "8"]
+            rows.append(compare(f"{bridge} (published size), SmolLM2-135M + ViT-B/16, batch 8", argv, 2, 1,
+                                2))
     print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else None)

@@ -225,7 +225,7 @@ def test_offline_holds_for_both_commands(hub, capsys):
 
 
 def test_the_bundled_towers_have_their_own_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "HERE", tmp_path)
+    monkeypatch.setattr("support.formats.towers.HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError, match="weights/decoder: no such folder; make the bundled towers again: python train.py"

@@ -1,5 +1,7 @@
-"""Several processes do what one does: DDP and FSDP2 over gloo give the losses and weights of one process, whatever each
-of them reads; a killed run goes on to the same bits; what cannot be split is refused. Compiled layers: the same."""
+"""Several processes do what one does: DDP and FSDP2 over gloo give the losses and weights of one process,
+whatever each of them reads. A killed run goes on to the same bits; what cannot be split is refused; compiled
+layers train to the same losses."""
+from __future__ import annotations
 
 import json
 import os
@@ -15,6 +17,8 @@ from safetensors.torch import load_file
 
 import train
 from support.formats.files import UserError
+from support.plumbing.log import read_log
+from support.plumbing.ranks import Ranks, prefetch
 
 ROOT = Path(__file__).parents[2]
 QUICK = "--dtype float32 --log-every 1 --eval-items 4 --samples 0".split()
@@ -44,13 +48,13 @@ train.schedule = schedule
 train.main(sys.argv[1:])
 """
 LLAVA_2 = "--recipe llava-2 --init none --batch 8 --shard"
-LONE = "--bridge flamingo --optimizer adamw --steps 4 --batch 2"  # one of the processes has no picture
+ONE_PICTURE = "--bridge flamingo --optimizer adamw --steps 4 --batch 2"  # one of the processes has no picture
 RUNS = {
     "ddp": "--recipe llava-1 --steps 4 --batch 8 --accumulate 2",
     "fsdp": f"{LLAVA_2} --steps 4 --accumulate 2 --checkpoint --ema 0.9 --check-every 3",
-    "lone": LONE,
-    "lone-fsdp": f"{LONE} --shard",
-    "whole": f"{LLAVA_2} --steps 6 --save-every 2 --bridge qformer --option dropout=0.1",
+    "uneven": ONE_PICTURE,
+    "uneven-fsdp": f"{ONE_PICTURE} --shard",
+    "unbroken": f"{LLAVA_2} --steps 6 --save-every 2 --bridge qformer --option dropout=0.1",
 }
 REFUSED = {
     "odd": "--recipe llava-1 --batch 9",
@@ -76,34 +80,36 @@ def flags(text: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """All runs of two processes, and their data set of two items: a picture with a short answer, a long one without."""
+    """All runs of two processes. Their data set: a picture with a short answer, a long answer without one."""
     folder = tmp_path_factory.mktemp("ranks")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
-        folder / "a.png"
-    )
-    say = lambda question, answer: [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "a.png")
+
+    def turns(question: str, answer: str) -> list[dict]:
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
     long = " and ".join(["a small red circle at the top left"] * 6)
-    items = [{"id": 0, "image": "a.png", "conversations": say("<image>\nwhat color is it?", "red")},
-             {"id": 1, "conversations": say("what is there?", long)}]
+    items = [{"id": 0, "image": "a.png", "conversations": turns("<image>\nwhat color is it?", "red")},
+             {"id": 1, "conversations": turns("what is there?", long)}]
     runs = {str(folder / name): flags(text, folder) for name, text in {**RUNS, **REFUSED}.items()}
     for name, text in (("worker.py", WORKER), ("kill.py", KILL_THE_OTHER), ("chat.json", json.dumps(items)),
                        ("runs.json", json.dumps(runs))):
         (folder / name).write_text(text)
-    (folder / "said").write_text(torchrun(folder / "worker.py", folder / "runs.json").stdout)
+    (folder / "output.txt").write_text(torchrun(folder / "worker.py", folder / "runs.json").stdout)
     return folder
 
 
 def log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return read_log(run / "log.jsonl")
 
 
 def losses(run: Path) -> list[float]:
     return [x["loss"] for x in log(run) if "loss" in x]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "lone", "lone-fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "uneven", "uneven-fsdp"])
 def test_two_processes_equal_one(name, folder, tmp_path):
-    """Losses, norms, gates, scores, weights, files; in `lone` one process has an answer of 1 word, the other of 53."""
+    """Losses, norms, gates, scores, weights, files. The answers of `uneven` have 1 word and 53 words."""
     train.main([*(a for a in flags(RUNS[name], folder) if a != "--shard"), "--out", str(tmp_path)])
     # rtol 1e-5: the same float32 sums in another order, through 4 AdamW updates (measured: up to 3e-6)
     np.testing.assert_allclose(losses(folder / name), losses(tmp_path), rtol=1e-5)
@@ -118,7 +124,7 @@ def test_two_processes_equal_one(name, folder, tmp_path):
         mine, other = load_file(folder / name / file), load_file(tmp_path / file)
         assert mine.keys() == other.keys()
         for key, tensor in other.items():
-            # AdamW divides by √v: a gradient near 0 moves a weight by up to the rate, whatever its sign (here 4 · 2e-3)
+            # AdamW divides by √v: a gradient near 0 moves a weight by up to the rate (here 4 · 2e-3)
             close = (mine[key] - tensor).abs() <= 1e-4 * tensor.abs().max()
             assert close.float().mean() > 0.99 and (mine[key] - tensor).abs().max() < 8e-3, key
     facts = [
@@ -131,22 +137,23 @@ def test_two_processes_equal_one(name, folder, tmp_path):
 
 def test_a_run_of_two_processes_that_was_killed_resumes_to_the_same_losses_bit_for_bit(folder):
     """Slices of parameters and moments, and the random state of each process: dropout is on."""
-    whole, broken = folder / "whole", folder / "broken"
+    unbroken, broken = folder / "unbroken", folder / "broken"
     assert (
-        torchrun(folder / "kill.py", *flags(RUNS["whole"], folder), "--out", broken, check=False).returncode
+        torchrun(folder / "kill.py", *flags(RUNS["unbroken"], folder), "--out", broken,
+                 check=False).returncode
         != 0
     )
     assert len(losses(broken)) < 6
     torchrun("train.py", "--resume", broken)
-    assert losses(broken) == losses(whole) and len(losses(whole)) == 6          # equal floats, not close ones
+    assert losses(broken) == losses(unbroken) and len(losses(unbroken)) == 6    # equal floats, not close ones
     for file in ("bridge.safetensors", "decoder/model.safetensors"):
-        a, b = (load_file(run / file) for run in (whole, broken))
+        a, b = (load_file(run / file) for run in (unbroken, broken))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert not list(broken.glob(".*"))  # what the killed save left is gone
 
 
 def test_what_cannot_be_split_is_refused(folder):
-    said = (folder / "said").read_text()
+    output = (folder / "output.txt").read_text()
     for name, words in {
         "odd": "--batch 9 does not divide among 2 processes; make it a multiple of 2.",
         "sets": "--batch 6 does not divide among 2 processes of 2 data sets; make it a multiple of 4.",
@@ -154,10 +161,10 @@ def test_what_cannot_be_split_is_refused(folder):
         "stage1": "recipe blip2-1",
         "lm": "recipe lm",
     }.items():
-        assert f"{folder / name}: {words}" in said
-    assert said.count("start it without torchrun") == 2 * 3  # by both: none waits for the other
+        assert f"{folder / name}: {words}" in output
+    assert output.count("start it without torchrun") == 2 * 3  # by both: none waits for the other
     with pytest.raises(UserError, match="--shard slices parameters over processes"):
-        train.main(["--shard", "--out", str(folder / "alone")])
+        train.main(["--shard", "--out", str(folder / "one")])
 
 
 def test_several_processes_say_a_mistake_once_and_exit_with_2(folder):
@@ -166,7 +173,7 @@ def test_several_processes_say_a_mistake_once_and_exit_with_2(folder):
 
 
 def test_compiled_layers_train_to_the_same_losses(tmp_path, monkeypatch):
-    """Traced and differentiated ahead of time, but run by PyTorch's own kernels: to generate code takes a minute."""
+    """Traced and differentiated ahead of time, but run by PyTorch's own kernels: no minute of compiling."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: compile(self, backend="aot_eager", **kw)
@@ -182,3 +189,20 @@ def test_compiled_layers_train_to_the_same_losses(tmp_path, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     a, b = (load_file(tmp_path / run / "bridge.safetensors") for run in ("plain", "compiled"))
     assert a.keys() == b.keys()  # its files are like any other run's
+
+
+def test_one_process_scales_every_piece_by_its_data_set():
+    """λ_m ÷ the supervised tokens of data set m in the whole update."""
+    pieces = [dict(set=0, weight=1.0, count=3), dict(set=1, weight=0.2, count=4),
+              dict(set=0, weight=1.0, count=5)]
+    assert Ranks("cpu").loss_scales(pieces) == [1 / 8, 0.2 / 4, 1 / 8]
+
+
+def double(step: int) -> list[dict]:
+    return [{"step": 2 * step}]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_arrive_in_order_from_any_step_on(workers):
+    batches = prefetch(double, 5, workers, pin=False)
+    assert [next(batches)[0]["step"] for _ in range(3)] == [10, 12, 14]

@@ -1,0 +1,56 @@
+"""papers/systems.py: the stages of LLaVA, LLaVA-1.5, BLIP-2 and LLaMA-Adapter, and the numbers that they
+share with the recipes of their bridges in train.py.
+
+Run      python train.py --recipe llava | llava-1.5 | blip2 | adapter      the stages, one after the other
+"""
+from __future__ import annotations
+
+from papers import blip2_stage1
+from papers.recipe import MUON, Numbers, Recipe
+
+# The bundled ViT is probed at layer −2, so every toy bridge reads it there.
+LINEAR_OPTIONS, MLP_OPTIONS = dict(reads=-2), dict(reads=-2)
+QFORMER_OPTIONS = blip2_stage1.RECIPES["blip2-1"].options
+ZERO_INIT_OPTIONS = dict(reads=-2, prompts=16, adapted=4, version=2, width=128, depth=2, heads=4)
+LLAVA = dict(weight_decay=0.0, warmup=0.03, beta2=0.999, clip=1.0)
+ADAPTER = dict(weight_decay=0.02, warmup=0.4, beta2=0.95, clip=0)              # 2 of 5 epochs warm up
+BLIP2 = dict(weight_decay=0.05, clip=0)
+
+RECIPES = {
+    "llava-1": Recipe(
+        "LLaVA stage 1, captions alone: W learns to align", "CC3M, 595K pairs, 1 epoch",
+        Numbers(2e-3, 128, 4650, **LLAVA), Numbers(6e-3, 64, 400), "linear", options=LINEAR_OPTIONS,
+        captions=1.0, template="plain"),
+    "llava-2": Recipe(
+        "LLaVA stage 2 (§4.2): W and the decoder learn from conversations", "Instruct-158K, 3 epochs",
+        Numbers(2e-5, 32, 14800, **LLAVA), Numbers(1e-3, 64, 400), "linear", ("bridge", "decoder"),
+        options=LINEAR_OPTIONS, start="llava-1"),
+    "llava-1.5-1": Recipe(
+        "LLaVA-1.5 stage 1, captions alone: the MLP learns to align", "LCS-558K, 1 epoch",
+        Numbers(1e-3, 256, 2180, **LLAVA), Numbers(6e-3, 64, 400), "mlp", options=MLP_OPTIONS,
+        captions=1.0, template="plain"),
+    "llava-1.5-2": Recipe(
+        "LLaVA-1.5 stage 2: MLP and decoder learn from academic VQA and conversations", "mix-665K, 1 epoch",
+        Numbers(2e-5, 128, 5200, **LLAVA), Numbers(1e-3, 64, 400), "mlp", ("bridge", "decoder"),
+        options=MLP_OPTIONS, start="llava-1.5-1"),
+    "blip2-2": Recipe(
+        "BLIP-2 stage 2 (§3.3): the Q-Former of stage 1 learns to prompt the frozen decoder", "129M pairs",
+        Numbers(1e-4, 1920, 80000, 2000, **BLIP2), Numbers(2e-3, 64, 800, **MUON), "qformer",
+        options=QFORMER_OPTIONS, start="blip2-1"),
+    "adapter-1": Recipe(
+        "LLaMA-Adapter (§3.1, §4.1): prompts and gates learn instructions without pictures",
+        "Alpaca-52K, 5 epochs", Numbers(2.25e-3, 64, 4060, **ADAPTER), Numbers(3e-3, 64, 200, **MUON),
+        "zero_init", options=ZERO_INIT_OPTIONS, template="alpaca", toy_data="shapes-words"),
+    "adapter-2": Recipe(
+        "LLaMA-Adapter (§3.3): prompts, gates and projection learn from pictures", "ScienceQA, 5 epochs",
+        Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
+        options=ZERO_INIT_OPTIONS, template="alpaca", form="QCM-A", start="adapter-1"),
+    "adapter-rand": Recipe(
+        "LLaMA-Adapter's ablation (§4.4, Table 6): gates at random instead of zero", "ScienceQA, 5 epochs",
+        Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
+        options={**ZERO_INIT_OPTIONS, "gate_init": "random"}, template="alpaca", form="QCM-A"),
+}
+SYSTEMS = {                                             # a system → its stages, run one after the other
+    "llava": ("llava-1", "llava-2"), "llava-1.5": ("llava-1.5-1", "llava-1.5-2"),
+    "blip2": ("blip2-1", "blip2-2"), "adapter": ("adapter-1", "adapter-2"),
+}

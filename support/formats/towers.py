@@ -1,0 +1,86 @@
+"""formats/towers.py: where a run's decoder and ViT come from, what a task of training gets of them, and how
+the run's config.json names them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from model import Bridge, ViT, ViTConfig
+from papers.recipe import Ingredients, Task
+from support.formats.blip2 import fill_from_stage1, save_stage1
+from support.formats.files import UserError, write_json
+from support.formats.hub import fetch, is_hub_name
+from support.formats.llama import load_decoder
+from support.formats.pictures import load_processor
+from support.formats.tokenizer_files import load_tokenizer
+from support.formats.vision import load_vit, save_vit
+from support.formats.vlm import load_bridge_file
+
+HERE = Path(__file__).parents[2]
+WEIGHTS = "weights"                                     # the bundled towers: weights/decoder, weights/vit
+
+
+def resolve_folder(name: str) -> Path:
+    """The folder of a tower: a path, a bundled tower, or a name on the hub that is fetched."""
+    if name.startswith(f"{WEIGHTS}/") and not (Path(name).is_dir() or (HERE / name).is_dir()):
+        raise UserError(f"{name}: no such folder; make the bundled towers again: "
+                        "python train.py --recipe lm and --recipe clip.")
+    return fetch(name)
+
+
+def portable_name(name: str, out: Path) -> str:
+    """How config.json in `out` names a tower: its name on the hub, else its path, relative if it can be."""
+    if not Path(name).is_dir() and is_hub_name(name):
+        return name
+    folder = resolve_folder(name).resolve()
+    for base in (out.resolve(), HERE.resolve()):
+        if folder.is_relative_to(base):
+            return str(folder.relative_to(base))
+    return str(folder)
+
+
+def tower_names(lm: str, vit: str, init: str = "") -> dict[str, str]:
+    """{"decoder": …, "vit": …}: from the run folder `init` where it trained them, else lm and vit."""
+    names = {"decoder": lm, "vit": vit}
+    for part in names:
+        if init and (Path(init) / part / "config.json").exists():
+            names[part] = str(Path(init) / part)
+    return names
+
+
+def load_answer_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """Tokenizer, decoder, ViT and image processor, on given.device; vit "random" is a new ViT."""
+    names = tower_names(lm, vit, init)
+    given.tokenizer = load_tokenizer(resolve_folder(lm))
+    given.decoder = load_decoder(resolve_folder(names["decoder"]), given.device)
+    if names["vit"] == "random":
+        given.vit = ViT(ViTConfig()).to(given.device)
+    else:
+        given.vit = load_vit(resolve_folder(names["vit"]), given.device)
+    given.processor = load_processor(resolve_folder(f"{WEIGHTS}/vit" if vit == "random" else vit))
+
+
+def load_stage1_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """Tokenizer, ViT and its image processor, and how the run is written."""
+    name = tower_names(lm, vit, init)["vit"]
+    given.tokenizer = load_tokenizer(resolve_folder(lm))
+    given.vit = load_vit(resolve_folder(name), given.device)
+    given.processor = load_processor(resolve_folder(name))
+
+    def save(task: Task, out: Path, facts: dict) -> None:
+        save_stage1(task.module, out, facts, portable_name(name, out))
+
+    given.save = save
+
+
+def save_clip_run(task: Task, out: Path, facts: dict) -> None:
+    """The ViT of a CLIP that was trained; its text tower is not kept."""
+    save_vit(task.module.vit, out / "vit")
+    write_json(out / "config.json", facts)
+
+
+def fill_from_run(bridge: Bridge, run: Path) -> None:
+    """A bridge begins as another run's; after blip2-1 it is that Q-Former, and only the projection is new."""
+    if (run / "stage1.safetensors").exists():
+        fill_from_stage1(bridge, run / "stage1.safetensors")
+    else:
+        load_bridge_file(bridge, run / "bridge.safetensors", next(bridge.parameters()).device)
