@@ -1,13 +1,15 @@
 """bridges.py: every way by which an image enters the decoder, one chapter each, complete in itself.
 
-Chapters 1 linear, mlp (LLaVA 2304.08485v2, LLaVA-1.5 2310.03744v2) · 2 MAPL (2210.07179v2) · 3 Q-Former (BLIP-2 2301.12597v3,
-         InstructBLIP 2305.06500v2) · 4 zero-init gated attention (LLaMA-Adapter 2303.16199v3, V2 2304.15010v1) ·
-         5 gated cross-attention (Flamingo 2204.14198v2, IDEFICS 2306.16527v2, Llama 3 2407.21783v3)
-The base class `Bridge` and its seams see · prefix · beside · before stand in model.py, where the decoder calls them.
+Chapters 1 linear, mlp (LLaVA 2304.08485v2, LLaVA-1.5 2310.03744v2) · 2 MAPL (2210.07179v2) ·
+         3 Q-Former (BLIP-2 2301.12597v3, InstructBLIP 2305.06500v2) ·
+         4 zero-init gated attention (LLaMA-Adapter 2303.16199v3, V2 2304.15010v1) ·
+         5 gated cross-attention (Flamingo 2204.14198v2)
+The base class `Bridge` and its seams see · prefix · beside · before stand in model.py, where the decoder
+calls them. The relatives of these six, and `make_bridge`, which builds any of them by name, stand in papers/.
 
-Shapes as in model.py: B batch, T text tokens, D decoder width, H heads, E head width, K visual tokens, ΣM images of a
-batch, N ViT tokens, Di ViT width, Q learned queries / prompts / latents. Equation tags like (Q2) stand in the docstring
-and at the end of the line that computes them.
+Shapes as in model.py: B batch, T text tokens, D decoder width, H heads, E head width, K visual tokens, ΣM
+images of a batch, N ViT tokens, Di ViT width, Q learned queries / prompts / latents. Equation tags like (Q2)
+stand in the docstring and at the end of the line that computes them.
 """
 from __future__ import annotations
 
@@ -17,29 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import (ACTIVATIONS, Bridge, DecoderConfig, EncoderBlock, ImagePositions, attend, causal_mask,
-                   merge_heads, shown, split_heads, visible_to_bias)
+from model import (ACTIVATIONS, Bridge, DecoderConfig, EncoderBlock, ImagePositions, Attend, causal_mask,
+                   merge_heads, split_heads, visible_to_bias)
 
 
-def rolled(x: Tensor, weights: Tensor, source: Tensor) -> Tensor:
-    """Attention rollout (2005.00928v2, §3): x ← ½ x + ½ A · source, A the mean of weights (·, H, T, S) over heads.
-
-    x (·, T, N): of which ViT tokens each of T vectors is made, half from its residual stream, half from what it reads.
-    A reading aid: it knows no values, norms or feed-forwards, nor that a ViT token has itself looked at its neighbours.
-    """
-    return (x + weights.mean(1) @ source) / 2
-
-
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. linear and mlp: a word for every patch
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Linear(Bridge):
     """A linear map from each patch to one soft token (LLaVA, 2304.08485v2, §4.1, Eq. 1).
 
     symbol   shape         here        meaning
     Z_v      (ΣM, N, Di)   features    CLIP's grid features before the last block, class token dropped
-    W        (D, Di)       map.weight  the only thing stage 1 trains (LiMBeR, 2209.15162v3, trains nothing else at all)
+    W        (D, Di)       map.weight  all that stage 1 trains (LiMBeR, 2209.15162v3, trains nothing else)
     H_v      (ΣM, N, D)    return      soft tokens in the space of word embeddings
 
     (L1)  H_v = W · Z_v
@@ -57,7 +50,7 @@ class Linear(Bridge):
 
 
 class MLP(Bridge):
-    """Two linear maps with an exact GELU between them (LLaVA-1.5, 2310.03744v2, §3.2); symbols as in `Linear`.
+    """Two linear maps with an exact GELU between (LLaVA-1.5, 2310.03744v2, §3.2); symbols as in `Linear`.
 
     (L2)  H_v = W_2 · GELU(W_1 · Z_v + b_1) + b_2
     """
@@ -72,9 +65,9 @@ class MLP(Bridge):
         return self.down(F.gelu(self.up(visual)))                               # (ΣM, N, D)   (L2)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. MAPL: a narrow transformer that pours N patches into K slots
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class MAPL(Bridge):
     """MAPL's mapping network (2210.07179v2, §3.2; published code mair-lab/mapl).
@@ -86,23 +79,25 @@ class MAPL(Bridge):
 
     (M1)  x ← W↓ x + b↓                                       Di → W = 256
     (M2)  x ← [x ; C]
-    (M3)  x ← x + MHA(LN x);  x ← x + W_2 ReLU(W_1 LN x)      4 pre-norm layers, 8 heads, feed-forward 2W, no mask
+    (M3)  x ← x + MHA(LN x);  x ← x + W_2 ReLU(W_1 LN x)      4 pre-norm layers, 8 heads, width 2W, no mask
     (M4)  y = W↑ x_{last K} + b↑                              W → D; no final norm, no positions
 
-    At the published sizes (Di 1024, D 4096) this has 3,431,680 parameters. Where the code and we differ: it deep-copies one
-    layer, so its layers start equal; ours start apart. Its training branch has dropout 0.1, its release none; so have we.
+    At the published sizes (Di 1024, D 4096) this has 3,431,680 parameters. Where the code and we differ: it
+    deep-copies one layer, so its layers start equal; ours start apart. Its training branch has dropout 0.1,
+    its release none; so have we.
     """
     name, soft_tokens, reads, reads_cls = "mapl", True, -1, True
 
-    def __init__(self, decoder: DecoderConfig, vision_width: int, constants: int = 32, width: int = 256, layers: int = 4,
-                 heads: int = 8, hidden: int | None = None):
+    def __init__(self, decoder: DecoderConfig, vision_width: int, constants: int = 32, width: int = 256,
+                 layers: int = 4, heads: int = 8, hidden: int | None = None):
         super().__init__()
         self.down = nn.Linear(vision_width, width)
         self.const = nn.Parameter(torch.randn(constants, width))                # C ~ N(0, 1)
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads, hidden or 2 * width, "relu", 1e-5) for _ in range(layers))
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, hidden or 2 * width, "relu", 1e-5)
+                                    for _ in range(layers))
         self.up = nn.Linear(width, decoder.width)
-        for block in self.blocks:                                               # as nn.MultiheadAttention: Xavier on the packed
-            for p in (block.q, block.k, block.v):                               # (3W, W) matrix, biases zero
+        for block in self.blocks:       # as nn.MultiheadAttention: Xavier on the packed (3W, W), biases zero
+            for p in (block.q, block.k, block.v):
                 nn.init.uniform_(p.weight, -math.sqrt(6 / (4 * width)), math.sqrt(6 / (4 * width)))
                 nn.init.zeros_(p.bias)
             nn.init.zeros_(block.o.bias)
@@ -114,17 +109,11 @@ class MAPL(Bridge):
             x = block(x)                                                        #              (M3)
         return self.up(x[:, -len(self.const):])                                 # (ΣM, K, D)   (M4)
 
-    def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
-        K, N = len(self.const), features.shape[1]
-        x = torch.eye(N + K, N, device=features.device)                         # the constants hold no patch yet
-        for l in range(len(self.blocks)):
-            x = rolled(x, attention[f"bridge.blocks.{l}"], x)
-        return F.normalize(x[:, -K:], p=1, dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. Q-Former: a BERT whose learned queries read the image
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class PostNormAttention(nn.Module):
     """x ← LN(x + Drop(W_o MHA(x, y, y))): BERT's sub-layer, with y = x (self) or y = the image (cross)."""
@@ -136,10 +125,12 @@ class PostNormAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(source, width), nn.Linear(source, width)
         self.o, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
+        self.attend = Attend()
 
     def forward(self, x: Tensor, source: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = (split_heads(y, self.heads) for y in (self.q(x), self.k(source), self.v(source)))
-        y = self.o(merge_heads(attend(q, k, v, bias, dropout=self.dropout if self.training else 0.0)))
+        y = self.attend(q, k, v, bias, dropout=self.dropout if self.training else 0.0)
+        y = self.o(merge_heads(y))
         return self.norm(x + F.dropout(y, self.dropout, self.training))
 
 
@@ -149,7 +140,8 @@ class PostNormMLP(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
         self.dropout = dropout
-        self.up, self.down, self.norm = nn.Linear(width, hidden), nn.Linear(hidden, width), nn.LayerNorm(width, eps=1e-12)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
@@ -163,7 +155,8 @@ class QFormerLayer(nn.Module):
         self.query_mlp = PostNormMLP(width, hidden, dropout)
         self.text_mlp = PostNormMLP(width, hidden, dropout) if text else None
 
-    def forward(self, x: Tensor, queries: int, image: Tensor | None, bias: Tensor | None, image_bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, queries: int, image: Tensor | None, bias: Tensor | None,
+                image_bias: Tensor | None) -> Tensor:
         x = self.attention(x, x, bias)                                          # (·, Q+T, W)  (Q2)
         q, t = x[:, :queries], x[:, queries:]
         if self.cross is not None and queries:
@@ -182,42 +175,43 @@ def qformer_mask(kind: str, queries: int, text: Tensor) -> Tensor:
     """
     B, T = text.shape
     n = queries + T
-    see = torch.ones(n, n, dtype=torch.bool, device=text.device)
+    visible = torch.ones(n, n, dtype=torch.bool, device=text.device)
     if kind != "itm":
-        see[:queries, queries:] = False
+        visible[:queries, queries:] = False
     if kind == "itc":
-        see[queries:, :queries] = False
+        visible[queries:, :queries] = False
     if kind == "itg":
-        see[queries:, queries:] = causal_mask(T, text.device)
+        visible[queries:, queries:] = causal_mask(T, text.device)
     columns = torch.cat((text.new_ones(B, queries), text), dim=1)
-    return see & columns[:, None, None]
+    return visible & columns[:, None, None]
 
 
 class QFormer(Bridge):
     """The Querying Transformer (BLIP-2, 2301.12597v3, §3.1, Figure 2; stage 2: §3.3, Figure 3).
 
     symbol   shape        here          meaning
-    I        (ΣM, N, Di)  image         frozen ViT tokens, class token kept, after a trained LayerNorm (ln_vision)
-    Q        (Q, W)       queries       learned, no positions; they pass BERT's embedding LayerNorm like words do
-    Y        (ΣM, T, W)   words         text: word + position, no token-type row (the text branch; vocab=0 leaves it out)
+    I        (ΣM, N, Di)  image         frozen ViT tokens, class token kept, after a trained LayerNorm
+    Q        (Q, W)       queries       learned, no positions; they pass BERT's embedding LayerNorm like words
+    Y        (ΣM, T, W)   words         text: word + position, no token type; vocab=0 leaves this branch out
     P        (ΣM, Q, D)   return        the K = Q soft tokens
 
     (Q1)  X = LN([Q ; Y])
     (Q2)  X = LN(X + MHA(X, X, X; mask))              self-attention shared by queries and text
-    (Q3)  Q' = LN(Q' + MHA(Q', I, I))                 in every `cross_every`-th layer, from layer 0 on; queries only
+    (Q3)  Q' = LN(Q' + MHA(Q', I, I))                 in every `cross_every`-th layer, queries only
     (Q4)  Q = LN(Q' + FFN_q(Q'));  Y = LN(Y' + FFN_t(Y'))      two feed-forwards per layer
     (Q5)  P = W_p Q + b_p                             stage 2; with text (InstructBLIP), only the first Q rows
 
-    Queries start at N(0, 0.02): equal queries give equal outputs, and nothing in the Q-Former itself would part them.
-    Sizes: BERT-base. Trainable in stage 2 with ViT-L and OPT-2.7B: 103,593,984 (the "104M"), text branch stripped. ln_vision's ε is 1e-5 in the authors' code, 1e-6 in
-    transformers; decoder=None leaves (Q5) out: the first stage has no decoder. A bare Q-Former (queries=0, vision_eps=None)
-    has no queries and no ln_vision of its own.
+    Queries start at N(0, 0.02): equal queries give equal outputs, and nothing in the Q-Former itself would
+    part them. Sizes: BERT-base. Trainable in stage 2 with ViT-L and OPT-2.7B: 103,593,984 (the "104M"), text
+    branch stripped. ln_vision's ε is 1e-5 in the authors' code, 1e-6 in transformers; decoder=None leaves
+    (Q5) out: the first stage has no decoder. A bare Q-Former (queries=0, vision_eps=None) has no queries and
+    no ln_vision of its own.
     """
     name, soft_tokens, reads, reads_cls = "qformer", True, -1, True
 
-    def __init__(self, decoder: DecoderConfig | None, vision_width: int, queries: int = 32, width: int = 768, layers: int = 12,
-                 heads: int = 12, hidden: int = 3072, cross_every: int = 2, vocab: int = 0, positions: int = 512,
-                 dropout: float = 0.1, vision_eps: float | None = 1e-5):
+    def __init__(self, decoder: DecoderConfig | None, vision_width: int, queries: int = 32, width: int = 768,
+                 layers: int = 12, heads: int = 12, hidden: int = 3072, cross_every: int = 2, vocab: int = 0,
+                 positions: int = 512, dropout: float = 0.1, vision_eps: float | None = 1e-5):
         super().__init__()
         self.dropout = dropout
         self.vision_norm = nn.LayerNorm(vision_width, eps=vision_eps) if vision_eps else nn.Identity()
@@ -225,9 +219,10 @@ class QFormer(Bridge):
         self.words = nn.Embedding(vocab, width) if vocab else None
         self.positions = nn.Embedding(positions, width) if vocab else None
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.layers = nn.ModuleList(QFormerLayer(width, heads, hidden, vision_width if l % cross_every == 0 else None, bool(vocab), dropout)
-                                    for l in range(layers))
-        for module in self.modules():                                           # BERT's init: N(0, 0.02), biases zero
+        sources = [vision_width if l % cross_every == 0 else None for l in range(layers)]
+        self.layers = nn.ModuleList(QFormerLayer(width, heads, hidden, source, bool(vocab), dropout)
+                                    for source in sources)
+        for module in self.modules():                                   # BERT's init: N(0, 0.02), biases zero
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, 0.0, 0.02)
                 if isinstance(module, nn.Linear):
@@ -236,21 +231,25 @@ class QFormer(Bridge):
             nn.init.normal_(self.queries, 0.0, 0.02)
         self.project = nn.Linear(width, decoder.width) if decoder else None
 
-    def encode(self, image: Tensor | None, text: Tensor | None = None, mask: str = "itm", text_mask: Tensor | None = None,
+    def encode(self, image: Tensor | None, text: Tensor | None = None, mask: str = "itm",
+               text_mask: Tensor | None = None,
                image_mask: Tensor | None = None, queries: Tensor | None = None) -> list[Tensor]:
         """Hidden states (·, Q+T, W): after (Q1), then after each layer.
 
-        image (·, N, Di) after `vision_norm`, or None: text alone. text (·, T) ids; mask: itm | itg | itc, see `qformer_mask`;
-        text_mask (·, T), image_mask (·, N) bool, False = padding; queries replaces the learned ones (·, Q, W).
+        image (·, N, Di) after `vision_norm`, or None: text alone. text (·, T) ids; mask: itm | itg | itc, see
+        `qformer_mask`; text_mask (·, T), image_mask (·, N) bool, False = padding; queries replaces the
+        learned ones (·, Q, W).
         """
         parts = []
         if image is not None:
             parts.append(self.queries.expand(len(image), -1, -1) if queries is None else queries)
         if text is not None:
             if self.words is None:
-                raise ValueError("this Q-Former was built without its text branch; give vocab=30523 (BERT's words and [DEC]).")
+                raise ValueError("this Q-Former was built without its text branch; give vocab=30523 "
+                                 "(BERT's words and [DEC]).")
             if text.shape[1] > len(self.positions.weight):
-                raise ValueError(f"a text of {text.shape[1]} tokens, but this Q-Former has {len(self.positions.weight)} positions; cut it.")
+                raise ValueError(f"a text of {text.shape[1]} tokens, but this Q-Former has "
+                                 f"{len(self.positions.weight)} positions; cut it.")
             parts.append(self.words(text) + self.positions.weight[:text.shape[1]])
         Q = parts[0].shape[1] if image is not None else 0
         x = F.dropout(self.norm(torch.cat(parts, dim=1)), self.dropout, self.training)      # (Q1)
@@ -265,121 +264,62 @@ class QFormer(Bridge):
             hidden.append(layer(hidden[-1], Q, image, bias, image_bias))
         return hidden
 
-    def see(self, features: Tensor, where: ImagePositions | None = None, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """Query states (ΣM, Q, W); with `text` the queries also read the instruction (InstructBLIP, 2305.06500v2, §2.3)."""
+    def see(self, features: Tensor, where: ImagePositions | None = None, text: Tensor | None = None,
+            text_mask: Tensor | None = None) -> Tensor:
+        """Query states (ΣM, Q, W); with `text` the queries also read the instruction (InstructBLIP,
+        2305.06500v2, §2.3)."""
         return self.encode(self.vision_norm(features), text, "itm", text_mask)[-1][:, :len(self.queries)]
 
     def prefix(self, visual: Tensor) -> Tensor:
         return self.project(visual)                                             # (ΣM, Q, D)   (Q5)
 
-    def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
-        Q, patches = len(self.queries), torch.eye(features.shape[1], device=features.device)
-        x = torch.zeros_like(patches[:1]).expand(Q, -1)                         # the queries hold no patch yet
-        for l, layer in enumerate(self.layers):
-            x = rolled(x, attention[f"bridge.layers.{l}.attention"][..., :Q, :Q], x)        # without the text
-            x = x if layer.cross is None else rolled(x, attention[f"bridge.layers.{l}.cross"], patches)
-        return F.normalize(x, p=1, dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. Zero-init gated attention: prompts beside the words
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class ZeroInit(Bridge):
-    """LLaMA-Adapter (2303.16199v3, §3.1 to 3.3); version=2 is the published code of V2 (2304.15010v1).
+    """Zero-init attention over learned prompts (LLaMA-Adapter, 2303.16199v3, §3.1 and 3.2).
 
     symbol   shape           here          meaning
-    P_l      (Q, D)          prompts[l]    learned prompts of the l-th of the topmost `adapted` layers, N(0, 1)
+    P_l      (Q, D)          prompts[l]    learned prompts of the l-th of the topmost `adapted` layers
     S^K      (B, H, T, Q)    scores        scores of the words on the prompts
     g_l      (H,)            gate[layer]   one gate per head (gate_per="head") or per layer, ZERO at the start
-    I        (B, 1|Q, D)     visual        the image, added to the prompts of every adapted layer
+    I        (B, 1|Q, D)     visual        the image, added to the prompts of every adapted layer; here none
 
-    (Z1)  S^K = q · k(P_l + I)ᵀ / √E               k, v: the layer's own frozen projections; raw prompts, no norm, no RoPE
-    (Z2)  y  += tanh(g_l) · softmax(S^K) v(P_l + I)     a softmax of its own: the words' weights are not renormalised
+    (Z1)  S^K = q · k(P_l + I)ᵀ / √E                 k, v: the layer's own, frozen; no RoPE
+    (Z2)  y  += tanh(g_l) · softmax(S^K) v(P_l + I)  a softmax of its own: the words' weights stay
 
-    (Z2) equals the paper's concatenation [softmax(S^K)·g ; softmax(S^{M+1})] V (Eq. 8), since the two softmaxes are separate
-    and W_o is linear; a test proves it. The paper divides by √C, meaning one head; the code by √E. Paper v1 and the
-    published inference file use g itself, the training file tanh(g): tanh=True follows the training file. PEFT's
-    AdaptionPrompt is gate_per="layer", tanh=False. Gates are kept for all L layers, as in the published files.
-
-    The image, version 1 (§3.3, Eq. 10): I = W_2 SiLU(W_1 [CLS]) is ONE vector, repeated over the prompts. Its width is not
-    published; hidden=114 meets the published total. THE QUESTION CANNOT STEER IT:
-        softmax_k( q·k(P_k + I) ) = softmax_k( q·k(P_k) + q·k(I) ) = softmax_k( q·k(P_k) ),
-    since q·k(I) is the same for every k and cancels; and the value read is Σ_k a_k v(P_k) + v(I), because Σ_k a_k = 1. The image
-    adds the constant tanh(g) v(I) to every word of a layer, whatever is asked; only the frozen MLPs can then select.
-    Version 2 (published code): Q learned queries are joined with all ViT tokens in `depth` pre-norm blocks,
-        (Z3)  [I ; ·] = Blocks([queries ; LN(W_c z)]);   I = LN(W_p I)
-    so every prompt gets a vector of its own and the question chooses among them. Version 0: prompts alone, for text.
-
-    At g = 0 the branch adds exactly 0 and ∂/∂P = 0: the first step moves only the gates. gate_init="random" (g ~ N(0, 1)) is our reading
-    of the paper's rand-init ablation, which it does not define.
+    At g = 0 the branch adds exactly 0 and ∂/∂P = 0: the first step moves the gates alone.
     """
     name, reads, reads_cls = "zero_init", -1, True
-    looks = "decoder.layers.*.attention.prompts"
+    sees = False                            # whether an image is added to the prompts
 
-    def __init__(self, decoder: DecoderConfig, vision_width: int, prompts: int = 10, adapted: int = 30, version: int = 2, tanh: bool = True,
-                 gate_per: str = "head", hidden: int = 114, width: int = 768, depth: int = 8, heads: int = 16, mlp: int = 4,
-                 gate_init: str = "zero"):
+    def __init__(self, decoder: DecoderConfig, vision_width: int, prompts: int = 10, adapted: int = 30,
+                 tanh: bool = True, gate_per: str = "head", gate_init: str = "zero"):
         super().__init__()
-        if not 0 < adapted <= decoder.layers:
-            raise ValueError(f"zero_init adapts the topmost {adapted} layers, but the decoder has {decoder.layers}; "
-                            f"give adapted=1..{decoder.layers}.")
-        if gate_per not in ("head", "layer") or version not in (0, 1, 2) or gate_init not in ("zero", "random"):
-            raise ValueError(f'zero_init has version 0, 1 and 2, not {version!r}, gate_per "head" or "layer", not "{gate_per}", and gate_init '
-                            f'"zero" or "random", not "{gate_init}".')
-        D = decoder.width
-        self.first, self.version, self.tanh = decoder.layers - adapted, version, tanh
-        self.prompts = nn.Parameter(torch.randn(adapted, prompts, D))
+        check_zero_init(decoder, adapted, gate_per, gate_init)
+        self.first, self.tanh = decoder.layers - adapted, tanh
+        self.prompts = nn.Parameter(torch.randn(adapted, prompts, decoder.width))
         shape = (decoder.layers, decoder.heads if gate_per == "head" else 1)
         self.gate = nn.Parameter(torch.randn(shape) if gate_init == "random" else torch.zeros(shape))
-        if version == 1:
-            self.down, self.up = nn.Linear(vision_width, hidden), nn.Linear(hidden, D)
-        if version == 2:
-            self.queries = nn.Parameter(torch.randn(prompts, width))
-            self.vision, self.vision_norm = nn.Linear(vision_width, width), nn.LayerNorm(width)
-            self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp * width, "gelu", 1e-5) for _ in range(depth))
-            self.project, self.project_norm = nn.Linear(width, D), nn.LayerNorm(D)
+        self.softmax = nn.ModuleList(nn.Softmax(-1) for _ in range(adapted))    # a hook sees the weights
 
     def see(self, features: Tensor, where: ImagePositions | None = None) -> Tensor | None:
-        """(B, 1 or Q, D): what is added to the prompts of each row; zero for a row without an image."""
-        if self.version == 0:
-            return None
-        if self.version == 1:
-            image = self.up(F.silu(self.down(features[:, :1])))                 # (ΣM, 1, D)   from the class token
-        else:
-            z = self.vision_norm(self.vision(features))                         # (ΣM, N, W)
-            x = torch.cat((self.queries.expand(len(z), -1, -1).to(z.dtype), z), dim=1)
-            for block in self.blocks:
-                x = block(x)
-            image = self.project_norm(self.project(x[:, :len(self.queries)]))   # (ΣM, Q, D)   (Z3)
-        if where is None:
-            return image
-        if len(where.order) and int(where.order.max()) > 1:
-            raise ValueError("zero_init takes one image per text: its prompts have no place for a second; use another bridge for several.")
-        return image.new_zeros(len(where.last), *image.shape[1:]).index_put((where.row,), image)
+        return None
 
     def beside(self, layer: int, q: Tensor, project, visual: Tensor | None) -> Tensor | None:
         if layer < self.first:
             return None
         p = self.prompts[layer - self.first]                                    # (Q, D)
-        p = p[None] if visual is None else p + visual                           # (1|B, Q, D)
-        k, v = project(p)                                                       # (1|B, H, Q, E) each
+        k, v = project(p[None] if visual is None else p + visual)               # (1|B, H, Q, E) each
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5                  # (B, H, T, Q) (Z1)
+        weights = self.softmax[layer - self.first](scores.float())              # (B, H, T, Q)
         gate = self.gate[layer].tanh() if self.tanh else self.gate[layer]
-        weights = shown(scores.softmax(-1, dtype=torch.float32), ".prompts")
         return gate.view(-1, 1, 1).to(v.dtype) * (weights.to(v.dtype) @ v)      # (B, H, T, E) (Z2)
 
-    def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
-        """What is added to prompt k; in version 1 the class token, in version 0 nothing."""
-        Q, N = self.prompts.shape[1], features.shape[1]
-        x = torch.eye(Q + N, N, device=features.device).roll(Q, 0)              # the queries hold no patch yet
-        x = x.expand(len(features), -1, -1)
-        for l in range(len(self.blocks) if self.version == 2 else 0):
-            x = rolled(x, attention[f"bridge.blocks.{l}"], x)
-        return F.normalize(x[:, :Q], p=1, dim=-1) if self.version != 1 else x[:, Q:Q + 1].expand(-1, Q, -1)
-
     def gates(self) -> Tensor:
-        """(adapted, H or 1): what multiplies the prompts' branch."""
         g = self.gate[self.first:].detach().float()
         return g.tanh() if self.tanh else g
 
@@ -388,9 +328,70 @@ class ZeroInit(Bridge):
         return list(range(self.first, len(self.gate)))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# What the sources do differently. (Z2) equals the paper's concatenation [softmax(S^K)·g ; softmax(S^{M+1})] V
+# (Eq. 8), since the two softmaxes are separate and W_o is linear; a test proves it. Paper and published codes
+# differ: the paper divides by √C, meaning one head, the code by √E; paper v1 and the inference file use g
+# itself, the training file tanh(g), and tanh=True follows the training file. PEFT's AdaptionPrompt is
+# gate_per="layer", tanh=False. Gates are kept for all L layers, as in the published files.
+# gate_init="random", g ~ N(0, 1), is our reading of the rand-init ablation, which the paper does not define.
+
+def check_zero_init(decoder: DecoderConfig, adapted: int, gate_per: str, gate_init: str) -> None:
+    if not 0 < adapted <= decoder.layers:
+        raise ValueError(f"zero_init adapts the topmost {adapted} layers, but the decoder has "
+                         f"{decoder.layers}; give adapted=1..{decoder.layers}.")
+    if gate_per not in ("head", "layer") or gate_init not in ("zero", "random"):
+        raise ValueError(f'zero_init has gate_per "head" or "layer", not "{gate_per}", and gate_init "zero" '
+                         f'or "random", not "{gate_init}".')
+
+
+def image_of_each_row(image: Tensor, where: ImagePositions | None) -> Tensor:
+    """image (ΣM, 1|Q, D) → (B, 1|Q, D), zero for a row without an image; two images in a row have no
+    place."""
+    if where is None:
+        return image
+    if len(where.order) and int(where.order.max()) > 1:
+        raise ValueError("zero_init takes one image per text: its prompts have no place for a second; use "
+                         "another bridge for several.")
+    return image.new_zeros(len(where.last), *image.shape[1:]).index_put((where.row,), image)
+
+
+class ZeroInitV2(ZeroInit):
+    """LLaMA-Adapter V2's image (2304.15010v1; published code): a vector for every prompt.
+
+    symbol   shape           here          meaning
+    z        (ΣM, N, Di)     features      ViT tokens, class token kept
+    Q        (Q, W)          queries       learned, one for each prompt
+    I        (B, Q, D)       visual        what `see` returns, added to the prompts in (Z1) and (Z2)
+
+    (Z3)  [I ; ·] = Blocks([queries ; LN(W_c z)]);   I = LN(W_p I)          `depth` pre-norm blocks
+
+    Every prompt gets a vector of its own, so the question chooses among them. One vector for all prompts, as
+    in the first version (papers/llama_adapter.py), cannot be steered by the question.
+    """
+    sees = True
+
+    def __init__(self, decoder: DecoderConfig, vision_width: int, prompts: int = 10, adapted: int = 30,
+                 tanh: bool = True, gate_per: str = "head", width: int = 768, depth: int = 8, heads: int = 16,
+                 mlp: int = 4, gate_init: str = "zero"):
+        super().__init__(decoder, vision_width, prompts, adapted, tanh, gate_per, gate_init)
+        self.queries = nn.Parameter(torch.randn(prompts, width))
+        self.vision, self.vision_norm = nn.Linear(vision_width, width), nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp * width, "gelu",
+                                                 1e-5) for _ in range(depth))
+        self.project, self.project_norm = nn.Linear(width, decoder.width), nn.LayerNorm(decoder.width)
+
+    def see(self, features: Tensor, where: ImagePositions | None = None) -> Tensor:
+        z = self.vision_norm(self.vision(features))                             # (ΣM, N, W)
+        x = torch.cat((self.queries.expand(len(z), -1, -1).to(z.dtype), z), dim=1)
+        for block in self.blocks:
+            x = block(x)
+        image = self.project_norm(self.project(x[:, :len(self.queries)]))       # (ΣM, Q, D)   (Z3)
+        return image_of_each_row(image, where)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # 5. Flamingo: gated cross-attention ahead of frozen layers
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class FeedForward(nn.Sequential):
     """LN → up → act → down, without biases: the feed-forward of the resampler and of the gated blocks."""
@@ -398,7 +399,8 @@ class FeedForward(nn.Sequential):
     def __init__(self, width: int, mult: int, act: str):
         super().__init__()
         self.norm, self.act = nn.LayerNorm(width), ACTIVATIONS[act]
-        self.up, self.down = nn.Linear(width, mult * width, bias=False), nn.Linear(mult * width, width, bias=False)
+        self.up = nn.Linear(width, mult * width, bias=False)
+        self.down = nn.Linear(mult * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.act(self.up(self.norm(x))))
@@ -411,40 +413,45 @@ class ResamplerLayer(nn.Module):
         self.norm_media, self.norm_latents = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v = (nn.Linear(width, heads * head_width, bias=False) for _ in range(3))
         self.o = nn.Linear(heads * head_width, width, bias=False)
-        self.q_norm = self.k_norm = nn.Identity()                               # IDEFICS has norms here
+        self.attend = Attend()
         self.ff = FeedForward(width, mult, act)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        x, z = self.norm_media(x), self.norm_latents(latents)
-        kv = torch.cat((x, z), dim=1)                                           # keys: features AND current latents
-        q, k, v = split_heads(self.q(z), self.heads), split_heads(self.k(kv), self.heads), split_heads(self.v(kv), self.heads)
-        y = attend(self.q_norm(q), self.k_norm(k), v)
-        latents = latents + self.o(merge_heads(y))                              # (F1)
+        latents = latents + self.attention(self.norm_media(x), self.norm_latents(latents))      # (F1)
         return latents + self.ff(latents)                                       # (F2)
+
+    def attention(self, x: Tensor, latents: Tensor) -> Tensor:
+        kv = torch.cat((x, latents), dim=1)                             # keys: features AND current latents
+        q, k, v = (split_heads(y, self.heads) for y in (self.q(latents), self.k(kv), self.v(kv)))
+        return self.o(merge_heads(self.attend(q, k, v)))
 
 
 class Resampler(nn.Module):
-    """Perceiver Resampler (Flamingo §2.1, Appendix A.1.1, Figure 5): any number of features → `latents` vectors.
+    """Perceiver Resampler (Flamingo §2.1, Appendix A.1.1, Figure 5): any number of features → `latents`
+    vectors.
 
     (F1)  x ← x + Attn(q = x, kv = [x_f ; x])
     (F2)  x ← x + FFW(x)
-    Spatial cells carry no position. x_f gets a learned time embedding per frame, or per image of the sequence, when times > 0
-    (the paper has 8 frames; OpenFlamingo's default is none). The final norm stands in every code, not in the paper.
+    Spatial cells carry no position. x_f gets a learned time embedding per frame, or per image of the
+    sequence, when times > 0 (the paper has 8 frames; OpenFlamingo's default is none). The final norm stands
+    in every code, not in the paper.
     """
 
-    def __init__(self, width: int, latents: int, layers: int, heads: int, head_width: int, mult: int, act: str, times: int):
+    def __init__(self, width: int, latents: int, layers: int, heads: int, head_width: int, mult: int,
+                 act: str,
+                 times: int, layer: type[ResamplerLayer] = ResamplerLayer):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(latents, width))
         self.times = nn.Parameter(torch.randn(times, 1, width)) if times else None
-        self.layers = nn.ModuleList(ResamplerLayer(width, heads, head_width, mult, act) for _ in range(layers))
+        self.layers = nn.ModuleList(layer(width, heads, head_width, mult, act) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x (ΣM, N, Di), time (ΣM,) from 0 → (ΣM, R, Di)."""
         if self.times is not None and time is not None:
             if len(time) and int(time.max()) >= len(self.times):
-                raise ValueError(f"image number {int(time.max()) + 1} of a text, but the resampler has {len(self.times)} time embeddings; "
-                                "build it with times=0 or more of them.")
+                raise ValueError(f"image number {int(time.max()) + 1} of a text, but the resampler has "
+                                 f"{len(self.times)} time embeddings; build it with times=0 or more of them.")
             x = x + self.times[time]
         latents = self.latents.expand(len(x), -1, -1)
         for layer in self.layers:
@@ -453,9 +460,11 @@ class Resampler(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """GATED XATTN-DENSE (Flamingo §2.2, Figure 4): two gated steps ahead of a frozen layer, identity at the start."""
+    """GATED XATTN-DENSE (Flamingo §2.2, Figure 4): two gated steps ahead of a frozen layer, identity at the
+    start."""
 
-    def __init__(self, width: int, vision_width: int, heads: int, head_width: int, mult: int, act: str, norm_media: bool):
+    def __init__(self, width: int, vision_width: int, heads: int, head_width: int, mult: int, act: str,
+                 norm_media: bool):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width)
@@ -463,29 +472,30 @@ class GatedCrossAttention(nn.Module):
         self.q = nn.Linear(width, heads * head_width, bias=False)
         self.k, self.v = (nn.Linear(vision_width, heads * head_width, bias=False) for _ in range(2))
         self.o = nn.Linear(heads * head_width, width, bias=False)
-        self.q_norm = self.k_norm = nn.Identity()                               # IDEFICS has norms here
+        self.attend = Attend()
         self.ff = FeedForward(width, mult, act)
         self.attention_gate, self.ff_gate = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
     def project(self, media: Tensor) -> tuple[Tensor, Tensor]:
         """media (B, M·R, Di) → keys, values (B, H, M·R, E): computed once per image."""
         media = media if self.norm_media is None else self.norm_media(media)
-        return self.k_norm(split_heads(self.k(media), self.heads)), split_heads(self.v(media), self.heads)
+        return split_heads(self.k(media), self.heads), split_heads(self.v(media), self.heads)
 
     def attention(self, x: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """x (B, T, D), visible (B, T, M·R) bool. A word that sees no image gets exactly nothing: an empty softmax is uniform, not zero."""
-        q = self.q_norm(split_heads(self.q(self.norm(x)), self.heads))          # (B, H, T, E)
-        y = attend(q, k, v, visible_to_bias(visible[:, None], q.dtype))         # (B, H, T, E)
+        """x (B, T, D), visible (B, T, M·R) bool. A word that sees no image reads exactly 0, where its softmax
+        is uniform."""
+        q = split_heads(self.q(self.norm(x)), self.heads)                       # (B, H, T, E)
+        y = self.attend(q, k, v, visible_to_bias(visible[:, None], q.dtype))    # (B, H, T, E)
         return self.o(merge_heads(y)) * visible.any(-1, keepdim=True)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         if k.shape[2]:                                                          # some image in the batch
             x = x + (self.attention_gate.tanh() * self.attention(x, k, v, visible)).to(x.dtype)         # (F3)
-        return x + (self.ff_gate.tanh() * self.ff(x)).to(x.dtype)               # (F4)  a float32 gate leaves a bfloat16 decoder in bfloat16
+        return x + (self.ff_gate.tanh() * self.ff(x)).to(x.dtype)       # (F4)  the decoder's dtype stays
 
 
 class Flamingo(Bridge):
-    """Flamingo (2204.14198v2, §2.1 to 2.3, Eq. 1): p(y | x) = Π_ℓ p(y_ℓ | y_<ℓ, x_≤ℓ), images x through cross-attention.
+    """Flamingo (2204.14198v2, §2.1 to 2.3, Eq. 1): p(y | x) = Π_ℓ p(y_ℓ | y_<ℓ, x_≤ℓ) by cross-attention.
 
     symbol    shape            here              meaning
     x_f       (ΣM, N, Di)      features          ViT tokens
@@ -497,31 +507,36 @@ class Flamingo(Bridge):
     (F3)  y ← y + tanh(α_x) · XAttn(LN y, x_φ(ℓ))       each word sees the latents of image φ(ℓ) only
     (F4)  y ← y + tanh(α_d) · FFW(LN y)
 
-    inserted before the decoder's layers `first`, first + every, …: the paper and IDEFICS start at 0, OpenFlamingo at every−1.
-    The paper leaves open whether the <image> tag sees its own image; as in OpenFlamingo, it does. see_all=True is the paper's
-    ablation "all previous images". Paper: heads × 128 = D, squared ReLU, LN on the keys too (norm_media=True); OpenFlamingo: 8 × 64, GELU,
-    no LN on the keys; those are the defaults. Reads the last state without the class token, before CLIP's post-norm.
+    inserted before the decoder's layers `first`, first + every, …: the paper and IDEFICS start at 0,
+    OpenFlamingo at every−1. The paper leaves open whether the <image> tag sees its own image; as in
+    OpenFlamingo, it does. see_all=True is the paper's ablation "all previous images". Paper: heads × 128 = D,
+    squared ReLU, LN on the keys too (norm_media=True); OpenFlamingo: 8 × 64, GELU, no LN on the keys; those
+    are the defaults. Reads the last state without the class token, before CLIP's post-norm.
     """
     name, reads, reads_cls = "flamingo", -1, False
-    looks = "bridge.blocks.*"
 
-    def __init__(self, decoder: DecoderConfig, vision_width: int, every: int = 4, first: int = 0, latents: int = 64, depth: int = 6,
-                 heads: int = 8, head_width: int = 64, mult: int = 4, act: str = "gelu", times: int = 0, norm_media: bool = False,
-                 see_all: bool = False, resampler_heads: int | None = None, resampler_head_width: int | None = None):
+    def __init__(self, decoder: DecoderConfig, vision_width: int, every: int = 4, first: int = 0,
+                 latents: int = 64, depth: int = 6, heads: int = 8, head_width: int = 64, mult: int = 4,
+                 act: str = "gelu", times: int = 0, norm_media: bool = False, see_all: bool = False,
+                 resampler_heads: int | None = None, resampler_head_width: int | None = None):
         super().__init__()
         if act not in ACTIVATIONS:
             raise ValueError(f'flamingo knows no activation "{act}"; known: {", ".join(ACTIVATIONS)}.')
         self.every, self.first, self.see_all = every, first, see_all
-        self.resampler = Resampler(vision_width, latents, depth, resampler_heads or heads, resampler_head_width or head_width, mult, act, times)
-        self.blocks = nn.ModuleList(GatedCrossAttention(decoder.width, vision_width, heads, head_width, mult, act, norm_media)
-                                    for _ in range(first, decoder.layers, every))
+        self.resampler = Resampler(vision_width, latents, depth, resampler_heads or heads,
+                                   resampler_head_width or head_width, mult, act, times)
+        self.blocks = nn.ModuleList(
+            GatedCrossAttention(decoder.width, vision_width, heads, head_width, mult, act, norm_media)
+            for _ in range(first, decoder.layers, every))
 
     def see(self, features: Tensor, where: ImagePositions) -> dict:
-        latents = features if self.resampler is None else self.resampler(features, where.order - 1)         # (ΣM, R, Di)
+        latents = self.resampler(features, where.order - 1)                     # (ΣM, R, Di)
         B, M, R = len(where.last), int(where.order.max()) if len(where.order) else 0, latents.shape[1]
-        media = latents.new_zeros(B, M, *latents.shape[1:]).index_put((where.row, where.order - 1), latents).flatten(1, 2)
-        image = torch.arange(1, M + 1, device=media.device).repeat_interleave(R)            # (M·R,) image-major: R latents of image 1 first
-        return {"kv": [block.project(media) for block in self.blocks], "where": where, "image": image.expand(B, -1)}
+        media = latents.new_zeros(B, M, *latents.shape[1:]).index_put((where.row, where.order - 1), latents)
+        media = media.flatten(1, 2)                                             # (B, M·R, Di) image-major
+        image = torch.arange(1, M + 1, device=media.device).repeat_interleave(R)   # (M·R,) whose latent it is
+        return {"kv": [block.project(media) for block in self.blocks], "where": where,
+                "image": image.expand(B, -1)}
 
     def before(self, layer: int, x: Tensor, visual: dict | None) -> Tensor:
         if visual is None or layer < self.first or (layer - self.first) % self.every:
@@ -529,23 +544,18 @@ class Flamingo(Bridge):
         n = (layer - self.first) // self.every
         phi = visual["where"].columns(x.shape[1])[..., None]                    # (B, T, 1)   φ(ℓ)
         image = visual["image"][:, None]                                        # (B, 1, M·R)
-        visible = (image <= phi) if self.see_all else (image == phi)            # (B, T, M·R) True = may attend
+        visible = (image <= phi) if self.see_all else (image == phi)    # (B, T, M·R) True = may attend
         k, v = visual["kv"][n]
         return self.blocks[n](x, k, v, visible)
 
-    def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
-        patches = super().made_of(attention, features)                          # (ΣM, N, N)
-        if self.resampler is None:
-            return patches
-        x = torch.zeros_like(patches[:, :1]).expand(-1, len(self.resampler.latents), -1)
-        for l in range(len(self.resampler.layers)):
-            x = rolled(x, attention[f"bridge.resampler.layers.{l}"], torch.cat((patches, x), dim=1))
-        return F.normalize(x, p=1, dim=-1)
-
     def gates(self) -> Tensor:
-        """(inserted blocks, 2, or 2·D with a gate per channel): tanh of the attention gates and of the feed-forward gates."""
-        return torch.stack([torch.cat((b.attention_gate, b.ff_gate)) for b in self.blocks]).detach().float().tanh()
+        """(inserted blocks, 2, or 2·D with a gate per channel): of attention, then of feed-forward."""
+        gates = [torch.cat((b.attention_gate, b.ff_gate)) for b in self.blocks]
+        return torch.stack(gates).detach().float().tanh()
 
     @property
     def gated_layers(self) -> list[int]:
         return [self.first + n * self.every for n in range(len(self.blocks))]
+
+
+BRIDGES: dict[str, type[Bridge]] = {b.name: b for b in (Linear, MLP, MAPL, QFormer, ZeroInitV2, Flamingo)}

@@ -1,18 +1,18 @@
-"""papers/frozen.py: Frozen (2106.13884v2), the ancestor."""
+"""Frozen (2106.13884v2): the ancestor of all prefix bridges, whose VISION ENCODER learns through a frozen
+decoder."""
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from model import Bridge, DecoderConfig
 
 
 class Frozen(Bridge):
-    """The whole picture in a few soft tokens (Frozen, 2106.13884v2, §3.1): the ancestor, whose VISION ENCODER learns through the decoder.
+    """The whole picture in a few soft tokens (Frozen, 2106.13884v2, §3.1).
 
     symbol   shape         here      meaning
     z        (ΣM, Di)      z         the mean over all patches, as the paper's NF-ResNet-50 pools its cells
-    W        (nD, Di)      map       trained together with the whole encoder; the decoder is frozen, gradients pass through it
+    W        (nD, Di)      map       trained together with the whole encoder; the decoder is frozen
     H_v      (ΣM, n, D)    return    n = 2 soft tokens
 
     (R1)  H_v = reshape(W z + b)
@@ -26,6 +26,3 @@ class Frozen(Bridge):
 
     def prefix(self, visual: Tensor) -> Tensor:
         return self.map(visual.mean(1)).unflatten(-1, (self.tokens, -1))        # (ΣM, n, D)   (R1)
-
-    def made_of(self, attention: dict[str, Tensor], features: Tensor) -> Tensor:
-        return torch.full((len(features), self.tokens, features.shape[1]), 1 / features.shape[1], device=features.device)

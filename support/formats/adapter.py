@@ -79,9 +79,9 @@ def tune_decoder(decoder: Decoder, path: str | os.PathLike) -> None:
 def save_peft(vlm: VLM, path: Path) -> None:
     """A folder that peft opens as AdaptionPrompt over the decoder written beside it; peft knows no image and one gate per layer."""
     bridge = vlm.bridge
-    if bridge.version or bridge.gate.shape[1] > 1:
-        raise UserError(f"{path}: peft's AdaptionPrompt has no image and one gate per layer; this zero_init bridge has version={bridge.version} "
-                        f"and {bridge.gate.shape[1]} gates per layer, so it stays in the native layout (version=0 with gate_per=layer fits).")
+    if bridge.sees or bridge.gate.shape[1] > 1:
+        raise UserError(f"{path}: peft's AdaptionPrompt has no image and one gate per layer; this zero_init bridge "
+                        f"{'sees an image' if bridge.sees else 'has no image'} and has {bridge.gate.shape[1]} gates per layer, so it stays in the native layout (version=0 with gate_per=layer fits).")
     key = "base_model.model.model.layers.{}.self_attn.adaption_{}"
     gates, layers = bridge.gates(), enumerate(range(bridge.first, len(bridge.gate)))        # tanh, where there is one, is applied here
     tensors = {key.format(l, what): t for n, l in layers for what, t in (("gate", gates[n]), ("prompt", bridge.prompts[n:n + 1]))}

@@ -4,7 +4,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from model import Decoder, VLM
-from papers.mllama import Mllama, TiledViT, TiledViTConfig
+from papers.mllama import Mllama
+from papers.mllama_vit import TiledViT, TiledViTConfig
 from support.formats.checkpoint import Checkpoint, Fills, WB, expand
 from support.formats.files import UserError
 from support.formats.llama import DECODER_NAMES, decoder_config

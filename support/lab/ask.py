@@ -9,7 +9,7 @@ import torch
 
 import data
 from model import IMAGE, VLM
-from papers.mllama import TiledViT, Tiles
+from papers.mllama_vit import TiledViT, Tiles
 from support.formats.files import read_json
 from support.formats.hub import print_licence
 from support.formats.pictures import load_processor, read_image, tile_pixels

@@ -1,50 +1,239 @@
-"""lab/attention.py: where words look in a picture."""
+"""lab/attention.py: where words look in a picture, seen through hooks that change nothing."""
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import math
+from functools import singledispatch
 from pathlib import Path
+from typing import Any, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import data
-from model import IMAGE, VLM
+from bridges import MAPL, Flamingo, QFormer, ZeroInit, ZeroInitV2
+from model import IMAGE, VLM, Attend, Bridge, causal_mask, visible_to_bias
+from papers.clipcap import ClipCap, ClipCapTransformer
+from papers.frozen import Frozen
+from papers.llama_adapter import ZeroInitV1
+from papers.mllama import Mllama
+from papers.mllama_vit import Tiles
 from support.formats.files import UserError
 from support.formats.pictures import PROCESSORS
 from support.formats.tokenizers import Tokenizer
 from support.lab.words import nearest_words
 
 
-# A map of attention shows what was read, not what was made of it; so a measured number goes with the pictures.
+# A map of attention shows what was read, not what was made of it. So a measured number goes with the
+# pictures.
+
+@contextlib.contextmanager
+def attention_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collects the softmax weights (B, H, T, S) of every attention inside `module`, under the name of its
+    module.
+
+        decoder.layers.L.attention            words, and the soft tokens among them, on each other
+        bridge.softmax.L                      zero_init: words on prompts, a softmax of its own
+        bridge.blocks.L                       mapl: [features ; constants]; zero_init: [queries ; features];
+                                              flamingo, idefics: words on latents or patches
+        bridge.blocks.L.attention             mllama: words on patches
+        bridge.layers.L.attention, .cross     qformer: queries on each other, on the features
+        bridge.resampler.layers.L             flamingo, idefics: latents on [features ; latents]
+
+    Hooks recompute the weights from q, k and the mask of each `Attend`, so that nothing the model computes
+    changes. A later forward overwrites an earlier one. A row that may attend nowhere is uniform; its module
+    multiplies it by 0.
+    """
+    found: dict[str, Tensor] = {}
+    names = {m: name for name, m in module.named_modules()}
+
+    def from_inputs(m: nn.Module, args: tuple, kwargs: dict) -> None:
+        found[names[m].removesuffix("attend").rstrip(".")] = softmax_weights(*args, **kwargs)
+
+    def from_output(m: nn.Module, args: tuple, output: Tensor) -> None:
+        found[names[m]] = output
+
+    hooks = []
+    for m in names:
+        if isinstance(m, Attend):
+            hooks.append(m.register_forward_pre_hook(from_inputs, with_kwargs=True))
+        if isinstance(m, nn.Softmax):
+            hooks.append(m.register_forward_hook(from_output))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def softmax_weights(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False,
+                    dropout: float = 0.0) -> Tensor:
+    """softmax(q kᵀ / √E + bias) (B, H, T, S), as (D1) in model.py has it; arguments of `attend`."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    bias = visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype) if causal else bias
+    return (scores if bias is None else scores + bias).softmax(-1, dtype=torch.float32)
+
+
+def run_with_attention(vlm: VLM, tokens: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None, *,
+                       features: Tensor | None = None, **kw) -> tuple[Any, dict[str, Tensor]]:
+    """vlm(tokens, …), and the weights by name of every attention in it but the ViT's
+    (`attention_weights`)."""
+    features = vlm.features(pixels) if features is None else features
+    with attention_weights(vlm) as found:
+        return vlm(tokens, None, mask, features=features, **kw), found
+
+
+# --- rollout: from visual tokens to patches -----------------------------------------------------------------
+
+def rollout_step(x: Tensor, weights: Tensor, source: Tensor) -> Tensor:
+    """Attention rollout (2005.00928v2, §3): x ← ½ x + ½ A · source, A the mean of weights (·, H, T, S) over
+    heads.
+
+    x (·, T, N): of which ViT tokens each of T vectors is made, half from its residual stream, half from what
+    it reads. It is a reading aid: it knows no values, norms or feed-forwards, nor that a ViT token has itself
+    read its neighbours.
+    """
+    return (x + weights.mean(1) @ source) / 2
+
+
+@singledispatch
+def rollout(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """(ΣM, K, N): of which ViT tokens each visual token of this bridge is made; rows sum to 1.
+
+    attention: the weights of one forward by name. Where no rule is registered, token k IS patch k.
+    """
+    return torch.eye(features.shape[1], device=features.device).expand(len(features), -1, -1)
+
+
+@rollout.register
+def _(bridge: Frozen, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    N = features.shape[1]
+    return torch.full((len(features), bridge.tokens, N), 1 / N, device=features.device)
+
+
+@rollout.register(ClipCap)
+@rollout.register(ClipCapTransformer)
+def _(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """Each of the K soft tokens is made of the one pooled vector: (ΣM, K, 1)."""
+    return features.new_ones(len(features), bridge.prefix(features).shape[1], 1)
+
+
+@rollout.register
+def _(bridge: MAPL, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    K, N = len(bridge.const), features.shape[1]
+    x = torch.eye(N + K, N, device=features.device)                         # the constants hold no patch yet
+    for l in range(len(bridge.blocks)):
+        x = rollout_step(x, attention[f"bridge.blocks.{l}"], x)
+    return F.normalize(x[:, -K:], p=1, dim=-1)
+
+
+@rollout.register
+def _(bridge: QFormer, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    Q, patches = len(bridge.queries), torch.eye(features.shape[1], device=features.device)
+    x = torch.zeros_like(patches[:1]).expand(Q, -1)                         # the queries hold no patch yet
+    for l, layer in enumerate(bridge.layers):
+        x = rollout_step(x, attention[f"bridge.layers.{l}.attention"][..., :Q, :Q], x)      # without the text
+        if layer.cross is not None:
+            x = rollout_step(x, attention[f"bridge.layers.{l}.cross"], patches)
+    return F.normalize(x, p=1, dim=-1)
+
+
+@rollout.register
+def _(bridge: ZeroInit, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """Prompts that hold no picture."""
+    return features.new_zeros(len(features), bridge.prompts.shape[1], features.shape[1])
+
+
+@rollout.register
+def _(bridge: ZeroInitV1, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """The class token is added to every prompt."""
+    N = features.shape[1]
+    return torch.eye(1, N, device=features.device).expand(len(features), bridge.prompts.shape[1], -1)
+
+
+@rollout.register
+def _(bridge: ZeroInitV2, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """What is added to prompt k."""
+    Q, N = bridge.prompts.shape[1], features.shape[1]
+    x = torch.eye(Q + N, N, device=features.device).roll(Q, 0)              # the queries hold no patch yet
+    x = x.expand(len(features), -1, -1)
+    for l in range(len(bridge.blocks)):
+        x = rollout_step(x, attention[f"bridge.blocks.{l}"], x)
+    return F.normalize(x[:, :Q], p=1, dim=-1)
+
+
+@rollout.register
+def _(bridge: Flamingo, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    patches = torch.eye(features.shape[1], device=features.device).expand(len(features), -1, -1)
+    if not list(bridge.resampler.parameters()):                             # IDEFICS without a resampler
+        return patches
+    x = torch.zeros_like(patches[:, :1]).expand(-1, len(bridge.resampler.latents), -1)
+    for l in range(len(bridge.resampler.layers)):
+        x = rollout_step(x, attention[f"bridge.resampler.layers.{l}"], torch.cat((patches, x), dim=1))
+    return F.normalize(x, p=1, dim=-1)
+
+
+@rollout.register
+def _(bridge: Mllama, attention: dict[str, Tensor], features: Tiles) -> Tensor:
+    patches = features.pixels.flatten(1, 2)
+    return torch.eye(patches.shape[1], device=patches.device).expand(len(patches), -1, -1)
+
+
+@singledispatch
+def reading_layers(bridge: Bridge) -> str:
+    """The names (a pattern) of the attentions by which words read visual tokens; soft tokens are among the
+    words."""
+    return "decoder.layers.*.attention"
+
+
+@reading_layers.register
+def _(bridge: ZeroInit) -> str:
+    return "bridge.softmax.*"
+
+
+@reading_layers.register
+def _(bridge: Flamingo) -> str:
+    return "bridge.blocks.*"
+
+
+@reading_layers.register
+def _(bridge: Mllama) -> str:
+    return "bridge.blocks.*.attention"
+
 
 @torch.no_grad()
 def attention_to_patches(vlm: VLM, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Where one text (1, T) about one picture (1, N, Di) looks: words (L, H, T', K) and patches (K, N), float32.
+    """Where one text (1, T) about one picture (1, N, Di) looks: words (L, H, T', K) and patches (K, N),
+    float32.
 
-    words[l, h, t]: attention of the t-th of the T' words behind the picture to its K visual tokens, in the l-th layer
-    that reads them. Soft tokens share a softmax with the words: a row sums to the picture's share. Prompts and latents
-    have one of their own: a row sums to 1, and a gate decides. patches[k]: of which ViT tokens visual token k is made
-    (Bridge.made_of). words @ patches (L, H, T', N) leads from the words to the picture.
+    words[l, h, t]: attention of the t-th of the T' words behind the picture to its K visual tokens, in the
+    l-th layer that reads them. Soft tokens share a softmax with the words: a row sums to the picture's share.
+    Prompts and latents have one of their own: a row sums to 1, and a gate decides. patches[k]: of which ViT
+    tokens visual token k is made (`rollout`). words @ patches (L, H, T', N) leads from the words to the
+    picture.
     """
     at = (tokens == IMAGE).nonzero()
     if len(tokens) != 1 or len(at) != 1:
-        raise UserError(f"gaze reads one text about one picture, not {len(tokens)} about {len(at)}; call it for each.")
+        raise UserError(f"attention_to_patches reads one text about one picture, not {len(tokens)} about "
+                        f"{len(at)}; call it for each.")
     first = int(at[0, 1])
     behind = tokens.shape[1] - first - 1                                        # T'
-    _, attention = vlm(tokens, features=features, return_attention=True)
-    patches = vlm.bridge.made_of(attention, features)[0]
-    looks = [w for name, w in attention.items() if fnmatch.fnmatch(name, vlm.bridge.looks)]
-    words = torch.stack([w[0, :, w.shape[2] - behind:] for w in looks])
+    _, attention = run_with_attention(vlm, tokens, features=features)
+    patches, pattern = rollout(vlm.bridge, attention, features)[0], reading_layers(vlm.bridge)
+    layers = [w for name, w in attention.items() if fnmatch.fnmatch(name, pattern)]
+    words = torch.stack([w[0, :, w.shape[2] - behind:] for w in layers])
     return words if words.shape[-1] == len(patches) else words[..., first:first + len(patches)], patches
 
 
 def gate_history(run: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps (S,) and gates (S, layers, heads) of a run, signed, after tanh; of flamingo (S, blocks, 2)."""
     file = Path(run) / "log.jsonl"
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     logged = [(line["step"], line["gates"]) for line in lines if "gates" in line]
     if not logged:
         raise UserError(f"{file}: holds no gates; give the run of a zero_init, flamingo or idefics bridge.")
@@ -54,23 +243,28 @@ def gate_history(run: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def overlay_attention(picture: np.ndarray, weights, top: float | None = None, side: int = 144) -> np.ndarray:
     """(side, side, 3) uint8: the square picture (S, S, 3) in grey, redder where its weights (g·g,) are large.
 
-    top: the weight of full red (None: the largest). Of g·g + 1 weights the first is the class token's and has no place.
+    top: the weight of full red (None: the largest). Of g·g + 1 weights the first is the class token's and has
+    no place.
     """
     from PIL import Image
     grow = lambda x: np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.NEAREST))[..., None]
     g, weights = math.isqrt(len(weights)), np.asarray(weights, np.float32)
     heat = 0.7 * grow((weights[len(weights) - g * g:] / (top or weights.max() or 1)).clip(0, 1).reshape(g, g))
-    return ((1 - heat) * grow(picture.mean(-1, dtype=np.float32)) + heat * (255, 40, 0)).round().astype(np.uint8)
+    mixed = (1 - heat) * grow(picture.mean(-1, dtype=np.float32)) + heat * (255, 40, 0)
+    return mixed.round().astype(np.uint8)
 
 
 @torch.no_grad()
 def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, prompt: str, out: Path) -> str:
-    """Where a prompt looks in a picture (1, 3, S, S): words.png, tokens.png in `out`; returns a legend and tables."""
+    """Where a prompt looks in a picture (1, 3, S, S): words.png, tokens.png in `out`; returns a legend and
+    tables."""
     from PIL import Image, ImageDraw
     document, features = data.Document(tokenizer).image().add(prompt), vlm.features(pixels)
-    words, patches = attention_to_patches(vlm, torch.tensor([document.tokens], device=pixels.device), features)
+    words, patches = attention_to_patches(vlm, torch.tensor([document.tokens], device=pixels.device),
+                                          features)
     p, prefix = vlm.processor or PROCESSORS["clip"], vlm.bridge.soft_tokens
-    picture = pixels[0].cpu().movedim(0, -1) * torch.tensor(p.std) + torch.tensor(p.mean)   # as the ViT sees it
+    picture = pixels[0].cpu().movedim(0,
+                                      -1) * torch.tensor(p.std) + torch.tensor(p.mean)  # as the ViT sees it
     picture = (255 * picture).clip(0, 255).numpy()
     gates = vlm.bridge.gates()
     gates = [None] * len(words) if gates is None else gates.abs().mean(-1)
@@ -79,12 +273,15 @@ def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, prompt: str, 
     lines = []
     for file, says, heads, maps in (
             ("words.png", "a column per word, a row per layer", said, (words.mean(1) @ patches).cpu()),
-            ("tokens.png", "of which patches each visual token is made", range(len(patches)), patches[None].cpu())):
-        canvas, top = Image.new("RGB", (150 * maps.shape[1], 150 * len(maps) + 20), "white"), float(maps.max())
+            ("tokens.png", "of which patches each visual token is made", range(len(patches)),
+             patches[None].cpu())):
+        canvas, top = Image.new("RGB", (150 * maps.shape[1], 150 * len(maps) + 20),
+                                "white"), float(maps.max())
         for column, head in enumerate(heads):
             ImageDraw.Draw(canvas).text((150 * column + 4, 4), str(head), "black")
             for row, weights in enumerate(maps[:, column]):
-                canvas.paste(Image.fromarray(overlay_attention(picture, weights, top)), (150 * column + 3, 150 * row + 20))
+                canvas.paste(Image.fromarray(overlay_attention(picture, weights, top)),
+                             (150 * column + 3, 150 * row + 20))
         canvas.save(out / file)
         lines.append(f"{out / file}: {says}; full red = {top:.2f}")
     for l, (w, gate) in enumerate(zip(words, gates)):

@@ -160,7 +160,7 @@ def test_what_we_export_loads_back_and_what_has_no_class_elsewhere_is_refused(tm
     assert not again.tanh and torch.allclose(again.gates(), adapter.bridge.gates(), atol=1e-7)
     for name, options, words in (
         ("mapl", {}, 'no other library has a class for a "mapl" bridge'),
-        ("zero_init", {}, "version=2"),
+        ("zero_init", {}, "sees an image"),
         ("linear", {}, "at least 40 wide"),
         ("mlp", dict(hidden=7), "has 7"),
     ):

@@ -1,4 +1,5 @@
-"""`return_attention` shows the very weights that were used, maps lead back to patches, analyses count what they say."""
+"""`run_with_attention` shows the very weights that were used, maps lead back to patches, analyses count what
+they say."""
 
 from __future__ import annotations
 
@@ -12,16 +13,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from support.lab.attention import attention_to_patches, gate_history, overlay_attention
+from support.lab.attention import (attention_to_patches, attention_weights, gate_history, overlay_attention,
+                                   rollout, rollout_step, run_with_attention)
 from support.lab.targets import attention_on_target, words_on_target
 from support.lab.words import joint_projection, nearest_words
 from support.worlds.text import shapes_tokenizer
 import eval as evaluation
 import model
-from bridges import GatedCrossAttention, PostNormAttention, ResamplerLayer, rolled
+from bridges import GatedCrossAttention, PostNormAttention, ResamplerLayer
 from papers import make_bridge
 from conftest import SMALL, small_pictures, small_vlm, tiny_vlm
-from model import Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, split_heads, watching
+from model import Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, split_heads
 from support.formats.files import UserError
 from support.formats.llama import load_decoder
 from support.formats.vision import load_vit
@@ -37,16 +39,17 @@ def vlm_of(name: str, **options) -> VLM:
     return tiny_vlm(name, image_token=7, **options)
 
 
-# --- return_attention -------------------------------------------------------------------------------------------------
+# --- run_with_attention -------------------------------------------------------------------------------------
 
 LAYERS = [f"decoder.layers.{l}.attention" for l in range(4)]
 NAMES = {                # what each bridge shows besides the decoder's own attention, and its shape
-    "linear": {}, "mlp": {}, "frozen": {},
+    "linear": {}, "mlp": {}, "frozen": {}, "clipcap": {},
+    "clipcap_transformer": {f"bridge.blocks.{l}": (1, 2, 2 + 3, 2 + 3) for l in range(2)},
     "mapl": {f"bridge.blocks.{l}": (1, 2, N + 3, N + 3) for l in range(2)},
     "qformer": {**{f"bridge.layers.{l}.attention": (1, 2, 3, 3) for l in range(3)},
                 **{f"bridge.layers.{l}.cross": (1, 2, 3, N) for l in (0, 2)}},
     "zero_init": {**{f"bridge.blocks.{l}": (1, 2, 3 + N, 3 + N) for l in range(2)},
-                  **{f"decoder.layers.{l}.attention.prompts": (1, H, 7, 3) for l in (1, 2, 3)}},
+                  **{f"bridge.softmax.{l}": (1, H, 7, 3) for l in (0, 1, 2)}},
     "flamingo": {**{f"bridge.resampler.layers.{l}": (1, 2, 3, 9 + 3) for l in range(2)},
                  **{f"bridge.blocks.{l}": (1, 2, 7, 3) for l in range(2)}},
     "idefics": {**{f"bridge.resampler.layers.{l}": (1, 2, 3, N + 3) for l in range(2)},
@@ -58,7 +61,7 @@ NAMES = {                # what each bridge shows besides the decoder's own atte
 def test_every_attention_is_there_under_its_modules_name_and_its_rows_sum_to_1(name):
     vlm = vlm_of(name)
     with torch.no_grad():
-        logits, attention = vlm(TOKENS, PIXELS, return_attention=True)
+        logits, attention = run_with_attention(vlm, TOKENS, PIXELS)
     assert set(attention) == {*LAYERS, *NAMES[name]}
     for key, weights in attention.items():
         assert weights.shape == (NAMES[name].get(key) or (1, H, logits.shape[1], logits.shape[1])), key
@@ -69,27 +72,28 @@ def test_every_attention_is_there_under_its_modules_name_and_its_rows_sum_to_1(n
 @pytest.mark.parametrize("name", SMALL)
 def test_watching_changes_nothing_and_leaves_nothing_behind(name):
     vlm = vlm_of(name)
-    watched, attention = vlm(TOKENS, PIXELS, return_attention=True)  # with gradients: explicit either way
+    watched, attention = run_with_attention(vlm, TOKENS, PIXELS)  # with gradients: explicit
     assert torch.equal(watched, vlm(TOKENS, PIXELS)) and attention
     with torch.no_grad():
-        (watched, hidden), _ = vlm(TOKENS, PIXELS, return_attention=True, return_hidden=True)
+        (watched, hidden), _ = run_with_attention(vlm, TOKENS, PIXELS, return_hidden=True)
         logits, plain = vlm(TOKENS, PIXELS, return_hidden=True)                 # the fused kernel
     # 2e-5: float32; the stirred logits reach 10, the fused kernel sums in another order
     torch.testing.assert_close(watched, logits, atol=2e-5, rtol=0)
     for a, b in zip(hidden, plain, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
-    assert model.SHOW == [] and not any(m._forward_hooks or m._forward_pre_hooks for m in vlm.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in vlm.modules())
 
 
 def test_a_forward_that_fails_leaves_nothing_behind():
     vlm = vlm_of("mapl")
     with pytest.raises(ValueError):
-        vlm(TOKENS[:, 2:], PIXELS, return_attention=True)
-    assert model.SHOW == [] and not any(m._forward_hooks or m._forward_pre_hooks for m in vlm.modules())
+        run_with_attention(vlm, TOKENS[:, 2:], PIXELS)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in vlm.modules())
 
 
 def again(m, args: tuple, w: torch.Tensor, beside: torch.Tensor | None):
-    """The output of the attending module m from its inputs and the shown weights w: W_o (w V) and its surroundings."""
+    """The output of the attending module m from its inputs and the shown weights w: W_o (w V) and its
+    surroundings."""
     read = lambda v, heads: m.o(merge_heads(w @ split_heads(v, heads)))
     if isinstance(m, Attention):
         y = w @ m.widen(split_heads(m.v(args[0]), m.kv_heads))
@@ -115,15 +119,17 @@ def test_every_output_follows_from_the_weights_that_were_shown(name):
     keep = lambda n: lambda m, args, y: calls.__setitem__(n, (args, y))
     hooks = [m.register_forward_hook(keep(n)) for n, m in modules.items()]
     with torch.no_grad():
-        _, attention = vlm(TOKENS, PIXELS, return_attention=True)
+        _, attention = run_with_attention(vlm, TOKENS, PIXELS)
         for h in hooks:
             h.remove()
         for key, weights in attention.items():
-            if key.endswith(".prompts"):
+            if "softmax" in key:
                 continue  # with its layer's attention, below
-            beside, prompts = None, attention.get(f"{key}.prompts")
+            beside, prompts, b = None, None, vlm.bridge
+            if name == "zero_init" and key in LAYERS[b.first:]:
+                l = LAYERS.index(key)
+                prompts = attention[f"bridge.softmax.{l - b.first}"]
             if prompts is not None:  # zero_init: y + tanh(g) · A_p V_p
-                l, b = int(key.split(".")[2]), vlm.bridge
                 p = b.prompts[l - b.first] + b.see(vlm.features(PIXELS))
                 beside = b.gate[l].tanh().view(-1, 1, 1) * (prompts @ modules[key].project(p)[1])
             args, y = calls[key]
@@ -137,8 +143,8 @@ def test_a_padded_batch_shows_each_row_what_it_shows_alone():
     both = torch.tensor([[3, IMAGE, 5, 9, 14, 20, 33], [0, 0, 3, 5, IMAGE, 9, 14]])
     pixels = torch.cat((PIXELS, PIXELS.flip(3)))
     with torch.no_grad():
-        _, batch = vlm(both, pixels, both != 0, return_attention=True)
-        _, alone = vlm(both[1:, 2:], pixels[1:], return_attention=True)
+        _, batch = run_with_attention(vlm, both, pixels, both != 0)
+        _, alone = run_with_attention(vlm, both[1:, 2:], pixels[1:])
     for key in LAYERS:
         torch.testing.assert_close(batch[key][1:, :, 2:, 2:], alone[key], atol=1e-5, rtol=0)
         assert (batch[key][1, :, 2:, :2] == 0).all()  # nobody looks at padding
@@ -150,21 +156,22 @@ def test_a_padded_batch_shows_each_row_what_it_shows_alone():
 def test_any_module_can_be_watched():
     block = EncoderBlock(8, 2, 16, "gelu", 1e-5)
     x = torch.randn(1, 4, 8)
-    with watching(block) as attention:
+    with attention_weights(block) as attention:
         y = block(x)
     assert list(attention) == [""] and torch.equal(y, block(x))
     q = k = split_heads(x, 2)
-    with watching(block) as attention, pytest.raises(IndexError):
+    with attention_weights(block) as attention:
         attend(q, k, k)  # outside of every watched module
+    assert attention == {}
 
 
-# --- made_of: from visual tokens to patches ---------------------------------------------------------------------------
+# --- rollout: from visual tokens to patches -----------------------------------------------------------------
 
 
 def test_rollout_keeps_half_and_reads_half():
     x, source = torch.tensor([[1.0, 0.0]]), torch.eye(2)
     weights = torch.tensor([[[[0.0, 1.0]], [[0.5, 0.5]]]])  # two heads, whose mean is (0.25, 0.75)
-    assert rolled(x, weights, source).tolist() == [[[0.625, 0.375]]]
+    assert rollout_step(x, weights, source).tolist() == [[[0.625, 0.375]]]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -173,12 +180,13 @@ def test_what_visual_tokens_are_made_of_is_a_share_of_each_patch(name):
     pixels = torch.cat((PIXELS, PIXELS.flip(3)))
     features = vlm.features(pixels)
     with torch.no_grad():
-        _, attention = vlm(torch.cat((TOKENS, TOKENS)), features=features, return_attention=True)
-    made = vlm.bridge.made_of(attention, features)
+        _, attention = run_with_attention(vlm, torch.cat((TOKENS, TOKENS)), features=features)
+    made = rollout(vlm.bridge, attention, features)
     K = {"linear": 9, "mlp": 9, "frozen": 2}.get(name, 3)
     assert made.shape == (2, K, features.shape[1])
     torch.testing.assert_close(made.sum(-1), torch.ones(2, K), atol=1e-6, rtol=0)
-    assert (made >= 0).all() and (name in ("linear", "mlp", "frozen") or not torch.equal(made[0], made[1]))
+    fixed = name in ("linear", "mlp", "frozen", "clipcap", "clipcap_transformer")
+    assert (made >= 0).all() and (fixed or not torch.equal(made[0], made[1]))
 
 
 def staring(name: str, at: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -199,7 +207,7 @@ def test_a_visual_token_that_looks_at_one_patch_alone_is_made_of_it(name):
     vlm, at = vlm_of(name), torch.tensor([8, 0, 4])
     features = vlm.features(PIXELS)
     assert torch.equal(
-        vlm.bridge.made_of(staring(name, at), features)[0], F.one_hot(at, features.shape[1]).float()
+        rollout(vlm.bridge, staring(name, at), features)[0], F.one_hot(at, features.shape[1]).float()
     )
 
 
@@ -210,7 +218,7 @@ def test_a_visual_token_that_reads_another_is_half_made_of_what_that_is_made_of(
     last = next(key for key in weights if key in ("bridge.resampler.layers.1", "bridge.blocks.1"))
     looks = torch.eye(weights[last].shape[-1])[first]  # layer 1: all look at visual token 0
     weights[last] = looks.expand(weights[last].shape)
-    made = vlm.bridge.made_of(weights, vlm.features(PIXELS))[0]
+    made = rollout(vlm.bridge, weights, vlm.features(PIXELS))[0]
     assert torch.equal(made, (F.one_hot(at, made.shape[1]) + F.one_hot(at[:1], made.shape[1])) / 2)
 
 
@@ -220,24 +228,24 @@ def test_mllama_shows_its_cross_layers_over_the_patches_of_all_tiles():
     assert words.shape == (3, H, T, 15) and torch.equal(patches, torch.eye(15))    # 3 tiles of 5 ViT tokens
     assert (words[..., :5].sum(-1) - 1).abs().max() < 1e-6                      # two of the tiles are absent
     with torch.no_grad():
-        watched, attention = vlm(TOKENS, pictures, return_attention=True)
+        watched, attention = run_with_attention(vlm, TOKENS, pictures)
         torch.testing.assert_close(watched, vlm(TOKENS, pictures), atol=2e-5, rtol=0)
-    assert {*attention} == {*LAYERS, *(f"bridge.blocks.{l}" for l in range(3))}
+    assert {*attention} == {*LAYERS, *(f"bridge.blocks.{l}.attention" for l in range(3))}
 
 
 def test_bridges_without_layers_between():
     features = lambda vlm: vlm.features(PIXELS)
     for name in ("linear", "mlp"):
-        assert torch.equal(vlm_of(name).bridge.made_of({}, features(vlm_of(name)))[0], torch.eye(9))
+        assert torch.equal(rollout(vlm_of(name).bridge, {}, features(vlm_of(name)))[0], torch.eye(9))
     v1, v0 = vlm_of("zero_init", version=1), vlm_of("zero_init", version=0)
     class_token = torch.eye(1, N).expand(3, -1)                                 # the same for every prompt
-    assert torch.equal(v1.bridge.made_of({}, features(v1))[0], class_token)
-    assert not v0.bridge.made_of({}, features(v0)).any()                        # prompts that hold no picture
+    assert torch.equal(rollout(v1.bridge, {}, features(v1))[0], class_token)
+    assert not rollout(v0.bridge, {}, features(v0)).any()                       # prompts that hold no picture
     bare = vlm_of("idefics", latents=0)
-    assert torch.equal(bare.bridge.made_of({}, features(bare))[0], torch.eye(N))
+    assert torch.equal(rollout(bare.bridge, {}, features(bare))[0], torch.eye(N))
 
 
-# --- gaze -------------------------------------------------------------------------------------------------------------
+# --- gaze ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -246,7 +254,7 @@ def test_gaze_is_the_attention_of_the_words_behind_the_picture_to_its_visual_tok
     features = vlm.features(PIXELS)
     words, patches = attention_to_patches(vlm, TOKENS, features)
     with torch.no_grad():
-        _, attention = vlm(TOKENS, features=features, return_attention=True)
+        _, attention = run_with_attention(vlm, TOKENS, features=features)
     L, heads, K = {"zero_init": (3, H, 3), "flamingo": (2, 2, 3), "idefics": (2, H, 3)}.get(
         name, (4, H, len(patches))
     )
@@ -255,7 +263,7 @@ def test_gaze_is_the_attention_of_the_words_behind_the_picture_to_its_visual_tok
         mine = torch.stack([attention[k][0, :, 1 + K:, 1:1 + K] for k in LAYERS])
         assert (words.sum(-1) < 1).all()
     else:
-        reading = "prompts" if name == "zero_init" else "bridge.blocks"
+        reading = "softmax" if name == "zero_init" else "bridge.blocks"
         mine = torch.stack([attention[k][0, :, 2:] for k in NAMES[name] if reading in k])
         torch.testing.assert_close(words.sum(-1), torch.ones(L, heads, T), atol=1e-6, rtol=0)
     assert torch.equal(words, mine)
@@ -275,7 +283,7 @@ def test_a_text_that_ends_with_its_picture_has_no_words_behind_it():
         assert attention_to_patches(vlm, TOKENS[:, :2], vlm.features(PIXELS))[0].shape[2] == 0
 
 
-# --- words, projection, gates, pictures -------------------------------------------------------------------------------
+# --- words, projection, gates, pictures ---------------------------------------------------------------------
 
 TOKENIZER = shapes_tokenizer()
 
@@ -359,7 +367,7 @@ def test_an_overlay_reddens_the_patch_and_nothing_else():
     assert (overlay_attention(picture, np.zeros(4)) == 100).all()              # looking nowhere
 
 
-# --- measured on shapes -----------------------------------------------------------------------------------------------
+# --- measured on shapes -------------------------------------------------------------------------------------
 
 
 def target_by_answer(q: data.QA, things: list[data.Thing]) -> data.Thing:
@@ -388,7 +396,8 @@ def test_attention_on_target_finds_the_thing_and_the_word(monkeypatch):
         return words, torch.eye(10)[1:]  # a class token stands in front
 
     monkeypatch.setattr("support.lab.targets.attention_to_patches", gaze)
-    monkeypatch.setattr("support.lab.targets.vision_features", lambda vlm, items, blind: torch.arange(len(items)).view(-1, 1, 1).float())
+    monkeypatch.setattr("support.lab.targets.vision_features", lambda vlm, items,
+                        blind: torch.arange(len(items)).view(-1, 1, 1).float())
     right = [q.answer for i in range(30) if len(world.scene(world.rng(i))) > 1
              for q in world.item(i).qas if q.kind in ("color", "position")]
     monkeypatch.setattr("support.lab.targets.generate_texts", lambda *a, **k: right)
@@ -441,7 +450,7 @@ def test_other_grids_than_three_by_three_are_refused():
             measure(vlm, TOKENIZER, 2)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+# --- the command line ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

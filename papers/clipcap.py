@@ -1,0 +1,77 @@
+"""ClipCap (2111.09734v1): ONE vector of CLIP becomes a prefix of K words; nothing else of the picture is read.
+
+Document 4 says that CLIP and the language model are both frozen, that a longer prefix is better, and that prefixes can be
+read as words. The paper has two variants, and the document mixes them: an MLP with the language model TUNED, whose
+prefixes name what is in the picture; and a transformer with the language model FROZEN, whose prefixes the paper calls
+essentially unreadable. A longer prefix helps the frozen one; with tuning it overfits (Fig. 7). On COCO, CIDEr (Table 1):
+transformer, frozen 113.08; MLP, tuned 108.35; transformer, tuned 109.83; MLP, frozen 92.38.
+
+    symbol     shape         here         meaning
+    c          (ΣM, 1, De)   visual       CLIP's pooled vector of the picture (reads = "pooled")
+    p          (ΣM, K, D)    return       the prefix, read as words
+    C          (K, D)        constants    learned, one copy for all pictures
+    L_c                      image_tokens words that the vector becomes ahead of the constants
+
+    (C1)  p = reshape(W_2 tanh(W_1 c + b_1) + b_2)                          W_1 (KD/2, De), W_2 (KD, KD/2)
+    (C2)  x = [reshape(W c + b, (L_c, D)) ; C];   x ← Blocks(x);   p = x_{L_c:}
+    (C3)  L = −Σ_j log p_θ(c_j | p_1 … p_K, c_1 … c_{j−1})                  paper Eq. 5; the loss of VLM.loss
+
+Paper and published code agree on both forms. The authors' c is CLIP's JOINT embedding, the class token after its last norm
+times the projection. A folder with a vision tower alone has no projection; it is linear, so W_1 and W take its place.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model import Bridge, DecoderConfig, EncoderBlock
+from papers.recipe import Numbers, Recipe
+
+
+class ClipCap(Bridge):
+    """The MLP (§3.2): 31,468,800 parameters at De 512, D 768, K 10. Trained together with the language model."""
+    name, soft_tokens, reads = "clipcap", True, "pooled"
+
+    def __init__(self, decoder: DecoderConfig, vision_width: int, tokens: int = 10):
+        super().__init__()
+        self.tokens = tokens
+        self.up = nn.Linear(vision_width, tokens * decoder.width // 2)
+        self.down = nn.Linear(tokens * decoder.width // 2, tokens * decoder.width)
+
+    def prefix(self, visual: Tensor) -> Tensor:
+        y = self.down(self.up(visual[:, 0]).tanh())                             # (ΣM, K·D)    (C1)
+        return y.unflatten(-1, (self.tokens, -1))                               # (ΣM, K, D)   token index slow
+
+
+class ClipCapTransformer(Bridge):
+    """The transformer (§3.3): 42,728,448 parameters at De 640, D 768, K 10, the paper's 43M; the released file has K 40."""
+    name, soft_tokens, reads = "clipcap_transformer", True, "pooled"
+
+    def __init__(self, decoder: DecoderConfig, vision_width: int, tokens: int = 10, image_tokens: int = 10,
+                 layers: int = 8, heads: int = 8):
+        super().__init__()
+        D = decoder.width
+        self.map = nn.Linear(vision_width, image_tokens * D)
+        self.constants = nn.Parameter(torch.randn(tokens, D))                   # C ~ N(0, 1)
+        self.blocks = nn.ModuleList(EncoderBlock(D, heads, 2 * D, "relu", 1e-5, attention_bias="o")
+                                    for _ in range(layers))
+
+    def prefix(self, visual: Tensor) -> Tensor:
+        K, D = self.constants.shape
+        x = self.map(visual[:, 0]).unflatten(-1, (-1, D))                       # (ΣM, L_c, D)
+        x = torch.cat((x, self.constants.expand(len(x), -1, -1)), dim=1)        # (ΣM, L_c+K, D)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, -K:]                                                        # (ΣM, K, D)   (C2)
+
+
+PAPER = Numbers(2e-5, 40, 150_000, 5000, "linear", 0.01, 0.999, 0)              # 10 epochs of 600K captions
+RECIPES = {
+    "clipcap": Recipe(
+        "ClipCap's MLP (2111.09734v1 §3.2): the MLP and the decoder learn from captions", "COCO, 120K pictures x 5",
+        PAPER, Numbers(1e-3, 64, 600), "clipcap", ("bridge", "decoder"), options=dict(tokens=8)),
+    "clipcap_transformer": Recipe(
+        "ClipCap's transformer (2111.09734v1 §3.3): the mapper learns, the decoder is frozen", "COCO, 120K pictures x 5",
+        PAPER, Numbers(2e-3, 64, 800, optimizer="muon"), "clipcap_transformer",
+        options=dict(tokens=8, image_tokens=8, layers=4, heads=4)),
+}

