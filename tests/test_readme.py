@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "papers/README.md", *sorted((ROOT / "support").rglob("*.md"))]
 RESULTS = ROOT / "support/results"
 FIRST_FILES = ["model.py", "bridges.py", "data.py", "train.py", "eval.py"]
-NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w,]*\d)")
+NUMBER = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w,]*\d)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 page_id = lambda page: str(page.relative_to(ROOT))
 
@@ -83,7 +83,8 @@ def rows_of_the_map(heading: str) -> list[str]:
 
 def test_the_map_is_the_tree():
     """Five files in the order of reading, then every folder that is tracked, those of support/ one by one."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout
+    tracked = listed.strip("\0").split("\0")
     folders = {name.split("/")[0] + "/" for name in tracked if "/" in name} - {".ci/", "support/"}
     folders |= {"/".join(name.split("/")[:2]) + "/" for name in tracked if name.count("/") > 1
                 and name.startswith("support/")}
