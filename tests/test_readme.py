@@ -1,4 +1,4 @@
-"""What the READMEs say is so: commands and flags exist, the map is the tree, numbers stand in results files."""
+"""What the READMEs say is so: commands exist, the map is the tree, numbers stand in results files."""
 from __future__ import annotations
 
 import os
@@ -30,7 +30,7 @@ def help_text(*command: str) -> str:
 
 
 def commands(page: Path) -> list[tuple[str, str]]:
-    """(program, arguments) of every command of train.py and eval.py in a page; lines end in \\ or at a stop."""
+    """(program, arguments) of every command of train.py and eval.py in a page."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     found = re.findall(r"python (train|eval)\.py([^\n`#&]*)", text)
     found += [("train", rest) for rest in re.findall(r"torchrun [^\n`]*? train\.py([^\n`#&]*)", text)]
@@ -94,7 +94,7 @@ def test_the_map_is_the_tree():
 
 
 def tables(page: Path) -> list[tuple[list[str], list[Path]]]:
-    """(rows, results files linked from the section above the table or on the page's own line) of a page.
+    """(rows, results files linked in the section above the table) of every table of a page.
 
     A table is a block of lines that begin with |, or an indented block with a line of column names.
     """
@@ -129,7 +129,7 @@ def test_every_number_in_a_table_of_the_readme_stands_in_the_results_file_that_i
             if re.search(r"python|\.py", line):
                 continue
             for number in NUMBER.findall(re.sub(r"`[^`]*`", "", line)):
-                assert number in known, f"{number} of {line.strip()!r} is in none of {[f.name for f in links]}"
+                assert number in known, f"{number} of {line!r} is in none of {[f.name for f in links]}"
                 checked += 1
     assert checked > 60
 
@@ -162,8 +162,8 @@ def test_the_table_of_seams_is_what_the_bridges_override():
 def test_what_the_first_command_prints_is_what_was_kept():
     """Each indented line of the first screen stands in first_run.txt; its scores are those of the table."""
     kept = (RESULTS / "first_run.txt").read_text(encoding="utf-8").splitlines()
-    printed = [line[4:] for line in README.split("The first command prints")[1].split("Six bridges")[0].splitlines()
-               if line.startswith("    ")]
+    screen = README.split("The first command prints")[1].split("Six bridges")[0].splitlines()
+    printed = [line[4:] for line in screen if line.startswith("    ")]
     assert len(printed) >= 10 and all(line in kept for line in printed)
     bridges = (RESULTS / "bridges.txt").read_text(encoding="utf-8").splitlines()
     cells = lambda line: line.replace("mlp-s0,", "mlp,").split()
@@ -171,8 +171,11 @@ def test_what_the_first_command_prints_is_what_was_kept():
 
 
 def test_the_lines_of_the_decoder_are_the_lines_of_the_decoder():
-    source = {line.split("  #")[0].strip() for line in (ROOT / "model.py").read_text(encoding="utf-8").splitlines()}
-    quoted = [line.split("  #")[0].strip() for line in README.split("```python")[1].split("```")[0].splitlines()]
+    def statements(text: str) -> list[str]:
+        return [line.split("  #")[0].strip() for line in text.splitlines()]
+
+    source = statements((ROOT / "model.py").read_text(encoding="utf-8"))
+    quoted = statements(README.split("```python")[1].split("```")[0])
     assert all(line in source for line in quoted if line)
     assert all(f"{seam}(" in "\n".join(quoted) for seam in ("see", "prefix", "beside", "before"))
 
