@@ -31,8 +31,8 @@ def test_every_flag_in_a_command_of_the_readme_exists():
 
 
 def test_the_table_of_the_readme_is_the_one_in_the_results_file():
-    """weights/results.txt is what `python eval.py out/…` printed; the README quotes it."""
-    printed = (ROOT / "weights" / "results.txt").read_text(encoding="utf-8")
+    """support/results/bridges.txt is what `python eval.py out/…` printed; the README quotes it."""
+    printed = (ROOT / "support" / "results" / "bridges.txt").read_text(encoding="utf-8")
     rows = [
         line for line in printed.splitlines() if ", held-out" in line or line.startswith(("chance", "oracle"))
     ]
@@ -40,17 +40,17 @@ def test_the_table_of_the_readme_is_the_one_in_the_results_file():
 
 
 def test_the_table_of_protocols_is_the_one_in_its_file():
-    """weights/table.txt is what `python eval.py out/… --table` printed; the README quotes all of it."""
+    """support/results/protocols.txt is what `python eval.py out/… --table` printed; the README quotes all of it."""
     rows = [
         line.strip()
-        for line in (ROOT / "weights" / "table.txt").read_text(encoding="utf-8").splitlines()
-        if line.strip()
+        for line in (ROOT / "support" / "results" / "protocols.txt").read_text(encoding="utf-8").splitlines()
+        if line.strip() and not line.startswith("#")
     ]
     assert sum(", blind" in row for row in rows) == 6 and all(row in README for row in rows)
 
 
 def test_the_verdicts_of_the_readme_are_those_of_the_claims_file():
-    """weights/claims.txt is what `python eval.py --claim all` wrote, with three seeds or more; the README quotes its verdicts."""
-    head, verdicts = (ROOT / "weights" / "claims.txt").read_text(encoding="utf-8").split("\n\n")[:2]
+    """support/results/claims.txt is what `python eval.py --claim all` wrote; the README quotes its verdicts."""
+    head, verdicts = (ROOT / "support" / "results" / "claims.txt").read_text(encoding="utf-8").split("\n\n")[:2]
     assert "seeds 0 to 2" in head and len(verdicts.splitlines()) == len(CLAIMS)
     assert all(line.strip() in README for line in verdicts.splitlines())
