@@ -430,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", metavar="FILE", help="of --table: write the table there, too")
     parser.add_argument("--analyse", action="store_true", help="on held-out pictures of shapes: how much attention the thing "
                         "asked about gets, and whether soft tokens spell what they stand for")
-    parser.add_argument("--claim", nargs="+", metavar="NAME", help="train and judge miniatures of the papers' claims, and write weights/claims.txt: "
+    parser.add_argument("--claim", nargs="+", metavar="NAME", help="train and judge miniatures of the papers' claims, and write support/results/claims.txt: "
                         f"all, or some of {', '.join(CLAIMS)}")
     parser.add_argument("--seeds", type=int, default=3, help="of --claim: runs per arm (default 3)")
     parser.add_argument("--jobs", type=int, default=2, help="of --claim: runs at a time, one core each (default 2)")

@@ -147,7 +147,7 @@ def claim_report(name: str, claim: Claim, seen: dict[tuple[str, int], dict], see
     return "\n".join([f"{name}: {claim.says} ({claim.source})", *lines, *filter(None, [note])]), verdicts
 
 
-def run_claims(names: list[str], seeds: int = 3, jobs: int = 2, out: str | Path = "out/claims", file: str | Path = "weights/claims.txt",
+def run_claims(names: list[str], seeds: int = 3, jobs: int = 2, out: str | Path = "out/claims", file: str | Path = "support/results/claims.txt",
                claims=None, arms=None, common: str = COMMON, count: int = 200) -> str:
     """Train and look at every arm of these claims with seeds 0 … seeds−1, `jobs` runs at a time, and write the report.
 
