@@ -1,4 +1,5 @@
-"""What the test files share: published code's own numbers (tests/golden) and small models that hide nothing behind zeros.
+"""What the test files share: published code's own numbers (tests/golden) and small models that hide nothing
+behind zeros.
 
 A golden case is a folder with a small model of random weights, the tensors that went in and what a published
 implementation made of them (case.json names it and its version); nothing in there was computed by our code.
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from papers import make_bridge
 from papers.mllama import Mllama
-from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles                                                 # noqa: E402  (after the path)
+from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles                   # noqa: E402  (after the path)
 from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig                   # noqa: E402
 
 
@@ -47,8 +48,9 @@ def golden(name: str):
 
 
 def check(case: dict, key: str, mine: torch.Tensor, expected: torch.Tensor) -> None:
-    """Integers exactly; gradients against their largest entry; the rest elementwise. The bounds are the case's own (1e-4 in float32:
-    the references are within 1e-5 of float64, so this leaves room for another order of summation and for nothing else)."""
+    """Integers exactly; gradients against their largest entry; the rest elementwise. The bounds are the
+    case's own (1e-4 in float32: the references are within 1e-5 of float64, so this leaves room for another
+    order of summation and for nothing else)."""
     tolerance = case["tolerance"]
     assert mine.shape == expected.shape, f"{key}: shape {tuple(mine.shape)}, expected {tuple(expected.shape)}"
     if not expected.is_floating_point():
@@ -65,7 +67,8 @@ def check(case: dict, key: str, mine: torch.Tensor, expected: torch.Tensor) -> N
 
 
 def check_states(case: dict, hidden: list, expected: dict) -> None:
-    """All hidden states; a failure names the first that differs (0 = embeddings, i = after layer i) and by how much."""
+    """All hidden states; a failure names the first that differs (0 = embeddings, i = after layer i) and by
+    how much."""
     names = [k for k in expected if k.startswith("hidden_states.")]
     assert len(hidden) == len(names)
     for i, mine in enumerate(hidden):
@@ -95,13 +98,15 @@ def check_decoder(name: str, decoder: Decoder) -> None:
 
 
 def fixed_loss(y: torch.Tensor) -> torch.Tensor:
-    """The scalar whose gradients the golden cases hold: 10 · mean_i( y_i · cos(0.37 i + 0.1) ), i counts y in C order."""
+    """The scalar whose gradients the golden cases hold: 10 · mean_i( y_i · cos(0.37 i + 0.1) ), i counts y in
+    C order."""
     wave = torch.cos(0.37 * torch.arange(y.numel(), dtype=torch.float64) + 0.1).to(y.dtype)
     return 10 * (y.flatten() * wave).mean()
 
 
 def stir(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random values for every parameter, so that nothing hides behind a zero: gates open, norm weights not 1, biases not 0."""
+    """Random values for every parameter, so that nothing hides behind a zero: gates open, norm weights not 1,
+    biases not 0."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -141,7 +146,8 @@ def tiny_decoder(seed: int = 0, **changes) -> Decoder:
 def tiny_vlm(
     name: str, seed: int = 0, image_token: int | None = None, stirred: bool = True, **options
 ) -> VLM:
-    """ViT, bridge and decoder of width 32; `stirred=False` leaves the bridge as it is born (gates at zero)."""
+    """ViT, bridge and decoder of width 32; `stirred=False` leaves the bridge as it is born (gates at
+    zero)."""
     torch.manual_seed(seed)
     bridge = make_bridge(name, TINY, TINY_VIT.width, **{**SMALL[name], **options})
     bridge = stir(bridge, seed + 1) if stirred else bridge.eval()

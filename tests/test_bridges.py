@@ -1,5 +1,6 @@
-"""Claim: each bridge computes what its published code computes, gradients included, with gates open; with gates shut it leaves the
-decoder's logits alone to the bit; no word sees an image that it must not see; and padding, the cache and beams change nothing."""
+"""Claim: each bridge computes what its published code computes, gradients included, with gates open; with
+gates shut it leaves the decoder's logits alone to the bit; no word sees an image that it must not see; and
+padding, the cache and beams change nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from papers import ALL_BRIDGES, make_bridge
 from papers.blip2_stage1 import Stage1
 from papers.llama_adapter import ZeroInitV1
 from conftest import SMALL, TINY, TINY_VIT, check, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
-from model import (Bridge, Cache, Context, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM, ViTConfig,
+from model import (Bridge, Cache, Context, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM,
+                   ViTConfig,
                    next_token_loss, rope_frequencies)
 from support.formats.adapter import VISUAL_NAMES
 from support.formats.checkpoint import Checkpoint, fill
@@ -33,7 +35,7 @@ WB = ("weight", "bias")
 IMG = IMAGE
 
 
-# --- published numbers, by a table of names per case ----------------------------------------------------------------
+# --- published numbers, by a table of names per case --------------------------------------------------------
 
 
 def pour(
@@ -285,7 +287,7 @@ def test_flamingo_is_openflamingo_as_a_whole():
     check(case, "generated_ids", ids, expected["generated_ids"])
 
 
-# --- at the start -------------------------------------------------------------------------------------------------
+# --- at the start -------------------------------------------------------------------------------------------
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
 N = TINY_VIT.tokens  # 10: nine patches and the class token
@@ -334,7 +336,8 @@ def test_a_gate_at_zero_leaves_the_logits_alone_to_the_bit(name, options, image_
 
 @pytest.mark.parametrize("name, options", GATED)
 def test_a_gate_at_zero_leaves_a_bfloat16_decoder_alone_to_the_bit_and_in_bfloat16(name, options):
-    """How a GPU trains: the frozen decoder stored in bfloat16, the bridge in float32, autocast between them."""
+    """How a GPU trains: the frozen decoder stored in bfloat16, the bridge in float32, autocast between
+    them."""
     vlm = tiny_vlm(name, image_token=7, stirred=False, **options)
     vlm.decoder.to(torch.bfloat16).requires_grad_(False)
     tokens = torch.randint(61, (2, 9), generator=G())
@@ -372,12 +375,13 @@ def test_the_first_step_moves_the_gates_and_nothing_else(name, options):
         assert all(b.ff.up.weight.grad.any() and b.k.weight.grad.any() for b in bridge.blocks)
 
 
-# --- zero-init attention, the maths -----------------------------------------------------------------------------------
+# --- zero-init attention, the maths -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tanh", [False, True])
 def test_the_papers_concatenation_with_two_softmaxes_is_our_added_term(tanh):
-    """Eq. 8: S^g = [softmax(S^K) · g ; softmax(S^{M+1})] over keys [prompts ; words], times the values of both, then W_o."""
+    """Eq. 8: S^g = [softmax(S^K) · g ; softmax(S^{M+1})] over keys [prompts ; words], times the values of
+    both, then W_o."""
     decoder, l, T = tiny_decoder(), 2, 6
     bridge = stir(ZeroInit(TINY, 20, prompts=3, adapted=3, tanh=tanh))
     attention, x = decoder.layers[l].attention, torch.randn(2, T, 32, generator=G())
@@ -408,11 +412,13 @@ def test_the_papers_concatenation_with_two_softmaxes_is_our_added_term(tanh):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_one_vector_for_the_image_cannot_be_steered_by_the_question_and_one_per_prompt_can(version):
-    """Version 1 adds the same I to every prompt: q·k(I) is equal for all of them and cancels in the softmax, so the weights over the
-    prompts do not depend on the image, and the image adds tanh(g) v(I) to every word, whatever the word is."""
+    """Version 1 adds the same I to every prompt: q·k(I) is equal for all of them and cancels in the softmax,
+    so the weights over the prompts do not depend on the image, and the image adds tanh(g) v(I) to every word,
+    whatever the word is."""
     decoder, l = tiny_decoder(), 3
     bridge = stir(
-        make_bridge("zero_init", TINY, 20, prompts=4, adapted=2, version=version, width=16, depth=2, heads=2, hidden=12)
+        make_bridge("zero_init", TINY, 20, prompts=4, adapted=2, version=version, width=16, depth=2, heads=2,
+                    hidden=12)
     )
     attention, q = (
         decoder.layers[l].attention,
@@ -435,7 +441,8 @@ def test_one_vector_for_the_image_cannot_be_steered_by_the_question_and_one_per_
             assert torch.equal(
                 bridge.see(images(1)), bridge.see(patches)
             )  # I comes from the class token alone
-            # 1e-5: float32; the score of a prompt is a sum of 8 products that each round at 1e-7 of their size
+            # 1e-5: float32; the score of a prompt is a sum of 8 products that each round at 1e-7 of their
+            # size
             assert differ < 1e-5 and spread < 1e-5
             constant = bridge.gate[l].tanh().view(4, 1, 1) * attention.project(image)[1]
             torch.testing.assert_close(added[1], constant.expand_as(added[1]), atol=1e-5, rtol=1e-5)
@@ -444,7 +451,8 @@ def test_one_vector_for_the_image_cannot_be_steered_by_the_question_and_one_per_
 
 
 def test_prompts_leave_the_words_own_attention_alone():
-    """Two softmaxes: scaling the gate scales the branch, so the words' part is what remains at gate 0, bit for bit."""
+    """Two softmaxes: scaling the gate scales the branch, so the words' part is what remains at gate 0, bit
+    for bit."""
     decoder, tokens = tiny_decoder(), torch.randint(61, (1, 6), generator=G())
     bridge = stir(
         ZeroInit(TINY, 20, prompts=3, adapted=1)
@@ -462,7 +470,7 @@ def test_prompts_leave_the_words_own_attention_alone():
     )  # linear in tanh(g)
 
 
-# --- who sees what, by perturbation -----------------------------------------------------------------------------------
+# --- who sees what, by perturbation -------------------------------------------------------------------------
 
 TWO = torch.tensor([[3, IMG, 4, 5, IMG, 6, 8, 9]])                              # images at 1 and 4
 
@@ -603,7 +611,7 @@ def test_the_instruction_reaches_the_queries_and_only_they_go_on():
         tiny_vlm("qformer")(tokens, features=images(1), bridge_tokens=TEXT)
 
 
-# --- the splice -------------------------------------------------------------------------------------------------------
+# --- the splice ---------------------------------------------------------------------------------------------
 
 ROWS = [
     [3, IMG, 4, 5, IMG, 6],
@@ -615,7 +623,8 @@ ROWS = [
 
 
 def batch(rows: list, side: str):
-    """Rows of ids → tokens (B, T), mask (B, T) or None, labels: the id itself, every third one ignored (images are not: -200 % 3 is 1)."""
+    """Rows of ids → tokens (B, T), mask (B, T) or None, labels: the id itself, every third one ignored
+    (images are not: -200 % 3 is 1)."""
     T = max(map(len, rows))
     tokens, mask = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -631,7 +640,8 @@ def batch(rows: list, side: str):
     "name, image_token", [("linear", None), ("none", None), ("none", 7), ("flamingo", 7), ("flamingo", None)]
 )
 def test_the_splice_is_a_loop_over_rows(name, image_token, side, rows):
-    """What `prepare` scatters in one go, written as lists: soft tokens, the ordinary token or nothing in place of each image."""
+    """What `prepare` scatters in one go, written as lists: soft tokens, the ordinary token or nothing in
+    place of each image."""
     vlm = (
         tiny_vlm(name, image_token=image_token)
         if name != "none"
@@ -709,7 +719,7 @@ def test_a_wrong_number_of_images_is_said_in_words():
         tiny_vlm("zero_init")(TWO, features=images(2))
 
 
-# --- padding, cache and beams change nothing ---------------------------------------------------------------------------
+# --- padding, cache and beams change nothing ----------------------------------------------------------------
 
 # 1e-4 below: float32 through four layers whose matrices have other shapes, on logits of order 1 to 10
 
@@ -792,7 +802,8 @@ def test_generating_for_a_batch_is_generating_for_its_rows(name, options, beams,
 
 
 def test_a_text_without_any_image_is_read_like_one_beside_others():
-    """Flamingo's feed-forward works on words that see no image too; that must not depend on who else is in the batch."""
+    """Flamingo's feed-forward works on words that see no image too; that must not depend on who else is in
+    the batch."""
     for name in SMALL:
         vlm = tiny_vlm(name, image_token=7)
         row = torch.tensor([[3, 4, 5]])
@@ -844,14 +855,14 @@ def test_pixels_and_cached_features_are_the_same(name):
     with torch.no_grad():
         features = vlm.features(pixels)
         assert features.shape == (2, *vlm.feature_shape())
-        if vlm.bridge.reads != "pooled":                                        # see tests/papers/test_clipcap.py
+        if vlm.bridge.reads != "pooled":                                # see tests/papers/test_clipcap.py
             assert features.shape == (2, N - (not vlm.bridge.reads_cls), TINY_VIT.width)
             hidden = vlm.vit(pixels, return_hidden=True)[vlm.bridge.reads]
             assert torch.equal(features, hidden if vlm.bridge.reads_cls else hidden[:, 1:])
         assert torch.equal(vlm(tokens, pixels), vlm(tokens, features=features))
 
 
-# --- on disk, by name, by number ----------------------------------------------------------------------------------------
+# --- on disk, by name, by number ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SMALL)

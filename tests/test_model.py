@@ -1,5 +1,6 @@
-"""Claim: `Decoder` is the published LLaMA to float32 rounding, however it is run: from one file or shards, in new or old layouts,
-padded or not, with a cache or without, streamed or at once; and a weight file that does not fit is refused by name."""
+"""Claim: `Decoder` is the published LLaMA to float32 rounding, however it is run: from one file or shards, in
+new or old layouts, padded or not, with a cache or without, streamed or at once; and a weight file that does
+not fit is refused by name."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ CASES = ["llama-mha", "llama-gqa-tied", "llama-rope-llama3", "llama-sharded", "l
 
 
 def folder_of(name: str, layout: str, tmp_path):
-    """The case as a model folder: as today's library writes it, or as published checkpoints look (config.hub.json, …)."""
+    """The case as a model folder: as today's library writes it, or as published checkpoints look
+    (config.hub.json, …)."""
     folder = golden(name)[0]
     if layout == "library":
         return folder
@@ -33,7 +35,7 @@ def folder_of(name: str, layout: str, tmp_path):
     return tmp_path
 
 
-# --- the published numbers ----------------------------------------------------------------------------------------
+# --- the published numbers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["library", "hub"])
@@ -47,7 +49,8 @@ def test_bfloat16_stays_close_to_float32(name):
     folder, _, x, expected = golden(name)
     with torch.no_grad():
         mine = load_decoder(folder, dtype=torch.bfloat16)(x["input_ids"]).float()
-    # bfloat16 keeps 8 bits: each rounding is up to 2^-9 = 0.2 %, a few dozen of them in a row add like a random walk to about 1 %
+    # bfloat16 keeps 8 bits: each rounding is up to 2^-9 = 0.2 %, a few dozen of them in a row add like a
+    # random walk to about 1 %
     assert (mine - expected["logits"]).norm() <= 2e-2 * expected["logits"].norm()
 
 
@@ -56,7 +59,8 @@ def test_bfloat16_stays_close_to_float32(name):
 )
 @pytest.mark.parametrize("name", [*CASES, "qwen2-bias"])
 def test_packed_matrices_change_the_order_of_summation_and_nothing_else(name, monkeypatch):
-    """Logits, cached steps, greedy tokens and beams with every matrix packed, against the published ones and the unpacked bfloat16."""
+    """Logits, cached steps, greedy tokens and beams with every matrix packed, against the published ones and
+    the unpacked bfloat16."""
     monkeypatch.setattr("support.plumbing.packed.PACKED", range(10**9))
     folder, _, x, expected = golden(name)
     decoder = load_decoder(folder, dtype=torch.bfloat16).eval()
@@ -112,12 +116,13 @@ def test_rmsnorm_rounds_before_it_multiplies_by_the_weight():
     assert not torch.equal(norm(x), (norm.weight.float() * y).bfloat16())
 
 
-# --- attention ----------------------------------------------------------------------------------------------------
+# --- attention ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_of_a_long_text_take_the_fused_kernel_and_agree(padded, monkeypatch):
-    """Around EXPLICIT keys a decoder's logits and gradients on a CPU are the same by both roads, with padding and without."""
+    """Around EXPLICIT keys a decoder's logits and gradients on a CPU are the same by both roads, with padding
+    and without."""
     decoder, T = tiny_decoder(), 24
     tokens = torch.randint(61, (2, T), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, T, dtype=torch.bool)
@@ -163,9 +168,10 @@ def test_a_query_sees_itself_and_the_past_only():
     assert (a[:, 5:] - b[:, 5:]).abs().amax(-1).min() > 1e-4                    # all later positions move
 
 
-# --- padding and cache --------------------------------------------------------------------------------------------
+# --- padding and cache --------------------------------------------------------------------------------------
 
-# 1e-5 below: float32; another shape of the matrices sums the same terms in another order, and logits are of order 1
+# 1e-5 below: float32; another shape of the matrices sums the same terms in another order, and logits are of
+# order 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -221,7 +227,7 @@ def test_greedy_with_a_cache_is_greedy_by_recomputation(decoder):
     )  # and a batch is its singles
 
 
-# --- generation ---------------------------------------------------------------------------------------------------
+# --- generation ---------------------------------------------------------------------------------------------
 
 PROMPT = torch.randint(61, (3, 4), generator=torch.Generator().manual_seed(5))
 
@@ -257,7 +263,8 @@ def test_as_many_beams_as_words_search_exhaustively():
 
 
 def beams_by_hand(decoder, row, steps, W, stop=(), penalty=1.0):
-    """Beam search of one row as a loop, everything recomputed: an ended beam stays among the W with the score it has."""
+    """Beam search of one row as a loop, everything recomputed: an ended beam stays among the W with the score
+    it has."""
     rank = lambda b: b[0] / b[2] ** penalty
     beams = [(0.0, row, 0, False)]  # log p, text, words written, ended
     for _ in range(steps):
@@ -354,7 +361,7 @@ def test_temperature_sharpens():
         assert abs(share - torch.sigmoid(torch.tensor(1 / t))) < 0.015          # four standard deviations
 
 
-# --- weights on disk ----------------------------------------------------------------------------------------------
+# --- weights on disk ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -484,7 +491,7 @@ def test_loading_into_bfloat16_leaves_no_float32_behind():
     assert not decoder.training and not any(p.is_meta for p in decoder.parameters())
 
 
-# --- sizes --------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("V, D, hidden, L, H, G, E, tied, published", [

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import data
 from bridges import MAPL, Flamingo, QFormer, ZeroInit, ZeroInitV2
 from model import IMAGE, VLM, Attend, Bridge, causal_mask, visible_to_bias
+from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
 from papers.llama_adapter import ZeroInitV1
 from papers.mllama import Mllama
@@ -112,6 +113,13 @@ def rollout(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> T
 def _(bridge: Frozen, attention: dict[str, Tensor], features: Tensor) -> Tensor:
     N = features.shape[1]
     return torch.full((len(features), bridge.tokens, N), 1 / N, device=features.device)
+
+
+@rollout.register(ClipCap)
+@rollout.register(ClipCapTransformer)
+def _(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """Each of the K soft tokens is made of the one pooled vector: (ΣM, K, 1)."""
+    return features.new_ones(len(features), bridge.prefix(features).shape[1], 1)
 
 
 @rollout.register

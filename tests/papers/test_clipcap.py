@@ -1,4 +1,5 @@
-"""ClipCap is the authors' mapper in both forms, reads one pooled vector of a picture, and beats its blind twin in a short run."""
+"""ClipCap is the authors' mapper in both forms, reads one pooled vector of a picture, and beats its blind
+twin in a short run."""
 from __future__ import annotations
 
 import json
@@ -12,7 +13,8 @@ from conftest import TINY, TINY_VIT, check, fixed_loss, golden, tiny_vlm
 from model import IMAGE, DecoderConfig
 from papers import make_bridge
 
-MLP = {f"{a}.{w}": f"clip_project.model.{b}.{w}" for a, b in (("up", 0), ("down", 2)) for w in ("weight", "bias")}
+MLP = {f"{a}.{w}": f"clip_project.model.{b}.{w}" for a,
+       b in (("up", 0), ("down", 2)) for w in ("weight", "bias")}
 
 
 def transformer_names(layers: int) -> dict[str, str]:
@@ -21,7 +23,8 @@ def transformer_names(layers: int) -> dict[str, str]:
     for l in range(layers):
         ours, theirs = f"blocks.{l}", f"clip_project.transformer.layers.{l}"
         pairs = {"norm1": "norm1", "norm2": "norm2", "o": "attn.project", "up": "mlp.fc1", "down": "mlp.fc2"}
-        names |= {f"{ours}.{a}.{w}": f"{theirs}.{b}.{w}" for a, b in pairs.items() for w in ("weight", "bias")}
+        names |= {f"{ours}.{a}.{w}": f"{theirs}.{b}.{w}" for a,
+                  b in pairs.items() for w in ("weight", "bias")}
         names[f"{ours}.q.weight"] = f"{theirs}.attn.to_queries.weight"
     return names
 
@@ -59,7 +62,8 @@ def test_the_mlp_is_the_authors():
 
 def test_the_transformer_is_the_authors_and_is_split_behind_the_image_tokens():
     folder, case, x, expected = golden("clipcap-transformer")
-    bridge = make_bridge("clipcap_transformer", DecoderConfig(width=24), 20, tokens=6, image_tokens=3, layers=3)
+    bridge = make_bridge("clipcap_transformer", DecoderConfig(width=24), 20, tokens=6, image_tokens=3,
+                         layers=3)
     names = transformer_names(3)
     fill_mapper(bridge, load_file(folder / "model.safetensors"), names)
     y = bridge.prefix(x["x"][:, None])
@@ -95,9 +99,9 @@ def test_it_reads_the_pooled_vector_and_nothing_else(name):
 
 
 def test_a_short_run_beats_its_blind_twin(tmp_path):
-    """The frozen decoder says more about a held-out picture with its prefix than with that of an empty picture."""
-    train.main("--recipe clipcap_transformer --steps 200 --batch 32 --dtype float32 --eval-items 60 --samples 0 "
-               f"--log-every 100 --threads 1 --out {tmp_path}".split())
+    """The frozen decoder knows more of a held-out picture by its prefix than by that of an empty picture."""
+    train.main("--recipe clipcap_transformer --steps 200 --batch 32 --dtype float32 --eval-items 60 "
+               f"--samples 0 --log-every 100 --threads 1 --out {tmp_path}".split())
     held_out, _, blind = json.loads((tmp_path / "results.json").read_text())["rows"][:3]
     assert held_out["row"].endswith("held-out") and blind["row"].endswith("blind")
     assert held_out["mean"] > blind["mean"] + 0.05

@@ -1,4 +1,5 @@
-"""Claim: Llama-3.2-Vision loads by the names of published and later files and computes what transformers computes."""
+"""Claim: Llama-3.2-Vision loads by the names of published and later files and computes what transformers
+computes."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from papers.mllama import Mllama
 from support.formats.vlm import LAYOUTS
-from conftest import (SMALL_TILES, TINY, check, check_states, fixed_loss, golden, small_pictures, small_vlm, stir,
+from conftest import (SMALL_TILES, TINY, check, check_states, fixed_loss, golden, small_pictures, small_vlm,
+                      stir,
                       tiny_decoder)
 from model import Decoder, DecoderConfig, IMAGE, VLM
 from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles
@@ -47,7 +49,7 @@ def vlm(loaded):
     return loaded
 
 
-# --- transformers' numbers --------------------------------------------------------------------------------------------
+# --- transformers' numbers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names, config", [("published", "config.json"), ("published", "config.hub.json"),
@@ -129,7 +131,7 @@ def test_metas_rule_in_a_batch_with_one_two_and_no_images(vlm):
     check(CASE, "zeroed.mixed.logits", logits, EXPECTED["zeroed.mixed.logits"])
 
 
-# --- masks, by perturbation -------------------------------------------------------------------------------------------
+# --- masks, by perturbation ---------------------------------------------------------------------------------
 
 TEXT = torch.tensor([[3, 4, IMAGE, 5, IMAGE, IMAGE, 6, 8]])  # images 1 | 2 and 3, which are neighbours
 
@@ -173,7 +175,7 @@ def test_in_the_tower_padding_is_hidden_from_padding_alone():
     assert same.tolist() == [False, False, True]    # the present tile reads an absent one; the absent do not
 
 
-# --- the bridge -------------------------------------------------------------------------------------------------------
+# --- the bridge ---------------------------------------------------------------------------------------------
 
 
 def test_at_its_start_the_decoders_logits_are_the_same_bits():
@@ -216,7 +218,7 @@ def test_without_an_image_token_images_leave_no_position_and_keep_their_neighbou
     assert per_image.int().tolist() == [[0, 0, 0]] * 2 + [[1, 0, 0]] + [[0, 1, 1]] * 2
 
 
-# --- sizes and mistakes -----------------------------------------------------------------------------------------------
+# --- sizes and mistakes -------------------------------------------------------------------------------------
 
 
 def test_a_config_that_says_nothing_has_the_released_sizes():
