@@ -15,7 +15,6 @@ from bridges import QFormer
 from model import IGNORE, ViT
 from papers import make_bridge
 from papers.recipe import Recipe, Task
-from support.formats.files import write_json, write_tensors
 
 if TYPE_CHECKING:
     from support.plumbing.ranks import Ranks
@@ -180,6 +179,7 @@ class Stage1Task(Task):
         return {name: value.item() for name, value in self.last.items()}
 
     def save(self, out: Path, facts: dict) -> None:
+        from support.formats.files import write_json, write_tensors
         from train import portable_name, start_towers
         tensors = {n: p for n, p in self.module.state_dict().items() if not n.startswith("vit.")}
         write_tensors(out / "stage1.safetensors", tensors, {"stage1": "qformer"})
@@ -199,6 +199,7 @@ class Stage1Task(Task):
         return {"image to text R@1": (similar.argmax(1) == own).float().mean().item(), "text to image R@1": (similar.argmax(0) == own).float().mean().item()}
 
     def report(self, out: Path) -> None:
+        from support.formats.files import write_json
         result = self.check()
         write_json(out / "results.json", result)
         print("retrieve 100 held-out pictures and captions, %: " + "  ".join(f"{k} {100 * v:.0f}" for k, v in result.items()) + "  (a guess: 1)")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import data
 from model import EncoderBlock, ViT, ViTConfig
 from papers.recipe import Recipe, Task
-from support.formats.files import write_json
 
 if TYPE_CHECKING:
     from support.plumbing.ranks import Ranks
@@ -137,6 +136,7 @@ class ClipTask(Task):
         return {"scale": self.module.logit_scale.exp().item()}
 
     def save(self, out: Path, facts: dict) -> None:
+        from support.formats.files import write_json
         from support.formats.vision import save_vit
         save_vit(self.module.vit, out / "vit")
         write_json(out / "config.json", facts)
@@ -147,6 +147,7 @@ class ClipTask(Task):
 
     def report(self, out: Path) -> None:
         """The gate: one token at the layer that bridges read names colour, shape and place of a held-out pair above 95 %."""
+        from support.formats.files import write_json
         from support.lab.probe import linear_probe
         if self.world.name != "shapes":
             return

@@ -21,9 +21,13 @@ from conftest import SMALL, TINY, TINY_VIT, check, fixed_loss, golden, stir, tin
 from model import (Bridge, Cache, Context, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM,
                    ViTConfig,
                    next_token_loss, rope_frequencies)
-from support.formats.checkpoint import Checkpoint, expand, fill
+from support.formats.adapter import VISUAL_NAMES
+from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, write_tensors
-from support.formats.llama import META_NAMES, load_decoder
+from support.formats.flamingo import RESAMPLER_NAMES, XATTN_NAMES
+from support.formats.llama import load_decoder, meta_names
+from support.formats.mapl import MAPL_NAMES
+from support.formats.names import as_source, expand
 from support.formats.vision import load_vit
 from support.formats.vlm import load_bridge_file, load_vlm, save_vlm
 
@@ -37,20 +41,15 @@ IMG = IMAGE
 def pour(
     module: nn.Module, theirs: dict, names: dict, ours_only: tuple = (), unused: tuple = ()
 ) -> nn.Module:
-    """Give every parameter its published tensor (ours → theirs; "name[1/3]" is the second third of the rows);
-    strict both ways."""
+    """Give every parameter its published tensor (names: ours → theirs); strict both ways."""
     used = set()
     with torch.no_grad():
         for ours, p in module.named_parameters():
             if ours.startswith(ours_only):
                 continue
-            name, _, part = names.get(ours, ours).partition("[")
-            tensor = theirs[name]
-            if part:
-                i, n = map(int, part.rstrip("]").split("/"))
-                tensor = tensor.chunk(n)[i]
-            p.copy_(tensor.reshape(p.shape))
-            used.add(name)
+            source = as_source(names.get(ours, ours))
+            p.copy_(source.derive(theirs[source.name]).reshape(p.shape))
+            used.add(source.name)
     assert {k for k in theirs if not k.startswith(unused)} <= used
     return module.eval()
 
@@ -60,7 +59,8 @@ def check_grads(case: dict, expected: dict, *modules_and_names) -> None:
     mine = {}
     for module, names in modules_and_names:
         for ours, p in module.named_parameters():
-            mine.setdefault(names.get(ours, ours).partition("[")[0], []).append((names.get(ours, ours), p))
+            source = as_source(names.get(ours, ours))
+            mine.setdefault(source.name, []).append((getattr(source, "index", 0), p))
     keys = [k for k in expected if k.startswith("grad.") and k != "grad.loss"]
     assert keys
     for key in keys:
@@ -73,26 +73,6 @@ def check_grads(case: dict, expected: dict, *modules_and_names) -> None:
             else pieces[0].reshape(expected[key].shape),
             expected[key],
         )
-
-
-MAPL_NAMES = {
-    **{
-        f"blocks.{{i}}.{p}.{w}": f"transformer.layers.{{i}}.self_attn.in_proj_{w}[{n}/3]"
-        for n, p in enumerate("qkv")
-        for w in WB
-    },
-    **{
-        f"blocks.{{i}}.{a}.{w}": f"transformer.layers.{{i}}.{b}.{w}"
-        for w in WB
-        for a, b in (
-            ("o", "self_attn.out_proj"),
-            ("norm1", "norm1"),
-            ("norm2", "norm2"),
-            ("up", "linear1"),
-            ("down", "linear2"),
-        )
-    },
-}
 
 
 def test_mapl_is_the_published_mapper():
@@ -191,38 +171,6 @@ def test_zero_init_is_the_authors_adapter_with_and_without_tanh():
         )
 
 
-V2_NAMES = {
-    **{
-        f"{a}.{w}": f"{b}.{w}"
-        for w in WB
-        for a, b in (
-            ("vision", "clip_proj"),
-            ("vision_norm", "clip_proj_norm"),
-            ("project", "visual_proj"),
-            ("project_norm", "visual_proj_norm"),
-        )
-    },
-    "queries": "visual_query.weight",
-    "prompts": "adapter_query.weight",
-    **{
-        f"blocks.{{i}}.{p}.{w}": f"visual_blocks.{{i}}.attn.qkv.{w}[{n}/3]"
-        for n, p in enumerate("qkv")
-        for w in WB
-    },
-    **{
-        f"blocks.{{i}}.{a}.{w}": f"visual_blocks.{{i}}.{b}.{w}"
-        for w in WB
-        for a, b in (
-            ("o", "attn.proj"),
-            ("norm1", "norm1"),
-            ("norm2", "norm2"),
-            ("up", "mlp.fc1"),
-            ("down", "mlp.fc2"),
-        )
-    },
-}
-
-
 def test_zero_init_is_the_authors_second_version_with_images(tmp_path):
     folder, case, x, expected = golden("adapter-llama-v2-multimodal")
     adapter = load_file(folder / "adapter.safetensors")
@@ -246,12 +194,12 @@ def test_zero_init_is_the_authors_second_version_with_images(tmp_path):
             mlp_bias=True,
         )
     )  # bias tuning leaves k and v alone
-    fill(decoder, Checkpoint(tmp_path), expand(META_NAMES, 3, H=4, G=4))
+    fill(decoder, Checkpoint(tmp_path), meta_names(decoder.config))
     vit = load_vit(folder / "clip.safetensors", heads=4)
     assert vit.config == ViTConfig(image_size=28, patch=7, width=20, layers=2, heads=4, hidden=80)
     out = load_file(folder / "clip.safetensors")["clip.visual.proj"]  # (Di, width of the shared space)
     bridge = ZeroInitV2(decoder.config, 16, prompts=5, adapted=2, width=18, depth=2, heads=3, mlp=2)
-    names = expand(V2_NAMES, 2)
+    names = {**expand(VISUAL_NAMES, 2), "prompts": "adapter_query.weight"}
     pour(bridge, adapter, names, ours_only=("gate",), unused=("llama.",))
     with torch.no_grad():
         bridge.gate.copy_(
@@ -270,31 +218,6 @@ def test_zero_init_is_the_authors_second_version_with_images(tmp_path):
     for key, theirs in gates.items():
         check(case, key, bridge.gate.grad[int(key.split(".")[3])].view(1, 4, 1, 1), theirs)
     check_grads(case, expected, (bridge, names))
-
-
-RESAMPLER_NAMES = {
-    **{
-        f"layers.{{i}}.{n}.{w}": f"layers.{{i}}.0.{n}.{w}" for n in ("norm_media", "norm_latents") for w in WB
-    },
-    **{
-        f"layers.{{i}}.{p}.weight": f"layers.{{i}}.0.to_{t}.weight{part}"
-        for p, t, part in (("q", "q", ""), ("k", "kv", "[0/2]"), ("v", "kv", "[1/2]"), ("o", "out", ""))
-    },
-    **{f"layers.{{i}}.ff.norm.{w}": f"layers.{{i}}.1.0.{w}" for w in WB},
-    "layers.{i}.ff.up.weight": "layers.{i}.1.1.weight",
-    "layers.{i}.ff.down.weight": "layers.{i}.1.3.weight",
-}
-XATTN_NAMES = {
-    **{f"norm.{w}": f"attn.norm.{w}" for w in WB},
-    "q.weight": "attn.to_q.weight",
-    "k.weight": "attn.to_kv.weight[0/2]",
-    "v.weight": "attn.to_kv.weight[1/2]",
-    "o.weight": "attn.to_out.weight",
-    **{f"ff.norm.{w}": f"ff.0.{w}" for w in WB},
-    "ff.up.weight": "ff.1.weight",
-    "ff.down.weight": "ff.3.weight",
-    "attention_gate": "attn_gate",
-}
 
 
 def test_the_resampler_is_openflamingos():
@@ -337,11 +260,8 @@ def test_flamingo_is_openflamingo_as_a_whole():
     with torch.no_grad():
         decoder.embed.weight.copy_(theirs.pop("lang_encoder.model.embed_tokens.weight"))
     bridge = Flamingo(decoder.config, 20, every=2, first=1, latents=5, depth=2, heads=2, head_width=8)
-    names = {f"resampler.{a}": f"perceiver.{b}" for a, b in expand(RESAMPLER_NAMES, 2).items()}
-    names |= {f"resampler.{n}": f"perceiver.{n}" for n in ("latents", "norm.weight", "norm.bias")}
-    for n in (0, 1):
-        names |= {f"blocks.{n}.{a}": f"lang_encoder.model.layers.{2 * n + 1}.gated_cross_attn_layer.{b}"
-                  for a, b in [*XATTN_NAMES.items(), ("ff_gate", "ff_gate")]}
+    names = {**expand(RESAMPLER_NAMES, 2, "perceiver.", "resampler."),
+             **expand(XATTN_NAMES, [1, 3], "lang_encoder.model.layers.{i}.gated_cross_attn_layer.", "blocks.{i}.")}
     pour(bridge, theirs, names)
     vlm = VLM(None, bridge, decoder, image_token=71)
     is_image, mask = x["input_ids"] == 71, x["attention_mask"].bool()

@@ -1,189 +1,323 @@
-"""formats/blip2.py: BLIP-2 and InstructBLIP in the layouts of LAVIS and transformers, and BERT as a Q-Former's start."""
+"""support/formats/blip2.py: BLIP-2 and InstructBLIP of LAVIS and of transformers; a start from BERT."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
 from bridges import QFormer
-from model import Decoder, DecoderConfig, VLM, ViT
+from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig
 from papers import make_bridge
 from papers.blip2_stage1 import Stage1
-from support.formats.checkpoint import BridgeFile, Checkpoint, Fills, IGNORED, WB, expand
+from support.formats.checkpoint import BridgeFile, Checkpoint, Filling, IGNORED
 from support.formats.files import UserError, read_json
 from support.formats.hub import tower_folder
 from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names
+from support.formats.names import Names, Part, WB, ZerosLike, expand, parameters
 from support.formats.vision import EVA_NAMES, VIT_DEFAULTS, vit_config, vit_file
 
-EVA = dict(VIT_DEFAULTS["eva"], model_type="blip_2_vision_model")               # where a config is silent
-LAVIS_EVA_NAMES = {     # the authors' ViT-g; its keys have no bias: it would add the same to all scores of a query
-    "cls": "cls_token", "positions": "pos_embed", **{f"patch.{w}": f"patch_embed.proj.{w}" for w in WB},
-    **{f"blocks.{{i}}.{p}.weight": f"blocks.{{i}}.attn.qkv.weight[{n}/3]" for n, p in enumerate("qkv")},
-    **{f"blocks.{{i}}.{p}.bias": f"blocks.{{i}}.attn.{b}" for p, b in (("q", "q_bias"), ("k", "q_bias[zero]"), ("v", "v_bias"))},
-    **{f"blocks.{{i}}.{a}.{w}": f"blocks.{{i}}.{b}.{w}" for w in WB for a, b in (
-        ("o", "attn.proj"), ("norm1", "norm1"), ("norm2", "norm2"), ("up", "mlp.fc1"), ("down", "mlp.fc2"))},
-}
-QFORMER_LAYER = {       # @: "self" in the authors' files, "attention" in transformers'
-    **{f"layers.{{i}}.{a}.{x}.{w}": f"encoder.layer.{{i}}.{b}.{y}.{w}" for w in WB
-       for a, b in (("attention", "attention"), ("cross", "crossattention"))
-       for x, y in (("q", "@.query"), ("k", "@.key"), ("v", "@.value"), ("o", "output.dense"), ("norm", "output.LayerNorm"))},
-    **{f"layers.{{i}}.{a}.{x}.{w}": f"encoder.layer.{{i}}.{y}.{w}" for w in WB
-       for a, e in (("query_mlp", "_query"), ("text_mlp", ""))
-       for x, y in (("up", f"intermediate{e}.dense"), ("down", f"output{e}.dense"), ("norm", f"output{e}.LayerNorm"))},
-}
-QFORMER_NAMES = {       # ours: the authors' (LAVIS), transformers' BLIP-2, its InstructBLIP; below the blank line what Stage1 adds
-    "queries": ("query_tokens", "query_tokens", "query_tokens"),
-    "vision_norm": ("ln_vision", "vision_model.post_layernorm", "vision_model.post_layernorm"),
-    "norm": ("Qformer.bert.embeddings.LayerNorm", "qformer.layernorm", "qformer.embeddings.layernorm"),
-    **{a: (f"Qformer.bert.embeddings.{b}", f"embeddings.{b}", f"qformer.embeddings.{b}")
-       for a, b in (("words", "word_embeddings"), ("positions", "position_embeddings"))},
-    "project": ("llm_proj", "language_projection", "language_projection"),
+# ----------------------------------------------------------------------------------------------------------
+# 1. Names of tensors, ours → theirs
+# ----------------------------------------------------------------------------------------------------------
 
-    "image_head": ("vision_proj", "vision_projection", ""), "text_head": ("text_proj", "text_projection", ""),
-    "match_head": ("itm_head", "itm_head", ""), "temperature": ("temp", "", ""),
-    **{a: (f"Qformer.cls.predictions.{b}", "", "") for a, b in (
-        ("word_head", "transform.dense"), ("word_norm", "transform.LayerNorm"), ("word_matrix", "decoder"), ("word_bias", "bias"))},
+LAVIS_EVA_NAMES = {         # the authors' ViT-g (LAVIS, eva_vit.py), below "visual_encoder."
+    "cls": "cls_token",
+    "positions": "pos_embed",
+    **parameters({"patch": "patch_embed.proj"}),
+    **{f"blocks.{{i}}.{p}.weight": Part("blocks.{i}.attn.qkv.weight", n, 3) for n, p in enumerate("qkv")},
+    "blocks.{i}.q.bias": "blocks.{i}.attn.q_bias",
+    "blocks.{i}.k.bias": ZerosLike("blocks.{i}.attn.q_bias"),       # would change no softmax
+    "blocks.{i}.v.bias": "blocks.{i}.attn.v_bias",
+    **parameters({"o": "attn.proj", "norm1": "norm1", "norm2": "norm2", "up": "mlp.fc1", "down": "mlp.fc2"},
+                 "blocks.{i}.", "blocks.{i}."),
+}
+
+
+def qformer_layer_names(attention: str) -> Names:
+    """A layer of the Q-Former, BERT's with cross-attention and a second feed-forward for the queries.
+
+    attention: what the authors call "self", transformers "attention".
+    """
+    def block(theirs: str) -> dict[str, str]:
+        return {"q": f"{theirs}.{attention}.query", "k": f"{theirs}.{attention}.key",
+                "v": f"{theirs}.{attention}.value", "o": f"{theirs}.output.dense",
+                "norm": f"{theirs}.output.LayerNorm"}
+
+    def feed_forward(ending: str) -> dict[str, str]:
+        return {"up": f"intermediate{ending}.dense", "down": f"output{ending}.dense",
+                "norm": f"output{ending}.LayerNorm"}
+
+    parts = {"attention": block("attention"), "cross": block("crossattention"),
+             "query_mlp": feed_forward("_query"), "text_mlp": feed_forward("")}
+    modules = {f"{part}.{ours}": theirs for part, table in parts.items() for ours, theirs in table.items()}
+    return parameters(modules, "layers.{i}.", "encoder.layer.{i}.")
+
+
+QFORMER_NAMES = {           # ours → theirs, in each layout: LAVIS, and transformers' BLIP-2 and InstructBLIP
+    "lavis": {
+        "queries": "query_tokens",
+        "vision_norm": "ln_vision",
+        "norm": "Qformer.bert.embeddings.LayerNorm",
+        "words": "Qformer.bert.embeddings.word_embeddings",
+        "positions": "Qformer.bert.embeddings.position_embeddings",
+        "project": "llm_proj",
+    },
+    "blip2": {
+        "queries": "query_tokens",
+        "vision_norm": "vision_model.post_layernorm",
+        "norm": "qformer.layernorm",
+        "words": "embeddings.word_embeddings",
+        "positions": "embeddings.position_embeddings",
+        "project": "language_projection",
+    },
+    "instructblip": {
+        "queries": "query_tokens",
+        "vision_norm": "vision_model.post_layernorm",
+        "norm": "qformer.embeddings.layernorm",
+        "words": "qformer.embeddings.word_embeddings",
+        "positions": "qformer.embeddings.position_embeddings",
+        "project": "language_projection",
+    },
+}
+STAGE1_NAMES = {            # what the first stage adds
+    "lavis": {
+        "image_head": "vision_proj",
+        "text_head": "text_proj",
+        "match_head": "itm_head",
+        "temperature": "temp",
+        "word_head": "Qformer.cls.predictions.transform.dense",
+        "word_norm": "Qformer.cls.predictions.transform.LayerNorm",
+        "word_matrix": "Qformer.cls.predictions.decoder",
+        "word_bias": "Qformer.cls.predictions.bias",
+    },
+    "blip2": {"image_head": "vision_projection", "text_head": "text_projection", "match_head": "itm_head"},
+    "instructblip": {},
 }
 
 
 def qformer_names(layout: str, layers: int, ours: str = "") -> dict[str, str]:
-    """Ours → theirs for a Q-Former below `ours` and for Stage1's own parameters; layout: lavis | blip2 | instructblip."""
-    n = ("lavis", "blip2", "instructblip").index(layout)
-    trunk, attention = (("Qformer.bert.", "self"), ("qformer.", "attention"))[n > 0]
-    layer = {a: b.replace("@", attention) for a, b in expand(QFORMER_LAYER, layers, trunk, ours).items()}
-    return layer | {a + end: theirs[n] + end for name, theirs in QFORMER_NAMES.items() for a in (name, ours + name)
-                    for end in ("", ".weight", ".bias")}
+    """Ours → theirs for a Q-Former below `ours` and for Stage1's own parameters.
+
+    layout: lavis | blip2 | instructblip. Some entries are bare parameters, others modules; the table has a
+    name for every ending.
+    """
+    trunk, attention = ("Qformer.bert.", "self") if layout == "lavis" else ("qformer.", "attention")
+    names = expand(qformer_layer_names(attention), layers, trunk, ours)
+    for a, b in {**{ours + a: b for a, b in QFORMER_NAMES[layout].items()}, **STAGE1_NAMES[layout]}.items():
+        names |= {a + ending: b + ending for ending in ("", ".weight", ".bias")}
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. Configs
+# ----------------------------------------------------------------------------------------------------------
+
+EVA = dict(VIT_DEFAULTS["eva"], model_type="blip_2_vision_model")   # for a vision_config that is silent
 
 
 def qformer_options(c: dict, where: str, text: bool) -> dict:
-    """Keyword arguments of QFormer from a config of transformers or of `lavis`; what it leaves out has BERT-base's value."""
-    if c.get("hidden_act", "gelu") != "gelu" or c.get("layer_norm_eps", 1e-12) != 1e-12:
-        raise UserError(f"{where}: a Q-Former's hidden_act must be gelu and its layer_norm_eps 1e-12, the only published values.")
-    options = dict(width=c.get("hidden_size", 768), layers=c.get("num_hidden_layers", 12), heads=c.get("num_attention_heads", 12),
-                   hidden=c.get("intermediate_size", 3072), dropout=c.get("hidden_dropout_prob", 0.1),
-                   cross_every=c.get("cross_attention_frequency", c.get("cross_attention_freq", 2)))
-    return {**options, "vocab": c.get("vocab_size", 30522), "positions": c.get("max_position_embeddings", 512)} if text else options
+    """Keyword arguments of QFormer from a config of transformers or of `lavis`; BERT-base's sizes by default.
 
-
-def read_blip2(c: dict, path: Path) -> tuple[VLM | Stage1, Fills]:
-    """BLIP-2 and InstructBLIP of transformers: the retrieval model is a first stage (without τ and captions), the others have a decoder.
-
-    Their prompts hold one image token per query, ours one IMAGE for all of them.
+    text: whether the Q-Former reads text, too.
     """
-    where, text, layout = f"{path}/config.json", c.get("text_config", {}), c["model_type"].replace("-", "")
-    retrieval, kind = "Blip2ForImageTextRetrieval" in (c.get("architectures") or ()), text.get("model_type", "opt")
-    if not retrieval and kind != "llama":
-        other = {"t5": "an encoder-decoder", "opt": "a decoder with learned positions"}.get(kind, "unknown here")
-        raise UserError(f'{where}: the language model is "{kind}" ({other}), but only LLaMA decoders are read; '
-                        "instructblip-vicuna-7b and -13b have one.")
-    vit = ViT(vit_config({**EVA, **c.get("vision_config", {})}, where)[0])
-    decoder = None if retrieval else Decoder(decoder_config(
-        {"tie_word_embeddings": c.get("tie_word_embeddings", False), **LLAMA_DEFAULTS, **text}, where))
-    sizes = qformer_options(c.get("qformer_config", {}), where, retrieval or layout == "instructblip")
-    former = make_bridge("qformer", decoder and decoder.config, vit.config.width, queries=c.get("num_query_tokens", 32),
-                         vision_eps=vit.config.norm_eps, **sizes)
-    names = expand(EVA_NAMES, vit.config.layers, "vision_model.", "vit.")
-    if retrieval:
-        stage = Stage1(vit, former, c.get("image_text_hidden_size", 256), full=False)
-        return stage, [(stage, Checkpoint(path), names | qformer_names(layout, len(former.layers), "qformer."), ())]
-    names |= qformer_names(layout, len(former.layers), "bridge.")
+    if c.get("hidden_act", "gelu") != "gelu" or c.get("layer_norm_eps", 1e-12) != 1e-12:
+        raise UserError(f"{where}: a Q-Former's hidden_act must be gelu and its layer_norm_eps 1e-12, "
+                        "the only published values.")
+    options = dict(
+        width=c.get("hidden_size", 768), layers=c.get("num_hidden_layers", 12),
+        heads=c.get("num_attention_heads", 12), hidden=c.get("intermediate_size", 3072),
+        dropout=c.get("hidden_dropout_prob", 0.1),
+        cross_every=c.get("cross_attention_frequency", c.get("cross_attention_freq", 2)))
+    if text:
+        options |= dict(vocab=c.get("vocab_size", 30522), positions=c.get("max_position_embeddings", 512))
+    return options
+
+
+def tower_beside(path: Path, name: str) -> tuple[Path, ViTConfig, str]:
+    """The folder of a ViT that a config.json names, its config, and its family."""
+    tower = tower_folder(path, name)
+    return tower, *vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. Folders
+# ----------------------------------------------------------------------------------------------------------
+
+def read_blip2(c: dict, path: Path) -> tuple[VLM | Stage1, list[Filling]]:
+    """transformers' BLIP-2 and InstructBLIP → the empty model, and what fills it.
+
+    Blip2ForImageTextRetrieval is a first stage (without τ and captions), the others have a decoder. Their
+    prompts hold one image token per query, ours one IMAGE for all of them.
+    """
+    where, layout = f"{path}/config.json", c["model_type"].replace("-", "")
+    if "Blip2ForImageTextRetrieval" in (c.get("architectures") or ()):
+        return read_retrieval(c, path, layout)
+    text = c.get("text_config", {})
+    kind = text.get("model_type", "opt")
+    if kind != "llama":
+        others = {"t5": "an encoder-decoder", "opt": "a decoder with learned positions"}
+        raise UserError(f'{where}: the language model is "{kind}" ({others.get(kind, "unknown here")}), but '
+                        "only LLaMA decoders are read; instructblip-vicuna-7b and -13b have one.")
+    tied = {"tie_word_embeddings": c.get("tie_word_embeddings", False)}
+    decoder = Decoder(decoder_config({**tied, **LLAMA_DEFAULTS, **text}, where))
+    reads_text = layout == "instructblip"
+    vit, former, names = vision_part(c, where, layout, decoder.config, "bridge.", reads_text)
     names |= decoder_names(decoder.config, "language_model.model.", "language_model.", "decoder.")
     vlm = VLM(vit, former, decoder, c.get("image_token_index"))
-    return vlm, [(vlm, Checkpoint(path), names, ("language_model.lm_head.",) if decoder.config.tied else ())]
+    optional = ("language_model.lm_head.",) if decoder.config.tied else ()
+    return vlm, [Filling(vlm, Checkpoint(path), names, optional)]
 
 
-def read_lavis(c: dict, path: Path) -> tuple[Stage1, Fills]:
-    """BLIP-2's first stage as its authors publish it: Qformer.*, query_tokens, ln_vision, the heads, and perhaps visual_encoder.*
+def read_retrieval(c: dict, path: Path, layout: str) -> tuple[Stage1, list[Filling]]:
+    vit, former, names = vision_part(c, f"{path}/config.json", layout, None, "qformer.", text=True)
+    stage = Stage1(vit, former, c.get("image_text_hidden_size", 256), full=False)
+    return stage, [Filling(stage, Checkpoint(path), names)]
 
-    Their files have no config.json; the one we agree on says "model_type": "blip2_qformer_lavis", and of vocab_size, hidden_size,
-    num_hidden_layers, num_attention_heads, intermediate_size, max_position_embeddings, encoder_width, cross_attention_freq,
-    num_query_token, embed_dim, bos_token_id ([DEC]) those that differ from the release. The ViT is visual_encoder.* of the file,
-    with ViT-g's sizes or those of a "vision_config" in transformers' words; else the folder "vit", which load_vit reads
-    (and "vit_layer": -2 for CLIP's ViT-L, whose last block the authors drop); else there is none, and the model takes features.
+
+def vision_part(c: dict, where: str, layout: str, decoder: DecoderConfig | None, ours: str,
+                text: bool) -> tuple[ViT, QFormer, Names]:
+    """ViT and Q-Former of transformers' BLIP-2 and InstructBLIP, and their names.
+
+    ours: the prefix of the Q-Former's names. text: whether it reads text, too.
     """
-    where, file, config, left = f"{path}/config.json", Checkpoint(path), None, ()
-    if inside := any(n.startswith("visual_encoder.") for n in file.where):
+    vit = ViT(vit_config({**EVA, **c.get("vision_config", {})}, where)[0])
+    options = qformer_options(c.get("qformer_config", {}), where, text)
+    former = make_bridge("qformer", decoder, vit.config.width, queries=c.get("num_query_tokens", 32),
+                         vision_eps=vit.config.norm_eps, **options)
+    names = {**expand(EVA_NAMES, vit.config.layers, "vision_model.", "vit."),
+             **qformer_names(layout, len(former.layers), ours)}
+    return vit, former, names
+
+
+def read_lavis(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
+    """BLIP-2's first stage as its authors publish it: Qformer.*, query_tokens, ln_vision, the heads.
+
+    Their files have no config.json. Ours for them says "model_type": "blip2_qformer_lavis", and of
+    vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size,
+    max_position_embeddings, encoder_width, cross_attention_freq, num_query_token, embed_dim and bos_token_id
+    ([DEC]) those that differ from the release.
+
+    The ViT is visual_encoder.* of the file, with ViT-g's sizes or those of a "vision_config" in transformers'
+    words. Else it is the folder "vit", which load_vit reads ("vit_layer": -2 for CLIP's ViT-L, whose last
+    block the authors drop). Without either there is none, and the model takes features.
+    """
+    where, file = f"{path}/config.json", Checkpoint(path)
+    inside = any(name.startswith("visual_encoder.") for name in file.where)
+    tower = config = family = None
+    if inside:
         config = vit_config({**EVA, **c.get("vision_config", {})}, where)[0]
     elif "vit" in c:
-        tower = tower_folder(path, c["vit"])
-        config, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
-    vit = ViT(config) if config else None
-    former = QFormer(None, config.width if config else c.get("encoder_width", 1408), c.get("num_query_token", 32),
-                     **qformer_options({"vocab_size": 30523, **c}, where, True))
+        tower, config, family = tower_beside(path, c["vit"])
+    Di = config.width if config else c.get("encoder_width", 1408)
+    options = qformer_options({"vocab_size": 30523, **c}, where, text=True)
+    former = QFormer(None, Di, c.get("num_query_token", 32), **options)
     former.reads = c.get("vit_layer", -1)
     names = qformer_names("lavis", len(former.layers), "qformer.")
-    matrix, words = names["word_matrix.weight"], names["words.weight"]
-    tied = not {matrix, words} <= set(file.where) or torch.equal(file.get(matrix), file.get(words))
-    stage = Stage1(vit, former, c.get("embed_dim", 256), tied=tied, dec=c.get("bos_token_id"))
+    matrix, words = names["word_matrix.weight"], names["qformer.words.weight"]
+    tied = file.missing(matrix) or file.missing(words) or torch.equal(file.get(matrix), file.get(words))
+    stage = Stage1(ViT(config) if config else None, former, c.get("embed_dim", 256), tied=tied,
+                   dec=c.get("bos_token_id"))
+    optional = (names["word_matrix.bias"], *([matrix] if tied else ()))
     if inside:
         names |= {f"vit.post_norm.{w}": f"ln_vision.{w}" for w in WB}
         names |= expand(LAVIS_EVA_NAMES, config.layers, "visual_encoder.", "vit.")
-    elif vit:
-        beside, theirs, left = vit_file(tower, config, family)                  # one model out of two files
-        file.where, file.files, file.path = file.where | beside.where, file.files | beside.files, f"{path} and {tower}"
-        names |= {f"vit.{a}": b for a, b in theirs.items()}
-    return stage, [(stage, file, names, (names["word_matrix.bias"], *left, *([matrix] if tied else ())))]
+    elif tower:
+        optional += include_vit(file, names, tower, config, family)
+        file.path = f"{path} and {tower}"
+    return stage, [Filling(stage, file, names, optional)]
 
 
-def read_own_stage1(c: dict, path: Path) -> tuple[Stage1, Fills]:
+def read_own_stage1(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
     """A run of train.py's recipe blip2-1: stage1.safetensors in our own names, and the folder of the ViT."""
-    tower = tower_folder(path, c["vit"])
-    config, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
+    tower, config, family = tower_beside(path, c["vit"])
     former = make_bridge("qformer", None, config.width, **c["bridge_options"])
     stage = Stage1(ViT(config), former, c["contrast"], dec=c["dec"])
-    file, (beside, theirs, left) = Checkpoint(path / "stage1.safetensors"), vit_file(tower, config, family)
-    file.where, file.files = file.where | beside.where, file.files | beside.files
-    return stage, [(stage, file, {f"vit.{a}": b for a, b in theirs.items()}, left)]
+    file, names = Checkpoint(path / "stage1.safetensors"), {}
+    optional = include_vit(file, names, tower, config, family)
+    return stage, [Filling(stage, file, names, optional)]
 
 
-def init_from_bert(module: QFormer | Stage1, path) -> None:
-    """Start a Q-Former, or a whole first stage, from a BERT folder (BLIP-2, §3.1; LAVIS: Blip2Base.init_Qformer, Blip2Qformer).
-
-    ours                                                                  from BERT
-    words, positions, norm, attention, text_mlp, the captioning head      the tensor of that name
-    query_mlp                                                             the text's feed-forward of the same layer
-    cross, queries, vision_norm, project, the other heads, words beyond BERT's ([DEC])    nothing: they stay as they are
-
-    BERT's token types, pooler and next-sentence head are left out, so that the text branch is not quite BERT even at the start.
-    """
-    file, former = Checkpoint(path), getattr(module, "qformer", module)
-    bert, old = file.prefix("bert.", ""), any(n.endswith("LayerNorm.gamma") for n in file.where)
-    names = qformer_names("lavis", len(former.layers), "" if former is module else "qformer.")
-    names = {a: b for a, b in names.items() if b.startswith("Qformer.")}
-    norms = (("Norm.weight", "Norm.gamma"), ("Norm.bias", "Norm.beta")) if old else ()
-    for a, b in (("Qformer.bert.", bert), ("Qformer.", ""), ("_query", ""), *norms):
-        names = {ours: theirs.replace(a, b) for ours, theirs in names.items()}
-    unused = ("embeddings.token_type_embeddings.", "pooler.", "cls.seq_relationship.", "cls.predictions.decoder.")
-    known = {*names.values(), *(n for n in file.where if n.removeprefix(bert).startswith(unused) or n.endswith(IGNORED))}
-    if extra := [n for n in file.where if n not in known]:
-        raise UserError(f'{file.path}: {len(extra)} tensors have no place in this Q-Former (first: "{extra[0]}"); '
-                        "build it in BERT's sizes.")
-    for ours, p in module.named_parameters():
-        if ours in names and "cross" not in ours and ours != "word_matrix.weight":
-            shape, rows = file.shape(names[ours]), len(p)
-            if ours.endswith(("words.weight", "word_bias")):                    # the words that we add come last
-                rows = min(shape[0], rows)
-            if shape != p[:rows].shape:
-                raise UserError(f'{file.path}: tensor "{names[ours]}" has shape {shape}, the Q-Former\'s {ours} {tuple(p.shape)}; '
-                                "build the Q-Former in BERT's sizes.")
-            p.data[:rows].copy_(file.get(names[ours]))
+def include_vit(file: Checkpoint, names: Names, tower: Path, config: ViTConfig,
+                family: str) -> tuple[str, ...]:
+    """Add a ViT's own folder to a checkpoint and its names to the table → starts of what may be left over."""
+    beside, theirs, optional = vit_file(tower, config, family)
+    file.include(beside)
+    names |= {f"vit.{ours}": name for ours, name in theirs.items()}
+    return optional
 
 
-def qformer_file(file: Checkpoint, beside: dict, **options) -> BridgeFile:
-    """A Q-Former out of an authors' file of any stage, or transformers' Blip2QFormerModel, which has neither queries nor ln_vision.
+def qformer_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
+    """A Q-Former out of an authors' file of any stage, or out of transformers' Blip2QFormerModel.
 
-    The projection comes along where the file holds one, the text branch where it holds words. Sizes: config.json's, else BERT-base's.
+    The latter has neither queries nor ln_vision. The projection comes along where the file holds one, the
+    text branch where it holds words. Sizes: those of the config, else BERT-base's.
     """
     layout = "lavis" if file.prefix("Qformer.", "") else "blip2"
-    names = qformer_names(layout, beside.get("num_hidden_layers", 12))
-    names = {a: b.removeprefix("qformer.") for a, b in names.items()}
+    names = qformer_names(layout, config.get("num_hidden_layers", 12))
+    names = {ours: theirs.removeprefix("qformer.") for ours, theirs in names.items()}
     project = file.prefix("llm_proj.", "llama_proj.", "opt_proj.", "t5_proj.")
     names |= {f"project.{w}": project + w for w in WB}
-    queries, words, D = (file.shape(names[n])[at] if names[n] in file.where else 0 for n, at in (
-        ("queries", 1), ("words.weight", 0), ("project.weight", 0)))
-    sizes = qformer_options({**beside, "vocab_size": words}, str(file.path), bool(words))
-    sizes |= dict(queries=queries, vision_eps=1e-5 if "ln_vision.weight" in file.where else None)
+
+    def size(ours: str, axis: int) -> int:
+        return 0 if file.missing(names[ours]) else file.shape(names[ours])[axis]
+
+    queries, words, D = size("queries", 1), size("words.weight", 0), size("project.weight", 0)
+    sizes = qformer_options({**config, "vocab_size": words}, str(file.path), bool(words))
+    sizes |= dict(queries=queries, vision_eps=None if file.missing("ln_vision.weight") else 1e-5)
     Di = file.shape(names["layers.0.cross.k.weight"])[1]
     bridge = make_bridge("qformer", DecoderConfig(width=D) if D else None, Di, **{**sizes, **options})
-    return bridge, names, ("Qformer.cls.", "vision_proj.", "text_proj.", "itm_head.", "temp", "visual_encoder.", "llm_model.",
-                           "llama_model.", "opt_model.", "t5_model.")
+    return BridgeFile(bridge, names, (
+        "Qformer.cls.", "vision_proj.", "text_proj.", "itm_head.", "temp", "visual_encoder.",
+        "llm_model.", "llama_model.", "opt_model.", "t5_model."))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. BERT
+# ----------------------------------------------------------------------------------------------------------
+
+BERT_UNUSED = ("embeddings.token_type_embeddings.", "pooler.", "cls.seq_relationship.",
+               "cls.predictions.decoder.")
+
+
+def init_from_bert(module: QFormer | Stage1, path: str | os.PathLike) -> None:
+    """Start a Q-Former, or a whole first stage, from a BERT folder (BLIP-2, 2301.12597v3, §3.1).
+
+    As LAVIS does it (Blip2Base.init_Qformer, Blip2Qformer):
+
+        ours                                                                from BERT
+        words, positions, norm, attention, text_mlp, the captioning head    the tensor of that name
+        query_mlp                                                           the text's feed-forward there
+        cross, queries, vision_norm, project, the other heads, new words    nothing: they stay as they are
+
+    BERT's token types, pooler and next-sentence head are left out, so even at the start the text branch is
+    not quite BERT. A tensor of another size, or one that has no place, is a UserError.
+    """
+    file, former = Checkpoint(path), getattr(module, "qformer", module)
+    names = bert_names(file, len(former.layers), "" if former is module else "qformer.")
+    bert = file.prefix("bert.", "")
+    unused = {n for n in file.where if n.removeprefix(bert).startswith(BERT_UNUSED) or n.endswith(IGNORED)}
+    if extra := [name for name in file.where if name not in unused and name not in names.values()]:
+        raise UserError(f"{file.path}: {len(extra)} tensors have no place in this Q-Former "
+                        f'(first: "{extra[0]}"); build it in BERT\'s sizes.')
+    for ours, parameter in module.named_parameters():
+        if ours not in names or "cross" in ours or ours == "word_matrix.weight":
+            continue
+        shape, rows = file.shape(names[ours]), len(parameter)
+        if ours.endswith(("words.weight", "word_bias")):            # the words that we add come last
+            rows = min(shape[0], rows)
+        if shape != parameter[:rows].shape:
+            raise UserError(f'{file.path}: tensor "{names[ours]}" has shape {shape}, the Q-Former\'s {ours} '
+                            f"{tuple(parameter.shape)}; build the Q-Former in BERT's sizes.")
+        parameter.data[:rows].copy_(file.get(names[ours]))
+
+
+def bert_names(file: Checkpoint, layers: int, ours: str) -> dict[str, str]:
+    """The authors' names of a Q-Former, as BERT's file has them; old files say gamma and beta."""
+    names = {a: b for a, b in qformer_names("lavis", layers, ours).items() if b.startswith("Qformer.")}
+    changes = [("Qformer.bert.", file.prefix("bert.", "")), ("Qformer.", ""), ("_query", "")]
+    if any(name.endswith("LayerNorm.gamma") for name in file.where):
+        changes += [("Norm.weight", "Norm.gamma"), ("Norm.bias", "Norm.beta")]
+    for old, new in changes:
+        names = {a: b.replace(old, new) for a, b in names.items()}
+    return names

@@ -1,4 +1,4 @@
-"""formats/files.py: JSON and tensor files, written atomically, and the sentence that a user's mistake gets."""
+"""support/formats/files.py: JSON and tensor files, written atomically, and the error for a user's mistake."""
 from __future__ import annotations
 
 import contextlib
@@ -15,12 +15,12 @@ from model import nearest                           # noqa: F401  (asked for her
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one sentence that says what is wrong, where, and what to do. The CLIs exit with code 2."""
+    """A mistake of the user's in one sentence: what is wrong, where, what to do. Exit code 2."""
 
 
 @contextlib.contextmanager
 def at_the_door(where: str = "") -> Iterator[None]:
-    """A number that the math refuses (ValueError) becomes the user's mistake, with the place where it stands in front."""
+    """Turn a ValueError of the math into a UserError, with the file or config in front that it is about."""
     try:
         yield
     except UserError:
@@ -29,18 +29,36 @@ def at_the_door(where: str = "") -> Iterator[None]:
         raise UserError(f"{where}: {e}" if where else str(e)) from None
 
 
-def read_json(path: Path) -> dict:
+@contextlib.contextmanager
+def reading_config(where: str, kind: str) -> Iterator[None]:
+    """A door for configs: a missing key is a UserError, and so is a number that the math refuses.
+
+    kind: which config has that key, for the message ("a Llama config.json").
+    """
+    with at_the_door(where):
+        try:
+            yield
+        except KeyError as e:
+            raise UserError(f"{where}: the key {e} is missing; {kind} has it.") from None
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The content of a JSON file; a missing or broken one is a UserError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a model folder needs config.json beside its weights.") from None
+        raise UserError(f"{path}: no such file; "
+                        "a model folder needs config.json beside its weights.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid JSON ({e}).") from None
 
 
 @contextlib.contextmanager
 def atomically(path: str | os.PathLike) -> Iterator[Path]:
-    """Write to a temporary name, flush to the disk, rename: a reader or a crash sees the old file or the new one, never half."""
+    """Write to a temporary name, flush it to the disk, rename it.
+
+    A reader or a crash at any moment finds the old file or the new one, never half of one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -63,6 +81,9 @@ def write_json(path: str | os.PathLike, value) -> None:
         tmp.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor],
+                  metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; `metadata` are strings in its header."""
     with atomically(path) as tmp:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, {"format": "pt", **(metadata or {})})
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, tmp, {"format": "pt", **(metadata or {})})

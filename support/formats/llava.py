@@ -1,96 +1,139 @@
-"""formats/llava.py: LLaVA in its authors' layout and in transformers', read and written."""
+"""support/formats/llava.py: LLaVA in its authors' layout and in transformers', read and written."""
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import Decoder, VLM, ViT
 from papers import make_bridge
-from support.formats.checkpoint import Checkpoint, Fills, WB, expand, published_tensors
+from support.formats.checkpoint import Checkpoint, Filling, published_tensors
 from support.formats.files import UserError, read_json, write_json, write_tensors
 from support.formats.hub import tower_folder
 from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names, hf_decoder_config
+from support.formats.names import expand, parameters
 from support.formats.vision import CLIP_DEFAULTS, VIT_NAMES, hf_vit_config, vit_config, vit_file
 
+# mm_projector_type of the authors → our bridge, and its maps in their nn.Sequential
+PROJECTORS = {"linear": ("linear", {"map": "mm_projector"}),
+              "mlp2x_gelu": ("mlp", {"up": "mm_projector.0", "down": "mm_projector.2"})}
 
-def read_llava_model(c: dict, path: Path) -> tuple[VLM, Fills]:
-    """LLaVA in the authors' layout (Llama's names, model.mm_projector, the ViT in a folder of its own) or in transformers'."""
-    return (llava_hf if "text_config" in c else llava_original)(c, path)
+
+def read_llava(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
+    """A LLaVA folder → the empty model, and what fills it; the config.json tells whose layout it is."""
+    return (read_hf if "text_config" in c else read_original)(c, path)
 
 
-def llava_hf(c: dict, path: Path) -> tuple[VLM, Fills]:
-    """Three generations of transformers put different prefixes in front of the same names; the file tells which."""
+def read_hf(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
+    """transformers' LlavaForConditionalGeneration.
+
+    Three generations of transformers put different prefixes before the same names; the file tells which.
+    """
     where, file = f"{path}/config.json", Checkpoint(path)
-    layer, keep = c.get("vision_feature_layer", -2), c.get("vision_feature_select_strategy", "default") == "full"
-    if not isinstance(layer, int) or c.get("projector_hidden_act", "gelu") != "gelu" or not c.get("multimodal_projector_bias", True):
-        raise UserError(f"{where}: features of several layers and projectors other than Linear, GELU, Linear are not supported.")
-    decoder = Decoder(decoder_config({"tie_word_embeddings": c.get("tie_word_embeddings", False), **LLAMA_DEFAULTS, **c["text_config"]}, where))
+    layer = c.get("vision_feature_layer", -2)
+    two_layers = c.get("projector_hidden_act", "gelu") == "gelu" and c.get("multimodal_projector_bias", True)
+    if not isinstance(layer, int) or not two_layers:
+        raise UserError(f"{where}: features of several layers and projectors other than Linear, GELU, Linear "
+                        "are not supported.")
+    tied = {"tie_word_embeddings": c.get("tie_word_embeddings", False)}
+    decoder = Decoder(decoder_config({**tied, **LLAMA_DEFAULTS, **c["text_config"]}, where))
     vit = ViT(vit_config({**CLIP_DEFAULTS, **c["vision_config"]}, where)[0])
-    vlm = VLM(vit, make_bridge("mlp", decoder.config, vit.config.width, reads=layer, reads_cls=keep), decoder)
-    tower = file.prefix("vision_tower.vision_model.", "model.vision_tower.vision_model.", "model.vision_tower.", "vision_tower.")
+    class_token = c.get("vision_feature_select_strategy", "default") == "full"
+    bridge = make_bridge("mlp", decoder.config, vit.config.width, reads=layer, reads_cls=class_token)
+    tower = file.prefix("vision_tower.vision_model.", "model.vision_tower.vision_model.",
+                        "model.vision_tower.", "vision_tower.")
     trunk = file.prefix("language_model.model.", "model.language_model.")
     head = "language_model." if trunk == "language_model.model." else ""
-    map = file.prefix("model.multi_modal_projector.", "multi_modal_projector.")
+    projector = file.prefix("model.multi_modal_projector.", "multi_modal_projector.")
     names = {**expand(VIT_NAMES, vit.config.layers, tower, "vit."),
              **decoder_names(decoder.config, trunk, head, "decoder."),
-             **{f"bridge.{a}.{w}": f"{map}linear_{b}.{w}" for w in WB for a, b in (("up", 1), ("down", 2))}}
-    return vlm, [(vlm, file, names, (head + "lm_head.",) if decoder.config.tied else ())]
+             **parameters({"up": "linear_1", "down": "linear_2"}, "bridge.", projector)}
+    vlm = VLM(vit, bridge, decoder)
+    return vlm, [Filling(vlm, file, names, (head + "lm_head.",) if decoder.config.tied else ())]
 
 
-def llava_original(c: dict, path: Path) -> tuple[VLM, Fills]:
+def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
+    """The authors' layout (github.com/haotian-liu/LLaVA): Llama's names, a ViT of its own."""
     where, kind = f"{path}/config.json", c.get("mm_projector_type", "linear")
-    ours = {"linear": {"map": ""}, "mlp2x_gelu": {"up": "0.", "down": "2."}}    # mm_projector_type → our layer → theirs
-    if kind not in ours:
-        raise UserError(f'{where}: mm_projector_type "{kind}" is not supported; known: {", ".join(ours)}.')
+    if kind not in PROJECTORS:
+        raise UserError(f'{where}: mm_projector_type "{kind}" is not supported; '
+                        f'known: {", ".join(PROJECTORS)}.')
+    name, maps = PROJECTORS[kind]
     tower = tower_folder(path, c["mm_vision_tower"])
-    config, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
+    vit, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
     decoder = Decoder(decoder_config(c, where))
-    bridge = make_bridge("linear" if kind == "linear" else "mlp", decoder.config, config.width,
-                         reads=c.get("mm_vision_select_layer", -2), reads_cls=c.get("mm_vision_select_feature", "patch") == "cls_patch")
-    vlm = VLM(ViT(config), bridge, decoder)
-    names = {**decoder_names(decoder.config, ours="decoder."),
-             **{f"bridge.{a}.{w}": f"model.mm_projector.{b}{w}" for w in WB for a, b in ours[kind].items()}}
-    return vlm, [(vlm.vit, *vit_file(tower, config, family)),
-                 (nn.ModuleDict({"bridge": bridge, "decoder": decoder}), Checkpoint(path), names, ("model.vision_tower.",))]
+    bridge = make_bridge(name, decoder.config, vit.width, reads=c.get("mm_vision_select_layer", -2),
+                         reads_cls=c.get("mm_vision_select_feature", "patch") == "cls_patch")
+    vlm = VLM(ViT(vit), bridge, decoder)
+    names = {**decoder_names(decoder.config, ours="decoder."), **parameters(maps, "bridge.", "model.")}
+    without_vit = nn.ModuleDict({"bridge": bridge, "decoder": decoder})
+    return vlm, [Filling(vlm.vit, *vit_file(tower, vit, family)),
+                 Filling(without_vit, Checkpoint(path), names, ("model.vision_tower.",))]
 
 
 def save_llava(vlm: VLM, path: Path) -> None:
-    """A folder that transformers' LlavaForConditionalGeneration opens, in the layout of the hub's files.
+    """Write an mlp bridge between its towers as transformers' LlavaForConditionalGeneration opens it.
 
-    Its projector is always Linear, GELU, Linear of the decoder's width. A linear bridge fits exactly where 2 Di ≤ D, because
-    GELU(x) − GELU(−x) = x Φ(x) + x Φ(−x) = x:  W_1 = [1 ; −1 ; 0],  W_2 = [W, −W, 0].
+    LLaVA's projector has the decoder's width inside; an mlp of another width is a UserError.
     """
-    bridge, c, Di = vlm.bridge, vlm.decoder.config, vlm.vit.config.width
-    if bridge.name == "mlp":
-        if len(bridge.up.weight) != c.width:
-            raise UserError(f"{path}: LLaVA's projector has the decoder's width, {c.width}, inside, this mlp bridge has {len(bridge.up.weight)}.")
-        maps = (bridge.up, bridge.down)
-    else:
-        if 2 * Di > c.width:
-            raise UserError(f"{path}: transformers' LLaVA has no linear projector, and its two-layer one can only act as this {Di} → {c.width} map "
-                            f"where the decoder is at least {2 * Di} wide; train --bridge mlp to export.")
-        maps = nn.Linear(Di, c.width), nn.Linear(c.width, c.width)
-        with torch.no_grad():
-            maps[0].weight.copy_(torch.cat((torch.eye(Di), -torch.eye(Di), torch.zeros(c.width - 2 * Di, Di))))
-            maps[1].weight.copy_(torch.cat((bridge.map.weight, -bridge.map.weight, torch.zeros(c.width, c.width - 2 * Di)), 1))
-            maps[0].bias.zero_()
-            maps[1].bias.copy_(torch.zeros(c.width) if bridge.map.bias is None else bridge.map.bias)
-    theirs = {**expand(VIT_NAMES, vlm.vit.config.layers, "vision_tower.vision_model.", "vit."),
-              **decoder_names(c, "language_model.model.", "language_model.", "decoder.")}
-    tensors = published_tensors(nn.ModuleDict({"vit": vlm.vit, "decoder": vlm.decoder}), theirs)
-    tensors |= {f"multi_modal_projector.linear_{n}.{w}": getattr(m, w) for n, m in enumerate(maps, 1) for w in WB}
-    image, rows = vlm.image_token, c.vocab_size
-    if image is None:                                   # transformers marks the places of an image by a word of its own
-        image, rows = rows, rows + 1
-        for n in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
-            if n in tensors:
-                tensors[n] = torch.cat((tensors[n], torch.zeros(1, c.width, dtype=tensors[n].dtype)))
+    D, up, down = vlm.decoder.config.width, vlm.bridge.up, vlm.bridge.down
+    if len(up.weight) != D:
+        raise UserError(f"{path}: LLaVA's projector has the decoder's width, {D}, inside, "
+                        f"this mlp bridge has {len(up.weight)}.")
+    write_llava(vlm, path, {"linear_1.weight": up.weight, "linear_1.bias": up.bias,
+                            "linear_2.weight": down.weight, "linear_2.bias": down.bias})
+
+
+def save_llava_linear(vlm: VLM, path: Path) -> None:
+    """The same for a linear bridge, as a two-layer projector; a UserError where the decoder is too narrow."""
+    D, Di = vlm.decoder.config.width, vlm.vit.config.width
+    if 2 * Di > D:
+        raise UserError(f"{path}: transformers' LLaVA has no linear projector, and its two-layer one can "
+                        f"only act as this {Di} → {D} map where the decoder is at least {2 * Di} wide; "
+                        "train --bridge mlp to export.")
+    write_llava(vlm, path, linear_as_mlp(vlm.bridge.map))
+
+
+@torch.no_grad()
+def linear_as_mlp(map: nn.Linear) -> dict[str, Tensor]:
+    """W x + b as W_2 GELU(W_1 x) + b, exact where 2 Di ≤ D.
+
+    GELU(x) − GELU(−x) = x Φ(x) + x Φ(−x) = x, where Φ is the normal distribution function. So
+    W_1 = [1 ; −1 ; 0] of shape (D, Di) and W_2 = [W, −W, 0] of shape (D, D).
+    """
+    D, Di = map.weight.shape
+    identity, unused = torch.eye(Di), D - 2 * Di
+    return {"linear_1.weight": torch.cat((identity, -identity, torch.zeros(unused, Di))),
+            "linear_1.bias": torch.zeros(D),
+            "linear_2.weight": torch.cat((map.weight, -map.weight, torch.zeros(D, unused)), 1),
+            "linear_2.bias": torch.zeros(D) if map.bias is None else map.bias}
+
+
+def write_llava(vlm: VLM, path: Path, projector: dict[str, Tensor]) -> None:
+    """The folder: both towers, the projector, and a config.json, in the layout of the hub's files."""
+    c, vit, bridge = vlm.decoder.config, vlm.vit.config, vlm.bridge
+    names = {**expand(VIT_NAMES, vit.layers, "vision_tower.vision_model.", "vit."),
+             **decoder_names(c, "language_model.model.", "language_model.", "decoder.")}
+    tensors = published_tensors(nn.ModuleDict({"vit": vlm.vit, "decoder": vlm.decoder}), names)
+    tensors |= {f"multi_modal_projector.{name}": tensor for name, tensor in projector.items()}
+    image, vocab_size = vlm.image_token, c.vocab_size
+    if image is None:                                   # transformers marks an image's place by a word
+        image, vocab_size = vocab_size, vocab_size + 1
+        for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+            if name in tensors:
+                row = torch.zeros(1, c.width, dtype=tensors[name].dtype)
+                tensors[name] = torch.cat((tensors[name], row))
+    all_tokens = bridge.reads_cls or not vit.cls
     write_tensors(path / "model.safetensors", tensors)
     write_json(path / "config.json", {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": image,
-        "image_seq_length": vlm.vit.config.tokens - (vlm.vit.config.cls and not bridge.reads_cls), "projector_hidden_act": "gelu",
-        "vision_feature_layer": bridge.reads, "tie_word_embeddings": c.tied,
-        "vision_feature_select_strategy": "full" if bridge.reads_cls or not vlm.vit.config.cls else "default",
-        "text_config": {**hf_decoder_config(c), "vocab_size": rows}, "vision_config": hf_vit_config(vlm.vit.config)})
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image,
+        "image_seq_length": vit.tokens if all_tokens else vit.tokens - 1,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": bridge.reads,
+        "tie_word_embeddings": c.tied,
+        "vision_feature_select_strategy": "full" if all_tokens else "default",
+        "text_config": {**hf_decoder_config(c), "vocab_size": vocab_size},
+        "vision_config": hf_vit_config(vit)})

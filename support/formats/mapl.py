@@ -1,20 +1,23 @@
-"""formats/mapl.py: MAPL's mapper as its authors publish it."""
+"""support/formats/mapl.py: MAPL's mapper as its authors publish it."""
 from __future__ import annotations
 
 from model import DecoderConfig
 from papers import make_bridge
-from support.formats.checkpoint import BridgeFile, Checkpoint, WB, expand
+from support.formats.checkpoint import BridgeFile, Checkpoint
+from support.formats.names import expand, parameters, split_qkv
 
-MAPL_NAMES = {          # the authors' MappingNetwork
-    **{f"blocks.{{i}}.{p}.{w}": f"transformer.layers.{{i}}.self_attn.in_proj_{w}[{n}/3]" for n, p in enumerate("qkv") for w in WB},
-    **{f"blocks.{{i}}.{a}.{w}": f"transformer.layers.{{i}}.{b}.{w}" for w in WB for a, b in (
-        ("o", "self_attn.out_proj"), ("norm1", "norm1"), ("norm2", "norm2"), ("up", "linear1"), ("down", "linear2"))},
+MAPL_NAMES = {              # the authors' MappingNetwork (github.com/mair-lab/mapl)
+    **split_qkv("blocks.{i}.", "transformer.layers.{i}.self_attn.in_proj_"),
+    **parameters({"o": "self_attn.out_proj", "norm1": "norm1", "norm2": "norm2",
+                  "up": "linear1", "down": "linear2"}, "blocks.{i}.", "transformer.layers.{i}."),
 }
 
 
-def mapl_file(file: Checkpoint, beside: dict, **options) -> BridgeFile:
-    """MAPL's mapper; config.json beside it names the heads, 8 in the release, which no shape tells."""
-    (K, W), (D, _), (_, Di) = (file.shape(n) for n in ("const", "up.weight", "down.weight"))
+def mapl_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
+    """MAPL's mapper; config.json says the number of heads, which no shape tells: 8 in the release."""
+    (K, W), (D, _), (_, Di) = (file.shape(name) for name in ("const", "up.weight", "down.weight"))
     layers = file.count("transformer.layers.{}.norm1.weight")
-    options = {"heads": beside.get("num_heads", 8), "hidden": file.shape("transformer.layers.0.linear1.weight")[0], **options}
-    return make_bridge("mapl", DecoderConfig(width=D), Di, constants=K, width=W, layers=layers, **options), expand(MAPL_NAMES, layers), ()
+    options = {"constants": K, "width": W, "layers": layers, "heads": config.get("num_heads", 8),
+               "hidden": file.shape("transformer.layers.0.linear1.weight")[0], **options}
+    bridge = make_bridge("mapl", DecoderConfig(width=D), Di, **options)
+    return BridgeFile(bridge, expand(MAPL_NAMES, layers))

@@ -1,10 +1,12 @@
-"""Claim: published vision-language models load by their own names and compute what their own code computes."""
+"""Claim: published vision-language models load by their own names and compute what their own code
+computes."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from support.formats.tokenizer_files import load_tokenizer
 import eval as evaluation
-from conftest import GOLDEN, check, fixed_loss, golden
-from model import IGNORE, IMAGE
+from conftest import GOLDEN, TINY_VIT, check, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
+from model import IGNORE, IMAGE, VLM, ViT
+from papers import make_bridge
 from support.formats.files import UserError, write_tensors
+from support.formats.tokenizer_files import load_tokenizer
 from support.formats.vlm import load_bridge, load_vlm, save_vlm
 
 LLAVA_FILES = [
@@ -133,7 +136,6 @@ def test_llava_in_its_authors_layouts(name, parts):
 
 
 def test_what_we_export_loads_back_and_what_has_no_class_elsewhere_is_refused(tmp_path):
-    from conftest import tiny_vlm
     tokens, pixels = torch.tensor([[3, IMAGE, 8, 9]]), torch.randn(1, 3, 24, 24)
     vlm = tiny_vlm("mlp", image_token=7)
     save_vlm(vlm, tmp_path / "llava", layout="hf")
@@ -170,8 +172,21 @@ def test_what_we_export_loads_back_and_what_has_no_class_elsewhere_is_refused(tm
         save_vlm(vlm, tmp_path / "no", layout="onnx")
 
 
+@pytest.mark.parametrize("options", [{}, {"bias": False}])
+def test_a_linear_bridge_is_exported_as_a_projector_of_two_layers(tmp_path, options):
+    decoder, tokens = tiny_decoder(), torch.tensor([[3, IMAGE, 8, 9]])
+    vit = stir(ViT(replace(TINY_VIT, width=16)), 7)                             # 2 Di ≤ D
+    bridge = stir(make_bridge("linear", decoder.config, 16, **options), 5)
+    vlm, pixels = VLM(vit, bridge, decoder, image_token=7).eval(), torch.randn(1, 3, 24, 24)
+    save_vlm(vlm, tmp_path, layout="hf")
+    again = load_vlm(tmp_path)
+    assert again.bridge.name == "mlp"
+    torch.testing.assert_close(again(tokens, pixels), vlm(tokens, pixels), atol=1e-5, rtol=1e-5)
+
+
 def speaking(tmp_path, case: str) -> Path:
-    """A golden model whose vocabulary is as large as that of a small tokenizer: words and head get random rows, config.json knows."""
+    """A golden model whose vocabulary is as large as that of a small tokenizer: words and head get random
+    rows, config.json knows."""
     source = golden(case)[0]
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     for other in tmp_path.glob("model.*.safetensors"):
@@ -217,7 +232,9 @@ def speaking(tmp_path, case: str) -> Path:
 def test_a_published_model_answers_about_a_picture_file(tmp_path, case, capsys):
     folder = speaking(tmp_path, case)
     picture = GOLDEN / "image-processors" / "images" / "coffee_73x151.png"
-    evaluation.main(["--vlm", str(folder), "--image", str(picture), "--prompt", "hello", "--max-new-tokens", "5"])
+    evaluation.main(
+        ["--vlm", str(folder), "--image", str(picture), "--prompt", "hello", "--max-new-tokens", "5"]
+    )
     first = capsys.readouterr().out
     assert first.endswith("\n")  # random weights: any text will do, but it came from this picture
     evaluation.main(

@@ -14,7 +14,7 @@ from support.formats.flamingo import IDEFICS_NAMES
 from support.formats.vlm import LAYOUTS
 from conftest import check, check_states, fixed_loss, golden, tiny_vlm
 from model import DecoderConfig, IMAGE
-from support.formats.checkpoint import expand
+from support.formats.names import Joined, expand
 from support.formats.files import UserError
 from support.formats.vlm import load_vlm
 
@@ -214,7 +214,7 @@ def test_what_a_published_config_leaves_out_is_what_its_class_assumes(tmp_path):
     assert (vlm.image_token, optional, names["decoder.lm_head.weight"]) == (
         32001,
         (),
-        "lm_head.weight & lm_head.additional_fc.weight",
+        Joined(("lm_head.weight", "lm_head.additional_fc.weight")),
     )
     assert (b.resampler.latents.shape, b.resampler.layers[5].q.weight.shape) == ((64, 1280), (1536, 1280))
     assert all(name in names for name, _ in vlm.named_parameters())  # no parameter of ours keeps our own name
