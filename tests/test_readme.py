@@ -143,10 +143,11 @@ def cells_of_a_bridge(bridge: str) -> list[str]:
 
     def pair(kind: str, column: int) -> str:
         """One number of both seeds."""
-        rows = [next(x for x in lines if x.startswith(f"{bridge}-s{seed}, {kind}")).split() for seed in (0, 1)]
-        return " / ".join(row[column] for row in rows)
+        rows = [next(x for x in lines if x.startswith(f"{bridge}-s{seed}, {kind}")) for seed in (0, 1)]
+        return " / ".join(row.split()[column] for row in rows)
 
-    return [pair("held-out", 2).split(" / ")[0], pair("held-out", -3), pair("blind", -3), pair("held-out", -2)]
+    trained = pair("held-out", 2).split(" / ")[0]
+    return [trained, pair("held-out", -3), pair("blind", -3), pair("held-out", -2)]
 
 
 @pytest.mark.parametrize("bridge", ["linear", "mlp", "mapl", "qformer", "zero_init", "flamingo"])
