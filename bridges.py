@@ -304,7 +304,7 @@ class ZeroInit(Bridge):
         self.prompts = nn.Parameter(torch.randn(adapted, prompts, decoder.width))
         shape = (decoder.layers, decoder.heads if gate_per == "head" else 1)
         self.gate = nn.Parameter(torch.randn(shape) if gate_init == "random" else torch.zeros(shape))
-        self.softmax = nn.ModuleList(nn.Softmax(-1) for _ in range(adapted))    # a hook sees the weights
+        self.softmax = nn.Softmax(-1)       # no parameters; a hook sees its weights
 
     def see(self, features: Tensor, where: ImagePositions | None = None) -> Tensor | None:
         return None
@@ -315,7 +315,7 @@ class ZeroInit(Bridge):
         p = self.prompts[layer - self.first]                                    # (Q, D)
         k, v = project(p[None] if visual is None else p + visual)               # (1|B, H, Q, E) each
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5                  # (B, H, T, Q) (Z1)
-        weights = self.softmax[layer - self.first](scores.float())              # (B, H, T, Q)
+        weights = self.softmax(scores.float())                                  # (B, H, T, Q)
         gate = self.gate[layer].tanh() if self.tanh else self.gate[layer]
         return gate.view(-1, 1, 1).to(v.dtype) * (weights.to(v.dtype) @ v)      # (B, H, T, E) (Z2)
 

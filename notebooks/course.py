@@ -1,4 +1,4 @@
-"""course.py: what the notebooks share: the bundled towers, the trained bridges, short runs of train.py, plots, checks.
+"""course.py: what the notebooks share: the bundled towers, trained bridges, short runs, plots, checks.
 
 Everything that is taught stands in the notebooks and in the five files; nothing in here does.
 """
@@ -19,134 +19,109 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import data
-from support.formats.tokenizer_files import load_tokenizer
-from support.formats.tokenizers import Tokenizer
-from support.plumbing.log import read_log
-from support.worlds import open_data  # noqa: E402  (after the path)
-import eval as evaluation                                                       # noqa: E402
+import data                                                                     # noqa: E402  (after the path)
 import train                                                                    # noqa: E402
-from model import Decoder, VLM, ViT
-from support.formats.files import read_json, write_json, write_tensors
-from support.formats.llama import load_decoder
-from support.formats.vision import load_vit       # noqa: E402
+from eval import evaluate, first_items, generate_texts, open_run, scalar_scores         # noqa: E402
+from model import Decoder, VLM, ViT                                             # noqa: E402
+from support.formats.files import read_json, write_json, write_tensors          # noqa: E402
+from support.formats.llama import load_decoder                                  # noqa: E402
+from support.formats.tokenizer_files import load_tokenizer                      # noqa: E402
+from support.formats.tokenizers import Tokenizer                                # noqa: E402
+from support.formats.vision import load_vit                                     # noqa: E402
+from support.plumbing.log import read_log                                       # noqa: E402
+from support.worlds import open_data                                            # noqa: E402
 
-RUNS = (
-    ROOT / "notebooks" / "runs"
-)  # the six bridges of README's table, seed 0, trained by the recipes (bfloat16 on disk)
-COLORS = {
-    name: (0.7, 0.7, 0.7) if name == "white" else tuple(c / 255 for c in rgb)
-    for name, rgb in data.COLORS.items()
-}  # for plots
-plt.rcParams.update(
-    {
-        "figure.figsize": (7, 3.2),
-        "figure.dpi": 110,
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "figure.constrained_layout.use": True,
-        "image.interpolation": "nearest",
-    }
-)
+# The six bridges of the README's table, seed 0, trained by the recipes; bfloat16 on disk.
+RUNS = ROOT / "notebooks" / "runs"
+# The colours of the shapes world for plots, 0 … 1; white is drawn in grey.
+COLORS = {name: tuple(c / 255 for c in rgb) for name, rgb in data.COLORS.items()} | {"white": (0.7, 0.7, 0.7)}
+plt.rcParams.update({
+    "figure.figsize": (7, 3.2), "figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "image.interpolation": "nearest",
+})
 
 
 def towers() -> tuple[ViT, Decoder, Tokenizer]:
     """The bundled ViT, decoder and tokenizer, frozen."""
-    vit, decoder = (
-        f(ROOT / "weights" / name).requires_grad_(False).eval()
-        for f, name in ((load_vit, "vit"), (load_decoder, "decoder"))
-    )
+    vit, decoder = load_vit(ROOT / "weights" / "vit"), load_decoder(ROOT / "weights" / "decoder")
+    for tower in (vit, decoder):
+        tower.requires_grad_(False).eval()
     return vit, decoder, load_tokenizer(ROOT / "weights" / "decoder")
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of one of the six by its name, or a run folder as it is."""
+    return RUNS / run if (RUNS / run).is_dir() else Path(run)
 
 
 def trained(run: str | Path) -> tuple[VLM, Tokenizer]:
     """A trained bridge between its towers: the name of one of the six, or a run folder."""
-    vlm, tokenizer, _ = evaluation.open_run(str(RUNS / run if (RUNS / run).is_dir() else run), "cpu")
+    vlm, tokenizer, _ = open_run(str(run_folder(run)), "cpu")
     return vlm.requires_grad_(False).eval(), tokenizer
 
 
 def learn(name: str, flags: str) -> Path:
-    """`python train.py FLAGS` into out/notebooks/NAME: the run folder. Its printed lines are in output.txt there."""
+    """`python train.py FLAGS` into out/notebooks/NAME: the run folder; output.txt holds what it printed."""
     out = ROOT / "out" / "notebooks" / name
     out.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    with (
-        open(out / "output.txt", "w", encoding="utf-8") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        train.main(
-            [
-                *shlex.split(flags),
-                "--out",
-                str(out),
-                "--log-every",
-                "10",
-                "--eval-items",
-                "1",
-                "--samples",
-                "1",
-                "--threads",
-                str(threads),
-            ]
-        )
+    own = f"--log-every 10 --eval-items 1 --samples 1 --threads {torch.get_num_threads()}"
+    with (open(out / "output.txt", "w", encoding="utf-8") as file,
+          contextlib.redirect_stdout(file), contextlib.redirect_stderr(file)):
+        train.main([*shlex.split(flags), "--out", str(out), *own.split()])
     return out
 
 
 def log(run: str | Path, key: str = "ema") -> tuple[list[int], list]:
     """(steps, values) of one number of a run's log; "ema" is the smoothed training loss."""
-    lines = [
-        line
-        for line in read_log((RUNS / run if (RUNS / run).is_dir() else Path(run)) / "log.jsonl")
-        if key in line
-    ]
+    lines = [line for line in read_log(run_folder(run) / "log.jsonl") if key in line]
     return [line["step"] for line in lines], [line[key] for line in lines]
 
 
 def scores(run: str | Path, count: int = 100, blind: bool = False, captions: bool = False) -> dict:
-    """Accuracy in % per kind of question and their mean on held-out pictures (with captions: CIDEr and BLEU-4 as well)."""
+    """Accuracy in % per kind of question and their mean on held-out pictures.
+
+    With captions, CIDEr and BLEU-4 (0 … 1) as well.
+    """
     vlm, tokenizer = trained(run)
-    items = evaluation.first_items(open_data("shapes"), "test", count)
-    result = evaluation.scalar_scores(
-        evaluation.evaluate(vlm, tokenizer, items, blind=blind, captions=captions)
-    )
+    items = first_items(open_data("shapes"), "test", count)
+    result = scalar_scores(evaluate(vlm, tokenizer, items, blind=blind, captions=captions))
     return {k: v if k in ("cider", "bleu4") else 100 * v for k, v in result.items()}
 
 
 def ask(vlm: VLM, tokenizer: Tokenizer, image, prompt: str, longest: int = 48) -> str:
-    """What a model answers about one picture (S, S, 3) uint8, greedily; prompt: a question, or data.CAPTION."""
+    """What a model answers about a picture (S, S, 3) uint8, greedily; prompt: a question, or data.CAPTION."""
     pixels = data.to_pixels([image], vlm.vit.config.image_size, vlm.processor)
     text = prompt if prompt == data.CAPTION else data.QUESTION.format(prompt)
     document = data.Document(tokenizer).image().add(text)
-    return evaluation.generate_texts(vlm, [document], tokenizer, longest, features=vlm.features(pixels))[0]
+    features = vlm.features(pixels)
+    return generate_texts(vlm, [document], tokenizer, longest, features=features)[0]
 
 
 def check(exercise: str, answer, expected=None, atol: float = 1e-5) -> None:
-    """Says whether an exercise is right. answer: a number, text, tensor, or with no `expected` a bool; None = not answered yet."""
+    """Says whether an exercise is right, or raises AssertionError.
+
+    answer: a number, a text, a tensor, or with no `expected` a bool; None = not answered yet.
+    """
     if answer is None:
         print(f"exercise {exercise}: not answered yet")
         return
     if isinstance(answer, Tensor) or isinstance(expected, Tensor):
-        torch.testing.assert_close(
-            answer, expected, atol=atol, rtol=1e-4, msg=lambda m: f"exercise {exercise}: not yet. {m}"
-        )
+        torch.testing.assert_close(answer, expected, atol=atol, rtol=1e-4,
+                                   msg=lambda m: f"exercise {exercise}: not yet. {m}")
     else:
-        right = (
-            bool(answer)
-            if expected is None
-            else abs(answer - expected) <= atol
-            if isinstance(expected, float)
-            else answer == expected
-        )
+        if expected is None:
+            right = bool(answer)
+        elif isinstance(expected, float):
+            right = abs(answer - expected) <= atol
+        else:
+            right = answer == expected
         assert right, f"exercise {exercise}: not yet, {answer!r} is not the answer"
     print(f"exercise {exercise}: right")
 
 
 def strip(notebook: dict) -> dict:
-    """What of a notebook is stored: the text of its cells. Outputs, counts, widgets and what tells of a machine go."""
+    """What is stored of a notebook: the text of its cells; no outputs, counts or machine metadata."""
     cells = []
     for n, cell in enumerate(notebook["cells"]):
         source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
@@ -165,22 +140,19 @@ def strip(notebook: dict) -> dict:
 
 
 def keep(run: Path) -> None:
-    """Puts a run into notebooks/runs under its bridge's name: config, log, results, and the bridge in bfloat16, half the bytes."""
+    """Puts a run into notebooks/runs under its bridge's name, the bridge in bfloat16: half the bytes."""
     config = read_json(run / "config.json")
-    config["settings"]["out"] = f"out/{run.name}"  # a folder of whoever reads it, not of this machine
+    config["settings"]["out"] = f"out/{run.name}"       # a folder of the reader, not of this machine
     out = RUNS / config["bridge"]
-    write_tensors(
-        out / "bridge.safetensors",
-        {k: v.to(torch.bfloat16) for k, v in load_file(run / "bridge.safetensors").items()},
-        {"bridge": config["bridge"]},
-    )
+    tensors = {k: v.to(torch.bfloat16) for k, v in load_file(run / "bridge.safetensors").items()}
+    write_tensors(out / "bridge.safetensors", tensors, {"bridge": config["bridge"]})
     write_json(out / "config.json", config)
     for name in ("log.jsonl", "results.json"):
         (out / name).write_bytes((run / name).read_bytes())
 
 
 def main() -> None:
-    """Before a commit: `python notebooks/course.py` strips every notebook in place; with run folders, it keeps those in notebooks/runs."""
+    """`python notebooks/course.py [RUN …]`: strips every notebook in place; puts RUNs into notebooks/runs."""
     for run in sys.argv[1:]:
         keep(Path(run))
     for file in sorted((ROOT / "notebooks").rglob("*.ipynb")):

@@ -1,64 +1,71 @@
-"""The course: every notebook and every solution runs from a clean kernel with all its assertions, and is stored to be read and diffed."""
+"""The course: notebooks and solutions run from a clean kernel with all assertions.
 
+Without --slow two of them are executed; of all, every cell is parsed and every imported name is looked up.
+"""
 from __future__ import annotations
 
+import ast
 import asyncio
+import importlib
 import json
 import os
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+COURSE = ROOT / "notebooks"
+NOTEBOOKS = sorted(p for p in COURSE.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 SOLUTIONS = [p for p in NOTEBOOKS if p.parent.name == "solutions"]
 LESSONS = [p for p in NOTEBOOKS if p.parent.name == "notebooks"]
+QUICK = {COURSE / "1_decoder.ipynb", COURSE / "solutions" / "0_map.ipynb"}      # 11 and 4 seconds
 TAG = re.compile(r"\([A-Z][0-9]\)")
-name = lambda p: str(p.relative_to(ROOT / "notebooks").with_suffix(""))
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(COURSE).with_suffix(""))
+
+
+def cells(file: Path, kind: str | None = None) -> list[str]:
+    """The source of all cells, or of the cells of a kind: code or markdown."""
+    stored = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in stored if kind in (None, c["cell_type"])]
 
 
 def code(file: Path) -> str:
-    """All code of a notebook."""
-    return "\n".join(
-        "".join(c["source"])
-        for c in json.loads(file.read_text(encoding="utf-8"))["cells"]
-        if c["cell_type"] == "code"
-    )
+    return "\n".join(cells(file, "code"))
 
 
 def text(file: Path) -> str:
-    return "\n".join("".join(c["source"]) for c in json.loads(file.read_text(encoding="utf-8"))["cells"])
+    return "\n".join(cells(file))
 
 
 def execute(file: Path) -> list[str]:
-    """Runs a notebook from a clean kernel with one thread; everything it printed, cell by cell. An assertion that fails raises."""
+    """Runs a notebook from a clean kernel, one thread: what each cell printed. An assertion may raise."""
     import nbformat
     from nbclient import NotebookClient
-    asyncio.set_event_loop(asyncio.new_event_loop())                            # of this thread of the pool
+    asyncio.set_event_loop(asyncio.new_event_loop())            # of this thread of the pool
     notebook = nbformat.read(file, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(file.parent)}}
-    )
-    client.execute(
-        env={**{k: v for k, v in os.environ.items() if k != "MPLBACKEND"}, "OMP_NUM_THREADS": "1"}
-    )  # plots are drawn, too
-    return [
-        "".join(o.get("text", "") for o in c.get("outputs", []))
-        for c in notebook.cells
-        if c.cell_type == "code"
-    ]
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3",
+                            resources={"metadata": {"path": str(file.parent)}})
+    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}    # plots are drawn, too
+    client.execute(env={**environment, "OMP_NUM_THREADS": "1"})
+    return ["".join(o.get("text", "") for o in c.get("outputs", []))
+            for c in notebook.cells if c.cell_type == "code"]
 
 
 @pytest.fixture(scope="module")
-def running():
-    """Every notebook, two at a time: {file: future of what it printed}."""
+def running(request):
+    """The notebooks that this session executes, two at a time: {file: future of what it printed}."""
     pytest.importorskip("nbclient", reason="pip install -r notebooks/requirements.txt")
     pytest.importorskip("matplotlib", reason="pip install -r notebooks/requirements.txt")
+    files = [item.callspec.params["file"] for item in request.session.items
+             if item.name.startswith("test_it_runs_from") and not item.get_closest_marker("skip")]
     pool = ThreadPoolExecutor(2)
-    yield {file: pool.submit(execute, file) for file in NOTEBOOKS}
+    yield {file: pool.submit(execute, file) for file in files}
     pool.shutdown(cancel_futures=True)
 
 
@@ -67,7 +74,37 @@ def test_the_course_is_complete():
     assert [p.name for p in SOLUTIONS] == [p.name for p in LESSONS]
 
 
+def modules_and_names(file: Path) -> list[tuple[str, str]]:
+    """(module, name) of everything of ours that the notebook imports or reads from an imported module."""
+    found, modules = [], {}
+    for cell in cells(file, "code"):
+        for node in ast.walk(ast.parse(cell)):
+            if isinstance(node, ast.Import):
+                modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found += [(node.module, alias.name) for alias in node.names]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if node.value.id in modules:
+                    found.append((modules[node.value.id], node.attr))
+    ours = {p.stem for p in (*ROOT.glob("*.py"), *COURSE.glob("*.py"))} | {"papers", "support"}
+    return [(module, name) for module, name in found if module.split(".")[0] in ours]
+
+
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=name)
+def test_what_it_imports_exists(file, monkeypatch):
+    """Also that every cell parses, and that `data.X` is a name of data.py."""
+    pytest.importorskip("matplotlib", reason="pip install -r notebooks/requirements.txt")
+    monkeypatch.syspath_prepend(str(COURSE))
+    for module, name in modules_and_names(file):
+        owner: ModuleType = importlib.import_module(module)
+        assert hasattr(owner, name), f"{module} has no {name}"
+
+
+def executed(file: Path):
+    return pytest.param(file, marks=() if file in QUICK else pytest.mark.slow, id=name(file))
+
+
+@pytest.mark.parametrize("file", [executed(file) for file in NOTEBOOKS])
 def test_it_runs_from_a_clean_kernel(file, running):
     printed = "\n".join(running[file].result())
     if file in SOLUTIONS:
@@ -76,30 +113,30 @@ def test_it_runs_from_a_clean_kernel(file, running):
 
 @pytest.mark.parametrize("file", LESSONS, ids=name)
 def test_a_lesson_asserts_equalities_and_has_three_to_five_exercises_with_solutions(file):
-    exercises = lambda f: re.findall(r'check\("([0-9.]+)', code(f))
-    asked = sorted(set(exercises(file)))
+    def exercises(file: Path) -> list[str]:
+        return sorted(set(re.findall(r'check\("([0-9.]+)', code(file))))
+
+    asked = exercises(file)
     assert "assert_close(" in code(file)
     assert 3 <= len(asked) <= 5 and all(e.startswith(f"{file.name[0]}.") for e in asked)
-    assert sorted(set(exercises(file.parent / "solutions" / file.name))) == asked
+    assert exercises(file.parent / "solutions" / file.name) == asked
     assert "What to remember" in text(file)
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=name)
-def test_it_is_stored_stripped_small_and_without_this_machine(file):
-    sys.path.insert(0, str(ROOT / "notebooks"))
+def test_it_is_stored_stripped_small_and_without_this_machine(file, monkeypatch):
     pytest.importorskip("matplotlib", reason="pip install -r notebooks/requirements.txt")
+    monkeypatch.syspath_prepend(str(COURSE))
     from course import strip
     raw = file.read_text(encoding="utf-8")
-    assert raw == json.dumps(strip(json.loads(raw)), indent=1, ensure_ascii=False) + "\n", (
-        "run python notebooks/course.py"
-    )
+    stripped = json.dumps(strip(json.loads(raw)), indent=1, ensure_ascii=False) + "\n"
+    assert raw == stripped, "run python notebooks/course.py"
     assert len(raw.encode()) < 200_000
     assert not re.search(r"(?<![\w.])/(?:home|work|tmp|root|Users|usr|mnt)/|!\s*pip", raw)
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=name)
 def test_its_equations_carry_the_tags_of_the_code(file):
-    known = {
-        tag for f in ("model.py", "bridges.py") for tag in TAG.findall((ROOT / f).read_text(encoding="utf-8"))
-    }
+    files = (ROOT / "model.py", ROOT / "bridges.py", *ROOT.glob("papers/*.py"))
+    known = {tag for f in files for tag in TAG.findall(f.read_text(encoding="utf-8"))}
     assert set(TAG.findall(text(file))) <= known

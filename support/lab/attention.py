@@ -5,6 +5,7 @@ import contextlib
 import fnmatch
 import json
 import math
+from collections import Counter
 from functools import singledispatch
 from pathlib import Path
 from typing import Any, Iterator
@@ -49,13 +50,15 @@ def attention_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     multiplies it by 0.
     """
     found: dict[str, Tensor] = {}
-    names = {m: name for name, m in module.named_modules()}
+    names, calls = {m: name for name, m in module.named_modules()}, Counter()
 
     def from_inputs(m: nn.Module, args: tuple, kwargs: dict) -> None:
         found[names[m].removesuffix("attend").rstrip(".")] = softmax_weights(*args, **kwargs)
 
     def from_output(m: nn.Module, args: tuple, output: Tensor) -> None:
-        found[names[m]] = output
+        layers = len(module.get_submodule(names[m].rpartition(".")[0]).gated_layers)    # of the bridge that owns it
+        found[f"{names[m]}.{calls[m] % layers}"] = output                               # the layers call it in turn
+        calls[m] += 1
 
     hooks = []
     for m in names:

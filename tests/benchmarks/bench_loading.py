@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_loading.py FOLDER [--dtype bf16 f16 f32] [--repeats 3]
 
-Each run is a process of its own, watched through Linux' /proc/self/status: VmHWM is the largest total ever resident,
-mapped files included; RssAnon, the part of the process alone, is sampled every millisecond. The size is the
-bytes of the parameters in the target dtype. A human's table first, one line of JSON last.
+Each run is a process of its own, watched through Linux' /proc/self/status: VmHWM is the largest total ever
+resident, mapped files included; RssAnon, the part of the process alone, is sampled every millisecond. The
+size is the bytes of the parameters in the target dtype. A human's table first, one line of JSON last.
 """
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What save_vlm(layout="hf") writes, opened by transformers' and peft's own classes: the largest difference of the logits.
+"""What save_vlm(layout="hf") writes, opened by transformers' and peft's own classes: the largest difference
+of the logits.
 
 pip install transformers peft; python tests/benchmarks/check_export.py
 """
@@ -28,7 +29,8 @@ BUNDLED = Path(__file__).parents[2] / "weights"
 
 
 def llava(name: str, vit_config, tied: bool, image_token: int | None, **options) -> float:
-    """Largest |logit difference| over a batch of two texts with an image each; the folder must also load back here."""
+    """Largest |logit difference| over a batch of two texts with an image each; the folder must also load back
+    here."""
     decoder = tiny_decoder(tied=tied)
     bridge = stir(make_bridge(name, decoder.config, vit_config.width, **options), 5)
     vlm = VLM(stir(ViT(vit_config), 7), bridge, decoder, image_token).eval()

@@ -1,9 +1,10 @@
-"""Writes tests/golden/{qwen2-bias, mistral-plain, llama-rope-linear}: tiny decoders, what transformers makes of them.
+"""Writes tests/golden/{qwen2-bias, mistral-plain, llama-rope-linear}: tiny decoders, what transformers makes
+of them.
 
     pip install transformers; python tests/benchmarks/make_decoder_golden.py
 
-Weights are random; norm weights are not 1, biases are not 0. config.json is as the library writes it, config.hub.json
-as published checkpoints look.
+Weights are random; norm weights are not 1, biases are not 0. config.json is as the library writes it,
+config.hub.json as published checkpoints look.
 """
 from __future__ import annotations
 

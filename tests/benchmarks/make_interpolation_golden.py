@@ -2,7 +2,8 @@
 
     pip install transformers; python tests/benchmarks/make_interpolation_golden.py
 
-The towers are those of the cases clip-vision-gelu, siglip-vision and blip2-vision; only inputs and outputs are stored.
+The towers are those of the cases clip-vision-gelu, siglip-vision and blip2-vision; only inputs and outputs
+are stored.
 """
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def main() -> None:
                 "tolerance": {"atol": 1e-4, "rtol": 1e-4},
                 "reference_float32_vs_float64_max_abs": worst,
                 "notes": [
-                    "wide has as many patches as the towers are made for, arranged otherwise: it is interpolated too"
+                    "wide has as many patches as the towers are made for, arranged otherwise: it is "
+                    "interpolated too"
                 ],
             },
             indent=2,

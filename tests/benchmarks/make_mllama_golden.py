@@ -1,8 +1,10 @@
-"""Writes tests/golden/mllama: a tiny Llama-3.2-Vision of random weights, inputs, and what transformers makes of them.
+"""Writes tests/golden/mllama: a tiny Llama-3.2-Vision of random weights, inputs, and what transformers makes
+of them.
 
     pip install transformers; python tests/benchmarks/make_mllama_golden.py
 
-Nothing is left at a trivial value: gates are open (0.35 to 1.2, both signs), norm weights are not 1, biases are not 0.
+Nothing is left at a trivial value: gates are open (0.35 to 1.2, both signs), norm weights are not 1, biases
+are not 0.
 """
 from __future__ import annotations
 
@@ -111,7 +113,8 @@ def make_prompt(form: str, g: torch.Generator) -> list[int]:
 def arguments(
     rows: list[list[int]], images: list[list[int]], pixels, aspect, mask, dtype=torch.float32
 ) -> dict:
-    """What the processor hands to the model for these rows (already padded on the left with 0) and their images."""
+    """What the processor hands to the model for these rows (already padded on the left with 0) and their
+    images."""
     ids = torch.tensor(rows)
     real = torch.ones_like(ids)
     for r, row in enumerate(rows):
@@ -156,7 +159,8 @@ def greedy(model, inputs: dict) -> tuple[torch.Tensor, float]:
 
 
 class Zeroed:
-    """Meta's own rule on transformers' code: the cross-attention of a word that sees no image is multiplied by 0."""
+    """Meta's own rule on transformers' code: the cross-attention of a word that sees no image is multiplied
+    by 0."""
 
     def __init__(self, model, inputs):
         self.layers = [l.cross_attn for l in model.model.language_model.layers if hasattr(l, "cross_attn")]
@@ -261,7 +265,8 @@ def main() -> None:
         written = load_file(Path(tmp) / "model.safetensors")
         config = json.loads((Path(tmp) / "config.json").read_text())
         same = torch.equal(MllamaForConditionalGeneration.from_pretrained(tmp, attn_implementation="eager")(
-            **arguments([prompts["pair"]], [ROWS["pair"]], pixels, aspect, mask)).logits, expected["pair.logits"])
+            **arguments([prompts["pair"]], [ROWS["pair"]], pixels, aspect, mask)
+        ).logits, expected["pair.logits"])
     with tempfile.TemporaryDirectory() as tmp:
         save_file(
             {n: t.contiguous() for n, t in keys.items()}, Path(tmp) / "model.safetensors", {"format": "pt"}
@@ -323,12 +328,14 @@ def main() -> None:
         "seed": SEED,
         "inputs": describe(inputs),
         "inputs_meaning": {
-            "pixel_values": "6 images [image, tile, 3, S, S], absent tiles are zeros; 'pixel_values_rows' says which "
-            "each prompt uses",
-            "aspect_ratio_ids": "arrangement of each image's tiles, from 1, in the config's supported_aspect_ratios",
+            "pixel_values": "6 images [image, tile, 3, S, S], absent tiles are zeros; 'pixel_values_rows' "
+            "says which each prompt uses",
+            "aspect_ratio_ids": "arrangement of each image's tiles, from 1, in the config's "
+            "supported_aspect_ratios",
             "aspect_ratio_mask": "1 = a tile, 0 = no tile here",
             **{
-                f"{n}.input_ids": f"prompt '{n}' ({form}; T = text, I = image), ONE image_token_index per image"
+                f"{n}.input_ids": f"prompt '{n}' ({form}; T = text, I = image), "
+                                  "ONE image_token_index per image"
                 for n, form in PROMPTS.items()
             },
             "batch.input_ids": "prompts 'start' and 'middle', left-padded with 0",
@@ -337,18 +344,20 @@ def main() -> None:
         },
         "outputs": describe(expected),
         "outputs_meaning": {
-            "features": "[image, tile, patches + 1, vision_output_dim]: last_hidden_state of the vision model",
+            "features": "[image, tile, patches + 1, vision_output_dim]: last_hidden_state of the vision "
+            "model",
             "projected": "the same after multi_modal_projector: what cross-attention sees",
-            "*.hidden_states.*": "0 = embeddings, i + 1 = output of layer i of ALL layers (cross-attention too), the last "
-            "one after the final norm; a text without images skips the cross-attention layers",
+            "*.hidden_states.*": "0 = embeddings, i + 1 = output of layer i of ALL layers (cross-attention "
+            "too), the last one after the final norm; a text without images skips the cross-attention layers",
             "*.logits": "vocab_size columns; rows at pad positions of a batch set to 0",
-            "zeroed.*": "Meta's own rule: the cross-attention of a word that sees no image is multiplied by 0, here by "
-            "a hook on transformers' layers, which zero that word's MLP only; the rows of zeroed.mixed have "
-            "1, 2 and 0 images",
+            "zeroed.*": "Meta's own rule: the cross-attention of a word that sees no image is multiplied by "
+            "0, here by a hook on transformers' layers, which zero that word's MLP only; the rows of "
+            "zeroed.mixed have 1, 2 and 0 images",
             "*.generated_ids": f"{NEW} greedy tokens, no stop token",
-            "grad.loss": "scalar loss of pair.logits: loss = 10 * mean_i( y_i * cos(0.37*i + 0.1) ), i = C-order flat "
-            "index over the named output, cosines computed in float64 then cast to float32",
-            "grad.*": "its gradient with respect to projector and cross-attention layers, by their names in memory",
+            "grad.loss": "scalar loss of pair.logits: loss = 10 * mean_i( y_i * cos(0.37*i + 0.1) ), i = "
+            "C-order flat index over the named output, cosines computed in float64 then cast to float32",
+            "grad.*": "its gradient with respect to projector and cross-attention layers, by their names in "
+            "memory",
         },
         "tolerance": {"atol": 1e-4, "rtol": 1e-4, "grad_rtol_of_max": 1e-3},
         "reference_float32_vs_float64_max_abs": distance,
@@ -356,12 +365,12 @@ def main() -> None:
         "min_top1_top2_logit_gap_while_decoding": gaps,
         "weights_without_effect_on_outputs": idle,
         "files": {
-            "model.safetensors + config.json": "as transformers 5 writes them: the names of the published checkpoints "
-            "(language_model.model.*, language_model.lm_head.weight, "
+            "model.safetensors + config.json": "as transformers 5 writes them: the names of the published "
+            "checkpoints (language_model.model.*, language_model.lm_head.weight, "
             "multi_modal_projector.*, vision_model.*)",
             "config.hub.json": "the same in the form of the published config.json (rope_theta, rope_scaling)",
-            "names_in_memory.json": "name in model.safetensors: name of the same tensor in memory, which a file may "
-            "have too (model.language_model.*, model.vision_model.*, "
+            "names_in_memory.json": "name in model.safetensors: name of the same tensor in memory, which a "
+            "file may have too (model.language_model.*, model.vision_model.*, "
             "model.multi_modal_projector.*, lm_head.weight)",
         },
         "cross_checks": {
@@ -384,8 +393,10 @@ def main() -> None:
     largest = max(float(t.abs().max()) for t in expected.values() if t.is_floating_point())
     size = sum(f.stat().st_size for f in FOLDER.iterdir()) / 1000
     print(
-        f"largest output {largest:.2f}; the two rules differ by {leak:.2f}; float32 - float64: {distance:.1e}, "
-        f"gradients {relative:.1e}; smallest gap {min(gaps.values()):.3f}; {same=} {cached=}; {size:.0f} kB; {idle=}"
+        f"largest output {largest:.2f}; the two rules differ by {leak:.2f}; float32 - float64: "
+        f"{distance:.1e}, "
+        f"gradients {relative:.1e}; smallest gap {min(gaps.values()):.3f}; {same=} {cached=}; {size:.0f} kB; "
+        f"{idle=}"
     )
 
 

@@ -1,8 +1,11 @@
-"""Make tests/golden/mllama-processor: what transformers' processors of Llama-3.2-Vision and IDEFICS do to pictures.
+"""Make tests/golden/mllama-processor: what transformers' processors of Llama-3.2-Vision and IDEFICS do to
+pictures.
 
-Run      python tests/benchmarks/make_processor_golden.py     needs transformers, which the project never imports
+Run      python tests/benchmarks/make_processor_golden.py
+needs transformers, which the project never imports
 
-The pictures are those of tests/golden/image-processors, opened, turned upright and converted to RGB as that case says.
+The pictures are those of tests/golden/image-processors, opened, turned upright and converted to RGB as that
+case says.
 """
 from __future__ import annotations
 
@@ -70,7 +73,8 @@ def main() -> None:
             "<image>/mllama/aspect_ratio_mask": "(4,)",
             "<image>/idefics": "pixel_values (3, 24, 24), float16",
             "<image>/full/mllama": "the four tiles at the published 560 pixels, only [:, :, ::35, ::35]",
-            "sizes": "height, width of a picture; rows, columns of its canvas; height, width of the picture on it",
+            "sizes": "height, width of a picture; rows, columns of its canvas; height, width of the picture "
+            "on it",
         },
         "tolerance": {
             "atol": 0.004,

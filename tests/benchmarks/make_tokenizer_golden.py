@@ -1,10 +1,13 @@
-"""Make the tokenizer cases of tests/golden: small vocabularies trained here, encoded by the published libraries; chat templates.
+"""Make the tokenizer cases of tests/golden: small vocabularies trained here, encoded by the published
+libraries; chat templates.
 
-Run      python tests/benchmarks/make_tokenizer_golden.py [FOLDER]     needs transformers, tokenizers and tiktoken
+Run      python tests/benchmarks/make_tokenizer_golden.py [FOLDER]
+needs transformers, tokenizers and tiktoken
 
-Without FOLDER: wordpiece-bert-style, clip-bpe-style, llama3-tiktoken-style, sentencepiece-metaspace. FOLDER adds chat-templates; it holds
-llama/tokenizer.json (LLaMA-1's published vocabulary with the legacy normalizer), llama2.jinja and llama3.jinja (the published chat
-templates) and llava/ (the authors' package llava-torch 1.2.2.post1, unpacked), of which only texts, ids and a cut of the vocabulary are kept.
+Without FOLDER: wordpiece-bert-style, clip-bpe-style, llama3-tiktoken-style, sentencepiece-metaspace. FOLDER
+adds chat-templates; it holds llama/tokenizer.json (LLaMA-1's published vocabulary with the legacy
+normalizer), llama2.jinja and llama3.jinja (the published chat templates) and llava/ (the authors' package
+llava-torch 1.2.2.post1, unpacked), of which only texts, ids and a cut of the vocabulary are kept.
 """
 from __future__ import annotations
 
@@ -228,7 +231,8 @@ def wordpiece() -> None:
         },
         f"BertTokenizer of {version(transformers, tokenizers)}",
         dec=len(vocab),
-        notes="decoded: special tokens skipped, blanks before punctuation removed (clean_up_tokenization_spaces)",
+        notes="decoded: special tokens skipped, blanks before punctuation removed "
+        "(clean_up_tokenization_spaces)",
     )
 
 
@@ -274,7 +278,8 @@ def clip() -> None:
 
 
 def llama3() -> None:
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     t = Tokenizer(models.BPE(ignore_merges=True))
     t.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -335,7 +340,8 @@ def llama3() -> None:
 
 
 def metaspace() -> None:
-    """The newer form of a SentencePiece vocabulary in tokenizer.json, on the vocabulary of sentencepiece-llama-style."""
+    """The newer form of a SentencePiece vocabulary in tokenizer.json, on the vocabulary of
+    sentencepiece-llama-style."""
     data = json.loads((GOLDEN / "sentencepiece-llama-style" / "tokenizer.json").read_text(encoding="utf-8"))
     legacy = Tokenizer.from_str(json.dumps(data))
     found = []
@@ -353,7 +359,8 @@ def metaspace() -> None:
         "sentencepiece-metaspace",
         {"expected.json": {"rows": found}},
         version(tokenizers),
-        notes="scheme legacy: tokenizer.json of sentencepiece-llama-style as it is; else its normalizer is null and its pre_tokenizer "
+        notes="scheme legacy: tokenizer.json of sentencepiece-llama-style as it is; else its normalizer is "
+        "null and its pre_tokenizer "
         "Metaspace with this prepend_scheme and split false. Special tokens in the text are recognised.",
     )
 
@@ -373,7 +380,8 @@ def chat(sources: Path) -> None:
     library, texts = Tokenizer.from_str(json.dumps(llama)), set()
 
     class Legacy:
-        """LlamaTokenizer(legacy=True) as LLaVA calls it: bos in front, </s> and <s> recognised, a blank before every text."""
+        """LlamaTokenizer(legacy=True) as LLaVA calls it: bos in front, </s> and <s> recognised, a blank
+        before every text."""
 
         bos_token_id, pad_token_id, model_max_length, legacy = 1, 0, 2048, True
 
@@ -497,8 +505,10 @@ def chat(sources: Path) -> None:
             "llama-cut/tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"},
             "expected.json": {"rows": found},
         },
-        f"llava-torch 1.2.2.post1 (train.preprocess, conversation.get_prompt) on {version(tokenizers)}; {version(jinja2)} for llama2 and llama3",
-        notes="llama-cut: the pieces of LLaMA-1's vocabulary that can occur in these texts, with their own ids. ids: -200 for a picture; "
+        f"llava-torch 1.2.2.post1 (train.preprocess, conversation.get_prompt) on {version(tokenizers)}; "
+        f"{version(jinja2)} for llama2 and llama3",
+        notes="llama-cut: the pieces of LLaMA-1's vocabulary that can occur in these texts, with their own "
+        "ids. ids: -200 for a picture; "
         "labels: -100 where nothing is learned. Rows with labels are training documents, the others prompts.",
     )
 

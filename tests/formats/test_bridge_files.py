@@ -1,4 +1,5 @@
-"""Claim: a published bridge alone loads by its own names and computes what its authors' code computes, gradients included."""
+"""Claim: a published bridge alone loads by its own names and computes what its authors' code computes,
+gradients included."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Claim: a name on the Hugging Face hub stands where a folder stands; --offline and every failure keep their promises.
+"""Claim: a name on the Hugging Face hub stands where a folder stands; --offline and every failure keep their
+promises.
 
-No network: `huggingface_hub` is a module made here, which notes how it is called and raises what the real one raises.
+No network: `huggingface_hub` is a module made here, which notes how it is called and raises what the real one
+raises.
 """
 from __future__ import annotations
 
@@ -32,15 +34,18 @@ ROOT, COMMIT, NAME = (
     "owner/tiny-model",
 )
 NEEDED = """config.json generation_config.json preprocessor_config.json adapter_config.json model.safetensors
-    model-00001-of-00002.safetensors model.safetensors.index.json tokenizer.json tokenizer.model tokenizer_config.json
-    vocab.json vocab.txt merges.txt special_tokens_map.json added_tokens.json chat_template.jinja README.md""".split()
-OTHERS = """pytorch_model.bin pytorch_model.bin.index.json consolidated.safetensors original/params.json onnx/model.onnx
-    original/consolidated.00.pth unet/model.safetensors flax_model.msgpack .gitattributes LICENSE cat.png""".split()
+    model-00001-of-00002.safetensors model.safetensors.index.json tokenizer.json tokenizer.model
+    tokenizer_config.json vocab.json vocab.txt merges.txt special_tokens_map.json added_tokens.json
+    chat_template.jinja README.md""".split()
+OTHERS = """pytorch_model.bin pytorch_model.bin.index.json consolidated.safetensors original/params.json
+    onnx/model.onnx original/consolidated.00.pth unet/model.safetensors flax_model.msgpack .gitattributes
+    LICENSE cat.png""".split()
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """calls: what snapshot_download was asked; error: what it raises; it answers a folder with the bundled decoder."""
+    """calls: what snapshot_download was asked; error: what it raises; it answers a folder with the bundled
+    decoder."""
     folder = tmp_path / "cache" / "snapshots" / COMMIT
     shutil.copytree(ROOT / "weights/decoder", folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
@@ -167,7 +172,7 @@ def test_every_failure_of_the_hub_is_one_sentence(hub, error, said):
     assert fetch(f"{NAME}@v1") == hub.folder
 
 
-# --- licence ----------------------------------------------------------------------------------------------------------
+# --- licence ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text, field", [
@@ -192,7 +197,7 @@ def test_a_folder_without_a_readable_readme_has_no_licence(tmp_path):
     assert read_licence(tmp_path) == "mit"
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
+# --- the commands -------------------------------------------------------------------------------------------
 
 SMALL = ["--steps", "1", "--batch", "2", "--eval-items", "2", "--samples", "0", "--data", "shapes"]
 
@@ -233,11 +238,12 @@ def test_the_bundled_towers_have_their_own_sentence(tmp_path, monkeypatch):
         train.resolve_folder("weights/decoder")
 
 
-# --- the tower's own image processor in a run -------------------------------------------------------------------------
+# --- the tower's own image processor in a run ---------------------------------------------------------------
 
 
 def test_a_run_trains_and_answers_with_its_towers_image_processor(tmp_path, monkeypatch):
-    """The bundled ViT in a folder that says SigLIP's mean: pixels and features are those, in training and in eval."""
+    """The bundled ViT in a folder that says SigLIP's mean: pixels and features are those, in training and in
+    eval."""
     tower = tmp_path / "tower"
     shutil.copytree(ROOT / "weights/vit", tower)
     shutil.copy(

@@ -1,6 +1,6 @@
-"""Claim: decoders and vision towers open in every published layout of theirs, in any dtype, and give the published
-numbers; what does not fit is refused in one sentence that names the tensor, the shard or the key; and loading needs
-little more memory than the model."""
+"""Claim: decoders and vision towers open in every published layout of theirs, in any dtype, and give the
+published numbers; what does not fit is refused in one sentence that names the tensor, the shard or the key;
+and loading needs little more memory than the model."""
 from __future__ import annotations
 
 import json
@@ -26,7 +26,7 @@ from support.formats.vlm import load_vlm
 ROOT = Path(__file__).parents[2]
 
 
-# --- relatives of Llama -------------------------------------------------------------------------------------------
+# --- relatives of Llama -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", ["config.json", "config.hub.json"])
@@ -198,7 +198,7 @@ def test_linear_scaling_divides_positions():
     assert torch.equal(rope_frequencies(half) * 2, rope_frequencies(DecoderConfig()))
 
 
-# --- Meta's layout ------------------------------------------------------------------------------------------------
+# --- Meta's layout ------------------------------------------------------------------------------------------
 
 META = {
     "self_attn.q_proj": "attention.wq",
@@ -220,7 +220,8 @@ META = {
 def meta_folder(
     path: Path, case: str, files: int = 1, suffix: str = "safetensors", split_table: int = 0
 ) -> Path:
-    """A golden case as Meta publishes: RoPE's pairs side by side, matrices cut for model parallelism, params.json.
+    """A golden case as Meta publishes: RoPE's pairs side by side, matrices cut for model parallelism,
+    params.json.
 
     split_table: along which axis the files share the embeddings; 0 as Llama 3, 1 as Llama 1 and 2.
     """
@@ -391,7 +392,7 @@ def test_a_tensor_that_one_model_parallel_file_lacks_or_has_in_another_shape_is_
         load_decoder(folder)
 
 
-# --- pickles ------------------------------------------------------------------------------------------------------
+# --- pickles ------------------------------------------------------------------------------------------------
 
 
 def test_a_bin_file_opens_too_with_a_note(tmp_path, capsys):
@@ -420,7 +421,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monk
         load_decoder(tmp_path)
 
 
-# --- vision -------------------------------------------------------------------------------------------------------
+# --- vision -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid", ["larger", "smaller", "wide", "tall"])
@@ -556,7 +557,7 @@ def test_a_clip_config_may_leave_out_every_default(tmp_path):
             vit_config({"model_type": kind})
 
 
-# --- dtypes -------------------------------------------------------------------------------------------------------
+# --- dtypes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.bfloat16, None])
@@ -588,7 +589,7 @@ def test_a_loaded_model_no_longer_needs_its_file(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), exact.parameters()))
 
 
-# --- strictness, in each layout ------------------------------------------------------------------------------------
+# --- strictness, in each layout -----------------------------------------------------------------------------
 
 
 def copied(case: str, weights: str = "model.safetensors", config: str = "config.json"):
@@ -693,7 +694,7 @@ def test_of_two_shards_the_missing_one_is_named(tmp_path):
         shutil.move(tmp_path / "elsewhere", tmp_path / file)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux' /proc")

@@ -1,6 +1,8 @@
-"""Real weights: SmolLM2-135M-Instruct gives the reference's logits, losses and greedy tokens. Skipped where its folder is not at hand.
+"""Real weights: SmolLM2-135M-Instruct gives the reference's logits, losses and greedy tokens. Skipped where
+its folder is not at hand.
 
-SMOLLM2=FOLDER python -m pytest tests/test_real.py      FOLDER: config.json, model.safetensors (float16), tokenizer.json
+SMOLLM2=FOLDER python -m pytest tests/formats/test_real.py
+FOLDER: config.json, model.safetensors (float16), tokenizer.json
 """
 import json
 import os
@@ -36,7 +38,8 @@ def test_logits_losses_and_greedy_tokens_equal_the_reference(smollm2, n):
     assert tokenizer.encode(case["prompts"][n]["prompt"], special=True) == ids[0].tolist()
     with torch.no_grad():
         logits = decoder(ids)[0]
-    # atol 2e-3, rtol 1e-3: the case's own; logits reach 30, and float32 sums over 49,152 words and 30 layers come in another order
+    # atol 2e-3, rtol 1e-3: the case's own; logits reach 30, and float32 sums over 49,152 words and 30 layers
+    # come in another order
     torch.testing.assert_close(
         logits.gather(1, expected[f"{n}.top_ids"]), expected[f"{n}.top_logits"], atol=2e-3, rtol=1e-3
     )

@@ -1,5 +1,6 @@
-"""Claim: one `ViT` is CLIP's, SigLIP's and BLIP-2's tower, every hidden state of them, and `CLIP` is both of CLIP's towers; they load
-from published files in old and new layouts, and a saved tower has the published names."""
+"""Claim: one `ViT` is CLIP's, SigLIP's and BLIP-2's tower, every hidden state of them, and `CLIP` is both of
+CLIP's towers; they load from published files in old and new layouts, and a saved tower has the published
+names."""
 from __future__ import annotations
 
 import json
@@ -22,7 +23,8 @@ LAYOUTS = [
 
 
 def folder_of(name: str, layout: str, tmp_path):
-    """The case as a model folder: as today's library writes it, or as published checkpoints look (`vision_model.` in front)."""
+    """The case as a model folder: as today's library writes it, or as published checkpoints look
+    (`vision_model.` in front)."""
     folder = golden(name)[0]
     if layout == "library":
         return folder
@@ -68,7 +70,7 @@ def test_blocks_after_the_layer_are_not_run_and_get_no_gradient():
     assert all(p.grad is not None for p in vit.blocks[-2].parameters())
 
 
-# --- both towers --------------------------------------------------------------------------------------------------
+# --- both towers --------------------------------------------------------------------------------------------
 
 
 def test_image_text_similarities_are_the_published_ones():
@@ -107,7 +109,7 @@ def test_the_text_is_read_at_its_first_end_token_and_no_further():
         assert torch.equal(text.pool(text(tokens), tokens), text(tokens)[[0, 1], [3, 2]])
 
 
-# --- sizes and positions ------------------------------------------------------------------------------------------
+# --- sizes and positions ------------------------------------------------------------------------------------
 
 
 def test_positions_resize_to_another_picture():
@@ -209,7 +211,7 @@ def test_a_picture_whose_side_is_no_multiple_of_the_patch_loses_its_edge():
         assert torch.equal(y, vit(pixels[:, :, :24, :24]))
 
 
-# --- weights on disk ----------------------------------------------------------------------------------------------
+# --- weights on disk ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["clip-vision-quickgelu", "clip-vision-gelu", "siglip-vision"])

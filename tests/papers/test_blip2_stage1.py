@@ -1,5 +1,6 @@
-"""Claim: the Q-Former, its first stage and InstructBLIP load by their published names and compute what their own code computes, losses
-and gradients included; a first stage draws hard negatives as it says; and a Q-Former starts from BERT as the authors' does."""
+"""Claim: the Q-Former, its first stage and InstructBLIP load by their published names and compute what their
+own code computes, losses and gradients included; a first stage draws hard negatives as it says; and a
+Q-Former starts from BERT as the authors' does."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def folder_of(tmp_path, tensors: dict, config: dict):
     return tmp_path
 
 
-# --- the published code's own numbers --------------------------------------------------------------------------------
+# --- the published code's own numbers -----------------------------------------------------------------------
 
 
 def test_the_qformer_is_the_published_one_at_every_layer():
@@ -150,7 +151,7 @@ def test_the_authors_first_stage_with_its_three_losses():
         stage.itc(torch.zeros(1, 3, 28, 28), text, mask)
 
 
-# --- the authors' layout with a ViT: transformers' golden model under the authors' names --------------------------------------------
+# --- the authors' layout with a ViT: transformers' golden model under the authors' names --------------------
 
 EVA_RENAMED = (
     ("vision_model.", "visual_encoder."),
@@ -165,7 +166,8 @@ EVA_RENAMED = (
 
 
 def authors_file(theirs: dict) -> dict:
-    """transformers' retrieval model under the authors' names; temperature and captions, which it lacks, from the authors' golden case."""
+    """transformers' retrieval model under the authors' names; temperature and captions, which it lacks, from
+    the authors' golden case."""
     folder = golden("blip2-lavis-stage1")[0]
     names = json.loads((folder / "lavis_to_transformers_keys.json").read_text())
     tensors = {a: theirs[b] for a, b in names.items() if b}
@@ -268,7 +270,7 @@ def test_blip2_with_a_llama_is_instructblip_without_the_instruction(tmp_path):
     assert torch.equal(blip2(tokens, x["pixel_values"]), load_vlm(folder)(tokens, x["pixel_values"]))
 
 
-# --- the first stage as a whole ----------------------------------------------------------------------------------------------------------
+# --- the first stage as a whole -----------------------------------------------------------------------------
 
 
 def tiny_stage(seed: int = 0) -> Stage1:
@@ -367,7 +369,7 @@ def test_the_three_losses_fall_together():
     assert torch.equal(stage.generate(pixels, 3), tokens[:, 1:])
 
 
-# --- from BERT ---------------------------------------------------------------------------------------------------------------------------
+# --- from BERT ----------------------------------------------------------------------------------------------
 
 BERT_SIZES = dict(queries=5, width=24, layers=4, heads=4, hidden=36, positions=24)
 
@@ -425,7 +427,7 @@ def test_a_plain_qformer_starts_from_bert_too(tmp_path, layout):
     assert len(held) == 2 + 4 * (10 + 6) and former.words is None
 
 
-# --- configs as published leave out what has the default value -------------------------------------------------------------------------
+# --- configs as published leave out what has the default value ----------------------------------------------
 
 
 def numel(folder, config: dict) -> int:
@@ -498,7 +500,7 @@ def test_decoders_that_are_no_llama_are_refused_by_name(tmp_path, case, text, sa
     assert f"the language model is {says}, but only LLaMA decoders are read" in str(e.value)
 
 
-# --- strict ------------------------------------------------------------------------------------------------------------------------------
+# --- strict -------------------------------------------------------------------------------------------------
 
 WORKS = {"instructblip-llama": load_vlm, "blip2-itm-itc": load_vlm, "blip2-lavis-stage1": load_vlm,
          "blip2-qformer": lambda folder: load_bridge("qformer", folder), "qformer-from-bert": from_bert}
