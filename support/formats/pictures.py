@@ -115,8 +115,8 @@ def read_processor(c: dict, file: Path) -> Processor:
         if how != "tiles" and isinstance(size, dict):
             how = "crop" if "shortest_edge" in size else "squash"
         if not c.get("do_resize", True) or how == "crop" and not crop:
-            raise UserError("do_resize or, with shortest_edge, do_center_crop is false, and the ViTs here read "
-                            "squares")
+            raise UserError("do_resize or, with shortest_edge, do_center_crop is false, and the ViTs here "
+                            "read squares")
         S = side(c.get("crop_size", size)) if crop else side(size)
         scale = c.get("rescale_factor", 1 / 255) if c.get("do_rescale", True) else 1.0
         mean, std = c.get("image_mean", p.mean), c.get("image_std", p.std)
