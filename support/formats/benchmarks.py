@@ -31,22 +31,23 @@ def java_scorer(name: str, candidates: list[str], references: list[list[str]]) -
     try:
         scorer = getattr(importlib.import_module(f"pycocoevalcap.{name}.{name}"), name.capitalize())
     except ImportError:
-        raise UserError(f"{name.upper()} needs Java and the package pycocoevalcap (pip install pycocoevalcap); BLEU, "
-                        f"ROUGE-L and CIDEr need neither.") from None
+        raise UserError(f"{name.upper()} needs Java and the package pycocoevalcap (pip install pycocoevalcap); "
+                        "BLEU, ROUGE-L and CIDEr need neither.") from None
     if shutil.which("java") is None:
-        raise UserError(f'{name.upper()} is a Java program, and no "java" is on the PATH; install a Java runtime.')
+        raise UserError(f'{name.upper()} is a Java program, and no "java" is on the PATH; install a Java '
+                        "runtime.")
     try:
         return scorer().compute_score(dict(enumerate(references)), {i: [c] for i, c in enumerate(candidates)})
     except (OSError, ValueError, subprocess.SubprocessError) as e:
-        raise UserError(f"{name.upper()}: pycocoevalcap failed to run its Java program ({e}); METEOR takes 2 GB of "
-                        f"memory, SPICE 8 GB and, the first time, a download of CoreNLP 3.6.0.") from None
+        raise UserError(f"{name.upper()}: pycocoevalcap failed to run its Java program ({e}); METEOR takes 2 GB "
+                        f"of memory, SPICE 8 GB and, the first time, a download of CoreNLP 3.6.0.") from None
 
 
 def meteor(candidates: list[str], references: list[list[str]]) -> tuple[float, list]:
     """METEOR 1.5 (Denkowski & Lavie, W14-3348): words matched exactly, by stem, synonym or paraphrase, and
     their order.
 
-    (M1)  P, R = matches (exact 1, stem 0.6, synonym 0.8, paraphrase 0.6) / words of the candidate, of the reference;
+    (M1)  P, R = matches (exact 1, stem 0.6, synonym 0.8, paraphrase 0.6) / words of candidate, of reference;
           a content word counts 0.75, a function word 0.25
     (M2)  F = P · R / (0.85 · P + 0.15 · R)
     (M3)  METEOR = F · (1 − 0.6 · (chunks / matched words)^0.2),  of the best reference
@@ -90,7 +91,8 @@ def scienceqa_accuracy(problems: dict[str, dict], picked: dict[str, int]) -> dic
     """
     right: dict[str, list[bool]] = {}
     for pid, p in problems.items():
-        columns = [p["subject"][:3].upper(), "G1-6" if int(p["grade"].removeprefix("grade")) <= 6 else "G7-12", "Avg"]
+        grade = int(p["grade"].removeprefix("grade"))
+        columns = [p["subject"][:3].upper(), "G1-6" if grade <= 6 else "G7-12", "Avg"]
         columns += [name for name, content in (("TXT", p["hint"]), ("IMG", p["image"])) if content] or ["NO"]
         for column in columns:
             right.setdefault(column, []).append(picked.get(pid, -1) == p["answer"])
@@ -117,8 +119,8 @@ def mme_tasks(rows: list[tuple]) -> dict[str, list[tuple]]:
         for n in range(0, len(lines), 2):
             images = [image for image, *_ in lines[n:n + 2]]
             if len(images) < 2 or images[0] != images[1]:
-                raise UserError(f"MME task {task}, rows {n + 1} and {n + 2}: pictures {' and '.join(images)}, but "
-                                "each pair of rows must ask about one picture; keep the data set's order.")
+                raise UserError(f"MME task {task}, rows {n + 1} and {n + 2}: pictures {' and '.join(images)}, "
+                                "but each pair of rows must ask about one picture; keep the data set's order.")
     return tasks
 
 
@@ -165,7 +167,8 @@ def postprocess_answer(protocol: str, text: str) -> str:
     stems it, so their OK-VQA scores do not compare with (V1) of these answers.
     """
     if protocol not in ANSWER_ENDS:
-        raise UserError(f'no rule to postprocess answers is called "{protocol}"; {nearest(protocol, ANSWER_ENDS)}')
+        raise UserError(f'no rule to postprocess answers is called "{protocol}"; '
+                        f'{nearest(protocol, ANSWER_ENDS)}')
     end, deleted = ANSWER_ENDS[protocol]
     return re.sub(deleted, "", re.split(end, text, maxsplit=1)[0])
 
@@ -180,10 +183,10 @@ def save_predictions(kind: str, rows: list[tuple], path: str | Path) -> None:
 
     kind           a row                                       the file
     vqav2, okvqa   (question id, answer)                       [{"question_id": 9000, "answer": "yes"}, …]
-    vizwiz         (image name, answer)                        [{"image": "VizWiz_val_1.jpg", "answer": "yes"}, …]
+    vizwiz         (image name, answer)                        [{"image": "V_val_1.jpg", "answer": "yes"}, …]
     coco           (image id, caption)                         [{"image_id": 9, "caption": "a box"}, …]
-    scienceqa      (problem id, index of the choice, text)     {"results": {"4": 0}, "outputs": {"4": "A. because"}}
-    mme            (task, image, question, Yes | No, response) a folder: TASK.txt, a line per question, tabs between
+    scienceqa      (problem id, index of the choice, text)     {"results": {"4": 0}, "outputs": {"4": "A. …"}}
+    mme            (task, image, question, Yes | No, response) a folder: TASK.txt, a line per question, tabs
 
     The VQA evaluation wants every question of the split. A tab or line break inside a field of MME's becomes
     a blank, one for one, so that no reading of yes or no changes.

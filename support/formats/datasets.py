@@ -25,7 +25,7 @@ from support.formats.records import (BrokenRecord, Record, checked_text, first_e
 
 
 def read_coco(folder: Path, split: str, names=("captions_{}2014", "captions_{}2017", "captions_{}")):
-    """COCO Captions (1504.00325); VizWiz-Captions (2002.08565), without captions marked rejected or pre-canned:
+    """COCO Captions (1504.00325); VizWiz-Captions (2002.08565), without those marked rejected or pre-canned:
         annotations/captions_{train,val}{2014,2017}.json
         val2014/COCO_val2014_000000000042.jpg …     val2017/ …
         annotations/{train,val,test}.json                    val/VizWiz_val_00000000.jpg …"""
@@ -74,7 +74,7 @@ def read_karpathy(folder: Path, split: str, name="dataset_coco.json", pictures="
 
 def read_flickr8k(folder: Path, split: str):
     """Flickr8k (Hodosh et al., JAIR 47); its token file also names a missing picture, which no split lists:
-        Flickr8k_text/Flickr8k.token.txt                                name.jpg#0, tab, caption; five a picture
+        Flickr8k_text/Flickr8k.token.txt                             name.jpg#0, tab, caption; five a picture
         Flickr8k_text/Flickr_8k.{trainImages,devImages,testImages}.txt     name.jpg
         Flicker8k_Dataset/1000268201_693b08cb0e.jpg …                      (sic)"""
     file = folder / "Flickr8k_text" / "Flickr8k.token.txt"
