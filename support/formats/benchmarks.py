@@ -31,16 +31,16 @@ def java_scorer(name: str, candidates: list[str], references: list[list[str]]) -
     try:
         scorer = getattr(importlib.import_module(f"pycocoevalcap.{name}.{name}"), name.capitalize())
     except ImportError:
-        raise UserError(f"{name.upper()} needs Java and the package pycocoevalcap (pip install pycocoevalcap); "
-                        "BLEU, ROUGE-L and CIDEr need neither.") from None
+        raise UserError(f"{name.upper()} needs Java and the package pycocoevalcap (pip install "
+                        "pycocoevalcap); BLEU, ROUGE-L and CIDEr need neither.") from None
     if shutil.which("java") is None:
         raise UserError(f'{name.upper()} is a Java program, and no "java" is on the PATH; install a Java '
                         "runtime.")
     try:
         return scorer().compute_score(dict(enumerate(references)), {i: [c] for i, c in enumerate(candidates)})
     except (OSError, ValueError, subprocess.SubprocessError) as e:
-        raise UserError(f"{name.upper()}: pycocoevalcap failed to run its Java program ({e}); METEOR takes 2 GB "
-                        f"of memory, SPICE 8 GB and, the first time, a download of CoreNLP 3.6.0.") from None
+        raise UserError(f"{name.upper()}: pycocoevalcap failed to run its Java program ({e}); METEOR takes "
+                        f"2 GB of memory, SPICE 8 GB and, the first time, a download of CoreNLP 3.6.0.") from None
 
 
 def meteor(candidates: list[str], references: list[list[str]]) -> tuple[float, list]:
@@ -119,8 +119,9 @@ def mme_tasks(rows: list[tuple]) -> dict[str, list[tuple]]:
         for n in range(0, len(lines), 2):
             images = [image for image, *_ in lines[n:n + 2]]
             if len(images) < 2 or images[0] != images[1]:
-                raise UserError(f"MME task {task}, rows {n + 1} and {n + 2}: pictures {' and '.join(images)}, "
-                                "but each pair of rows must ask about one picture; keep the data set's order.")
+                raise UserError(f"MME task {task}, rows {n + 1} and {n + 2}: pictures "
+                                f"{' and '.join(images)}, but each pair of rows must ask about one picture; "
+                                "keep the data set's order.")
     return tasks
 
 
