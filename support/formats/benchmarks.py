@@ -40,7 +40,8 @@ def java_scorer(name: str, candidates: list[str], references: list[list[str]]) -
         return scorer().compute_score(dict(enumerate(references)), {i: [c] for i, c in enumerate(candidates)})
     except (OSError, ValueError, subprocess.SubprocessError) as e:
         raise UserError(f"{name.upper()}: pycocoevalcap failed to run its Java program ({e}); METEOR takes "
-                        f"2 GB of memory, SPICE 8 GB and, the first time, a download of CoreNLP 3.6.0.") from None
+                        f"2 GB of memory, SPICE 8 GB and, the first time, a download of CoreNLP 3.6.0."
+                        ) from None
 
 
 def meteor(candidates: list[str], references: list[list[str]]) -> tuple[float, list]:
