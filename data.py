@@ -157,7 +157,8 @@ class Document:
             return self.ids([] if self.tokens == [t.bos] == [t.special[text]] else [t.special[text]], learn)
         # LLaVA encodes what follows a picture as a text of its own
         start = self.tokens in ([], [t.bos]) or self.tokens[-1] == IMAGE
-        return self.ids(t.encode(text, place="start" if start else "more" if self.tokens[-1] in t.known else "after"), learn)
+        before = "nothing" if start else "text" if self.tokens[-1] in t.text_ids else "special"
+        return self.ids(t.encode(text, preceded_by=before), learn)
 
     def chat(self, messages: str | list[dict], answer: bool = True, template: str | None = None) -> Document:
         """A conversation in the form that the model knows (Template.spans): a prompt, or with answer=False a document to learn."""

@@ -1,4 +1,17 @@
-"""formats/datasets.py: one short reader per data set on disk; each docstring shows the layout that it reads."""
+"""formats/datasets.py: one short reader per data set on disk; its docstring shows the layout that it reads.
+
+A reader is a generator: read_NAME(folder, split) yields a Record for each entry that can be used and a
+BrokenRecord (where, why) for each that cannot; a file that cannot be read at all is a UserError. The inner
+function of a reader makes a Record of one row. From records.py:
+
+    load_lists, read_lines      the rows of a JSON file, the lines of a text file
+    parse_rows                  calls the inner function for every row; an exception becomes a BrokenRecord,
+                                None (a row of another split, or one that is only collected) nothing
+    path_inside                 the path of a picture, refused if it leads out of the folder
+
+map: captions (COCO first) · questions (VQA, TextVQA, VizWiz, ScienceQA, MME) · conversations (LLaVA, Alpaca)
+· interleaved pages (MMC4) · FORMATS, the table of kinds. Sources: each docstring names its paper.
+"""
 from __future__ import annotations
 
 import functools
@@ -13,76 +26,86 @@ from support.formats.records import (BrokenRecord, Record, checked_text, first_e
 
 def read_coco(folder: Path, split: str, names=("captions_{}2014", "captions_{}2017", "captions_{}")):
     """COCO Captions (1504.00325); VizWiz-Captions (2002.08565), without those marked rejected or pre-canned:
-        annotations/captions_{train,val}{2014,2017}.json     val2014/COCO_val2014_000000000042.jpg …     val2017/ …
+        annotations/captions_{train,val}{2014,2017}.json
+        val2014/COCO_val2014_000000000042.jpg …     val2017/ …
         annotations/{train,val,test}.json                    val/VizWiz_val_00000000.jpg …"""
     file = first_existing(folder / "annotations", *(name.format(split) + ".json" for name in names))
-    part, said = file.stem.removeprefix("captions_"), {}
-    images, notes = (load_lists(file, "images"), []) if split == "test" else load_lists(file, "images", "annotations")
+    part = file.stem.removeprefix("captions_")          # train2014 …, also the folder of the pictures
+    captions_of: dict[int, list[tuple[str, bool]]] = {}             # image id → (caption, rejected)
+    if split == "test":
+        images, annotations = load_lists(file, "images"), []
+    else:
+        images, annotations = load_lists(file, "images", "annotations")
 
-    def note(n, row):
-        caption = checked_text(row["caption"]), bool(row.get("is_rejected") or row.get("is_precanned"))
-        said.setdefault(row["image_id"], []).append(caption)
+    def collect_caption(n, row):
+        caption = checked_text(row["caption"])
+        rejected = bool(row.get("is_rejected") or row.get("is_precanned"))
+        captions_of.setdefault(row["image_id"], []).append((caption, rejected))
 
-    def image(n, row):
-        captions = [] if split == "test" else said.pop(row["id"], None)
+    def image_record(n, row):
+        captions = [] if split == "test" else captions_of.pop(row["id"], None)
         if captions is None:
             raise ValueError(f"image {row['id']} has no caption")
-        kept = [c for c, unfit in captions if not unfit]
-        more = {"captions_all": [c for c, _ in captions]} if len(kept) < len(captions) else {}
+        kept = [caption for caption, rejected in captions if not rejected]
+        more = {"captions_all": [caption for caption, _ in captions]} if len(kept) < len(captions) else {}
         return Record(row["id"], [path_inside(folder / part, row["file_name"])], part, kept, more=more)
 
-    yield from parse_rows(f"{file}, annotation", notes, note)
-    yield from parse_rows(f"{file}, image", images, image)
-    yield from (BrokenRecord(f"{file}, captions of image {i}", "there is no such image") for i in said)
+    yield from parse_rows(f"{file}, annotation", annotations, collect_caption)
+    yield from parse_rows(f"{file}, image", images, image_record)
+    for i in captions_of:                               # image_record has taken the others
+        yield BrokenRecord(f"{file}, captions of image {i}", "there is no such image")
 
 
 def read_karpathy(folder: Path, split: str, name="dataset_coco.json", pictures=""):
-    """COCO and Flickr30k in Karpathy's splits (1412.2306); train takes restval along, 113,287 images of COCO:
+    """COCO and Flickr30k in Karpathy's splits (1412.2306); train includes restval, 113,287 images of COCO:
         dataset_coco.json          train2014/COCO_train2014_000000000009.jpg …     val2014/ …
         dataset_flickr30k.json     flickr30k-images/1000092795.jpg …"""
     def image(n, row):
-        part, sentences, where = row["split"], row["sentences"], row.get("filepath", pictures)
+        part, sentences, subfolder = row["split"], row["sentences"], row.get("filepath", pictures)
         if part not in ("train", "restval", "val", "test") or not sentences:
             raise ValueError(f'split "{part}" with {len(sentences)} sentences')
         if split == part or (split, part) == ("train", "restval"):
-            path = path_inside(folder, f"{where}/{row['filename']}")
+            path = path_inside(folder, f"{subfolder}/{row['filename']}")
             return Record(row.get("cocoid", row["filename"]), [path], part, [s["raw"] for s in sentences],
-                          more={"coco_split": where, "sentids": row.get("sentids")})
+                          more={"coco_split": subfolder, "sentids": row.get("sentids")})
 
     return parse_rows(f"{folder / name}, image", load_lists(folder / name, "images"), image)
 
 
 def read_flickr8k(folder: Path, split: str):
-    """Flickr8k (Hodosh et al., JAIR 47); its token file also names a picture that does not exist and no split lists:
-        Flickr8k_text/Flickr8k.token.txt                                   name.jpg#0, tab, caption; five a picture
+    """Flickr8k (Hodosh et al., JAIR 47); its token file also names a missing picture, which no split lists:
+        Flickr8k_text/Flickr8k.token.txt                             name.jpg#0, tab, caption; five a picture
         Flickr8k_text/Flickr_8k.{trainImages,devImages,testImages}.txt     name.jpg
         Flicker8k_Dataset/1000268201_693b08cb0e.jpg …                      (sic)"""
     file = folder / "Flickr8k_text" / "Flickr8k.token.txt"
     listed = file.with_name(f"Flickr_8k.{split.replace('val', 'dev')}Images.txt")
-    said: dict[str, list[str]] = {name: [] for name in read_lines(listed)}
+    captions_of: dict[str, list[str]] = {name: [] for name in read_lines(listed)}
 
-    def caption(n, line):
+    def collect_caption(n, line):
         head, _, text = line.partition("\t")
         name, _, number = head.rpartition("#")
         if not (name and number.isdecimal() and text.strip()):
             raise ValueError(f'"{line:.40}" is not "name.jpg#0", a tab and a caption')
-        said.get(name, []).append(text)
+        captions_of.get(name, []).append(text)          # a picture of another split is left out
 
-    image = lambda name, captions: Record(name, [path_inside(folder / "Flicker8k_Dataset", name)], split, captions)
-    yield from parse_rows(f"{file}, line", read_lines(file), caption)
-    yield from parse_rows(f"{listed},", said, image)
+    def image(name, captions):
+        return Record(name, [path_inside(folder / "Flicker8k_Dataset", name)], split, captions)
+
+    yield from parse_rows(f"{file}, line", read_lines(file), collect_caption)
+    yield from parse_rows(f"{listed},", captions_of, image)
 
 
 def read_cc(folder: Path, split: str):
-    """Conceptual Captions (Sharma et al., P18-1238); a picture is named by its row, and dead links leave gaps:
+    """Conceptual Captions (Sharma et al., P18-1238); a picture is named by its row, and dead links leave
+    gaps:
         Train_GCC-training.tsv                      training/00000000.jpg …       a row: caption, tab, URL
         Validation_GCC-1.1.0-Validation.tsv         validation/00000000.jpg …
-        cc_clean.txt                                for split `clean`: rows of the training file, from 0, one a line
-    `clean` is for MAPL's CC-clean (2210.07179v2, 398K rows). Neither their rule nor their list is published with their
-    code: the filter keeps the rows of a list that you make, and cannot make theirs again."""
+        cc_clean.txt                                for split `clean`: rows of the training file, from 0
+    `clean` is for MAPL's CC-clean (2210.07179v2, 398K rows). Neither its rule nor its list is published with
+    the code: the filter keeps the rows of a list that you make, and cannot reproduce MAPL's."""
     part = "validation" if split == "val" else "training"
     file = folder / ("Validation_GCC-1.1.0-Validation.tsv" if split == "val" else "Train_GCC-training.tsv")
-    there = set(os.listdir(folder / part)) if (folder / part).is_dir() else ()
+    downloaded = set(os.listdir(folder / part)) if (folder / part).is_dir() else ()
     listed, chosen = folder / "cc_clean.txt", set()
 
     def pair(n, line):
@@ -91,7 +114,8 @@ def read_cc(folder: Path, split: str):
         caption, url = line.split("\t") if line.count("\t") == 1 else ("", "")
         if not (caption.strip() and url.strip()):
             raise ValueError(f'"{line:.40}" is not a caption, a tab and a URL')
-        images = [f"{folder / part}/{n - 1:08d}.jpg"] if f"{n - 1:08d}.jpg" in there else []
+        name = f"{n - 1:08d}.jpg"
+        images = [f"{folder / part}/{name}"] if name in downloaded else []
         return Record(n - 1, images, split.replace("clean", "train"), [caption], more={"url": url})
 
     if split == "clean":
@@ -100,15 +124,17 @@ def read_cc(folder: Path, split: str):
 
 
 def read_textcaps(folder: Path, split: str):
-    """TextCaps (2003.12462): a row per caption, with all of the picture's; validation lies among the train images:
+    """TextCaps (2003.12462): a row per caption, with all of the picture's; validation lies among the train
+    images:
         TextCaps_0.1_{train,val,test}.json     train_images/0a1b2c3d4e5f6071.jpg …     test_images/ …"""
-    file, seen = folder / f"TextCaps_0.1_{split}.json", set()
+    file, seen = folder / f"TextCaps_0.1_{split}.json", set()       # seen: image ids
 
     def image(n, row):
         i, captions = row["image_id"], [] if split == "test" else row["reference_strs"]
         if i not in seen:
             seen.add(i)
-            return Record(i, [path_inside(folder, f"{split.replace('val', 'train')}_images/{i}.jpg")], split, captions)
+            path = path_inside(folder, f"{split.replace('val', 'train')}_images/{i}.jpg")
+            return Record(i, [path], split, captions)
 
     return parse_rows(f"{file}, row", load_lists(file, "data"), image)
 
@@ -128,27 +154,31 @@ def read_folder(folder: Path, split: str):
 
 def read_vqa(folder: Path, split: str, version="v2_"):
     """VQAv2 (1612.00837), and without the "v2_" OK-VQA (1906.00067); ten annotators answer, for test nobody:
-        v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json     train2014/COCO_train2014_000000000009.jpg …
-        v2_mscoco_{train2014,val2014}_annotations.json                      val2014/ …     test2015/ …"""
-    part, notes = {"train": "train2014", "val": "val2014", "test": "test2015"}[split], {}
-    asked = folder / f"{version}OpenEnded_mscoco_{part}_questions.json"
-    told = folder / f"{version}mscoco_{part}_annotations.json"
+        v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json
+        v2_mscoco_{train2014,val2014}_annotations.json
+        train2014/COCO_train2014_000000000009.jpg …     val2014/ …     test2015/ …"""
+    part = {"train": "train2014", "val": "val2014", "test": "test2015"}[split]
+    questions = folder / f"{version}OpenEnded_mscoco_{part}_questions.json"
+    annotations = folder / f"{version}mscoco_{part}_annotations.json"
+    fields_of: dict[int, dict] = {}                     # question id → the fields that its annotation fills
 
-    def note(n, row):
+    def collect_answers(n, row):
         more = {"question_type": row["question_type"], "most_common": row.get("multiple_choice_answer")}
         answers = [a["answer"] for a in row["answers"]]
-        notes[row["question_id"]] = dict(answers=answers, kind=row["answer_type"], more=more)
+        fields_of[row["question_id"]] = dict(answers=answers, kind=row["answer_type"], more=more)
 
     def question(n, row):
         i, path = row["question_id"], f"{folder}/{part}/COCO_{part}_{row['image_id']:012d}.jpg"
-        if split != "test" and i not in notes:
+        if split != "test" and i not in fields_of:
             raise ValueError(f"question {i} has no annotation, or is asked twice")
-        return Record(i, [path], part, question=row["question"], **notes.pop(i, {}))
+        return Record(i, [path], part, question=row["question"], **fields_of.pop(i, {}))
 
     if split != "test":
-        yield from parse_rows(f"{told}, annotation", load_lists(told, "annotations"), note)
-    yield from parse_rows(f"{asked}, question", load_lists(asked, "questions"), question)
-    yield from (BrokenRecord(f"{told}, answers to question {i}", "there is no such question") for i in notes)
+        rows = load_lists(annotations, "annotations")
+        yield from parse_rows(f"{annotations}, annotation", rows, collect_answers)
+    yield from parse_rows(f"{questions}, question", load_lists(questions, "questions"), question)
+    for i in fields_of:                                 # `question` has taken the others
+        yield BrokenRecord(f"{annotations}, answers to question {i}", "there is no such question")
 
 
 def read_textvqa(folder: Path, split: str):
@@ -170,15 +200,19 @@ def read_vizwizvqa(folder: Path, split: str):
     file = folder / "Annotations" / f"{split}.json"
 
     def question(n, row):
-        told = {} if split == "test" else dict(answers=[a["answer"] for a in row["answers"]], kind=row["answer_type"],
-                                               more={"answerable": row["answerable"]})
-        return Record(row["image"], [path_inside(folder / split, row["image"])], split, question=row["question"], **told)
+        annotation = {}
+        if split != "test":
+            annotation = dict(answers=[a["answer"] for a in row["answers"]], kind=row["answer_type"],
+                              more={"answerable": row["answerable"]})
+        path = path_inside(folder / split, row["image"])
+        return Record(row["image"], [path], split, question=row["question"], **annotation)
 
     return parse_rows(f"{file}, question", load_lists(file), question)
 
 
 def read_scienceqa(folder: Path, split: str):
-    """ScienceQA (2209.09513), half of it without a picture; more["hint"], ["lecture"], ["solution"] hold its texts:
+    """ScienceQA (2209.09513), half of it without a picture; more["hint"], ["lecture"], ["solution"] hold its
+    texts:
         problems.json     pid_splits.json     images/{train,val,test}/4/image.png …"""
     file, listed = folder / "problems.json", folder / "pid_splits.json"
     problems = load_lists(file, kind=dict)
@@ -187,52 +221,62 @@ def read_scienceqa(folder: Path, split: str):
         if row is None:
             raise ValueError(f"{listed.name} lists it, but there is no such problem")
         more = {key: checked_text(row[key]) for key in ("hint", "lecture", "solution", "subject", "grade")}
-        name = row["image"]
-        images = [] if name is None else [path_inside(folder / "images", f"{row['split']}/{pid}/{checked_text(name)}")]
-        return Record(pid, images, row["split"], kind=row["subject"], question=row["question"], choices=row["choices"],
-                      answer=row["answer"], more=more)
+        images = []
+        if row["image"] is not None:
+            name = f"{row['split']}/{pid}/{checked_text(row['image'])}"
+            images = [path_inside(folder / "images", name)]
+        return Record(pid, images, row["split"], kind=row["subject"], question=row["question"],
+                      choices=row["choices"], answer=row["answer"], more=more)
 
-    return parse_rows(f"{file}, problem", {pid: problems.get(pid) for pid in load_lists(listed, split)}, problem)
+    chosen = {pid: problems.get(pid) for pid in load_lists(listed, split)}
+    return parse_rows(f"{file}, problem", chosen, problem)
 
 
+# MME's tasks, by group
 MME = {"perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
        "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()}
 
 
 def read_mme(folder: Path, split: str):
-    """MME (2306.13394), 14 tasks, two questions a picture; a text file has two lines: question, tab, Yes or No:
-        MME_Benchmark_release_version/existence/0001.txt …     existence/0001.jpg …                      nine tasks
-        MME_Benchmark_release_version/artwork/questions_answers_YN/0001.txt …     artwork/images/ …      five tasks"""
+    """MME (2306.13394), 14 tasks, two questions a picture; a text file has two lines: question, tab, Yes or
+    No:
+        MME_Benchmark_release_version/existence/0001.txt …     existence/0001.jpg …                 nine tasks
+        MME_Benchmark_release_version/artwork/questions_answers_YN/0001.txt …  artwork/images/ … five tasks"""
     top = first_existing(folder, "MME_Benchmark_release_version", ".")
 
     def question(n, file):
         rows, task = [line.split("\t") for line in read_lines(file)], file.relative_to(top).parts[0]
         if len(rows) != 2 or any(len(row) != 2 or row[1].strip() not in ("Yes", "No") for row in rows):
             raise ValueError("the file must have two lines: a question, a tab, Yes or No")
-        paths = [top / task / place / (file.stem + end) for place in ("images", ".") for end in (".jpg", ".png")]
+        paths = [top / task / subfolder / (file.stem + end)
+                 for subfolder in ("images", ".") for end in (".jpg", ".png")]
         path = next((p for p in paths if p.exists()), paths[-2])
         group = next(group for group, tasks in MME.items() if task in tasks)
         return Record(f"{task}/{path.name}/{n - 1}", [str(path)], "test", kind=task, question=rows[n - 1][0],
                       answers=[rows[n - 1][1].strip()], more={"group": group})
 
     for task in MME["perception"] + MME["cognition"]:
-        for file in sorted([*(top / task).glob("*.txt"), *(top / task / "questions_answers_YN").glob("*.txt")]):
+        files = [*(top / task).glob("*.txt"), *(top / task / "questions_answers_YN").glob("*.txt")]
+        for file in sorted(files):
             yield from parse_rows(f"{file}, question", [file, file], question)
 
 
 def read_llava(path: Path, split: str):
-    """LLaVA-Instruct, LCS-558K, CC-595K (2304.08485), LLaVA-1.5's mixture (2310.03744); the path may name the file:
+    """LLaVA-Instruct, LCS-558K, CC-595K (2304.08485), LLaVA-1.5's mixture (2310.03744); path: folder or file:
         llava_instruct_150k.json                      coco/train2017/000000033471.jpg …
         blip_laion_cc_sbu_558k.json, chat.json        images/00453/004539375.jpg …
-        llava_v1_5_mix665k.json                       coco/train2017/…, gqa/… (some samples have no picture)"""
-    file = first_existing(path, "llava_instruct_150k.json", "llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.json", "chat.json")
+        llava_v1_5_mix665k.json                       coco/train2017/…, gqa/… (some have no picture)"""
+    file = first_existing(path, "llava_instruct_150k.json", "llava_v1_5_mix665k.json",
+                          "blip_laion_cc_sbu_558k.json", "chat.json")
 
     def sample(n, row):
-        turns, image = tuple((t["from"], checked_text(t["value"])) for t in row["conversations"]), row.get("image")
-        if not turns or [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+        turns = tuple((turn["from"], checked_text(turn["value"])) for turn in row["conversations"])
+        image = row.get("image")
+        if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
             raise ValueError("human and gpt must take turns, and gpt must speak last")
         if [text.count("<image>") for _, text in turns] != [int(image is not None)] + [0] * (len(turns) - 1):
-            raise ValueError("<image> must stand once in the first turn if the sample has a picture, and nowhere else")
+            raise ValueError("<image> must stand once in the first turn if the sample has a picture, and "
+                             "nowhere else")
         images = [] if image is None else [path_inside(file.parent, image, ".", "images", "coco/train2017")]
         return Record(row.get("id", n), images, turns=turns)
 
@@ -253,38 +297,47 @@ def read_alpaca(path: Path, split: str):
 
 
 def read_interleaved(path: Path, split: str):
-    """MMC4 (2304.06939), unpacked; a document keeps the pictures that were downloaded; the path may name a file:
-        docs_shard_0_v2.jsonl …     {"url", "text_list": […], "image_info": [{"image_name", "matched_text_index"}, …]}
+    """MMC4 (2304.06939), unpacked; a document keeps its downloaded pictures; the path may name a file:
+        docs_shard_0_v2.jsonl …     {"url", "text_list": […],
+                                     "image_info": [{"image_name", "matched_text_index"}, …]}
         images/aaaaaaaaaaaa.jpg …"""
     def document(n, line):
         row, folder = json.loads(line), path.parent if path.is_file() else path
-        matched = [[i["image_name"], i["matched_text_index"], i.get("matched_sim")] for i in row["image_info"]]
-        for name, at, _ in matched:
-            if at not in range(len(row["text_list"])):
-                raise ValueError(f"{name} stands before sentence {at} of 0 to {len(row['text_list']) - 1}")
-        there = [(p, at) for name, at, _ in matched if os.path.exists(p := path_inside(folder, name, "images", "."))]
-        more = {"matched": matched, "places": [at for _, at in there]}
-        return Record(row["url"], [p for p, _ in there], texts=row["text_list"], more=more)
+        matched = [[info["image_name"], info["matched_text_index"], info.get("matched_sim")]
+                   for info in row["image_info"]]
+        paths, places = [], []                      # of the downloaded pictures; place: the sentence after it
+        for name, sentence, _ in matched:
+            if sentence not in range(len(row["text_list"])):
+                last = len(row["text_list"]) - 1
+                raise ValueError(f"{name} stands before sentence {sentence} of 0 to {last}")
+        for name, sentence, _ in matched:
+            path_of_picture = path_inside(folder, name, "images", ".")
+            if os.path.exists(path_of_picture):
+                paths.append(path_of_picture)
+                places.append(sentence)
+        more = {"matched": matched, "places": places}
+        return Record(row["url"], paths, texts=row["text_list"], more=more)
 
     for file in [path] if path.is_file() else sorted(path.glob("docs*.jsonl")):
         yield from parse_rows(f"{file}, line", read_lines(file), document)
 
 
 def split_at_pictures(r: Record) -> list[tuple[int | None, str]]:
-    """An interleaved document, cut before each picture: [(None, text before all), (0, text from picture 0 on), …]."""
+    """An interleaved document, cut before each picture: [(None, text before all), (0, text from picture 0
+    on), …]."""
     parts: list[tuple[int | None, list[str]]] = [(None, [])]
-    for at, sentence in enumerate(r.texts):
-        parts += [(image, []) for image, place in enumerate(r.more["places"]) if place == at]
+    for n, sentence in enumerate(r.texts):
+        parts += [(image, []) for image, place in enumerate(r.more["places"]) if place == n]
         parts[-1][1].append(sentence)
     return [(image, " ".join(part)) for image, part in parts if part or image is not None]
 
 
 OWN = "train val all"               # no split on disk: every tenth record is val, the others are train
-FORMATS = {                         # kind: reader, splits (the first is the default), what the final table holds out
+FORMATS = {                     # kind: reader, splits (the first is the default), held-out split of the table
     "coco": (read_coco, "train val train2014 val2014 train2017 val2017", "val"),
     "karpathy": (read_karpathy, "train restval val test", "test"),
-    "flickr30k": (functools.partial(read_karpathy, name="dataset_flickr30k.json", pictures="flickr30k-images"),
-                  "train val test", "test"),
+    "flickr30k": (functools.partial(read_karpathy, name="dataset_flickr30k.json",
+                                    pictures="flickr30k-images"), "train val test", "test"),
     "flickr8k": (read_flickr8k, "train val test", "test"),
     "cc": (read_cc, "train clean val", "val"),
     "textcaps": (read_textcaps, "train val test", "val"),
@@ -298,4 +351,3 @@ FORMATS = {                         # kind: reader, splits (the first is the def
     "llava": (read_llava, OWN, "val"), "alpaca": (read_alpaca, OWN, "val"),
     "interleaved": (read_interleaved, OWN, "val"), "folder": (read_folder, OWN, "val"),
 }
-MME = MME                      # {"perception" | "cognition": its tasks}

@@ -1,13 +1,13 @@
-"""formats/ptb.py: the Penn Treebank tokens on which COCO's code scores captions."""
+"""formats/ptb.py: the Penn Treebank tokens on which COCO's code scores captions.
+
+A rule is a pair: a pattern for the token, and a pattern for what must follow it, which is looked at and not
+taken. Example: ("can", "not") cuts "cannot" into can · not. At each position the rule that reaches furthest
+wins. Source: CoreNLP 3.4.1's PTBTokenizer as pycocoevalcap 1.2 calls it; tests/formats/test_ptb.py holds its
+tokens.
+"""
 from __future__ import annotations
 
 import re
-
-# A caption is scored as one string, its tokens joined by single blanks. A caption metric takes n candidates
-# and n lists of references and returns the score of the corpus and the list of the images' own scores.
-# "Official" is pycocoevalcap 1.2, GT-Vision-Lab/VQA at a013f00, lupantech/ScienceQA at 2cbf831, haotian-liu/LLaVA at
-# c121f04, MME's evaluation tool at dd29509, salesforce/LAVIS at 506965b and open_flamingo at 655f693;
-# tests/test_metrics.py and tests/test_scores.py hold their numbers.
 
 LETTER = r"(?:[^\W\d_²³¹¼-¾⅐-⅟]|[\u0300-\u036f])"                   # combining accents belong to the word
 ALNUM = rf"(?:\d|{LETTER})"
@@ -63,13 +63,14 @@ def ptb_tokenize(text: str) -> list[str]:
     """
     for entity, character in ENTITIES.items():
         text = text.replace(entity, character)
-    text, tokens, at = INVISIBLE.sub(" ", text), [], 0
-    while at < len(text):
-        if text[at].isspace():
-            at += 1
+    text, tokens, position = INVISIBLE.sub(" ", text), [], 0
+    while position < len(text):
+        if text[position].isspace():
+            position += 1
             continue
-        match = max((m for rule in PTB_RULES if (m := rule.match(text, at))), key=lambda m: m.end())
-        at, token = match.end(1), match[1].lower()
+        matches = [rule.match(text, position) for rule in PTB_RULES]
+        match = max(filter(None, matches), key=lambda m: m.end())       # of equals the first
+        position, token = match.end(1), match[1].lower()
         if re.fullmatch(f"{CLITIC}|{NOT}", token):
             token = token.replace("’", "'")                             # elsewhere (o’clock) it stays curly
         if not PTB_DROPPED.fullmatch(token):

@@ -1,4 +1,14 @@
-"""formats/tokenizer_files.py: a tokenizer from the files of a model's folder."""
+"""formats/tokenizer_files.py: a tokenizer from the files of a model's folder.
+
+    tokenizer.json                    Hugging Face's form of any of the four kinds of tokenizers.py
+    tokenizer.model                   SentencePiece's model (protobuf), or Llama-3's ranks
+    vocab.txt                         BERT
+    vocab.json and merges.txt         CLIP, GPT-2
+
+chapters: load_tokenizer · the four files · one step or pattern that is not known is an error. The older files
+are first put into the form of a tokenizer.json. Sources: transformers 5.23, sentencepiece_model.proto, Meta's
+llama3.
+"""
 from __future__ import annotations
 
 import base64
@@ -18,85 +28,124 @@ USUAL = {"bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "image
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model's folder, from the first of these that is there: tokenizer.json (any of the four kinds),
-    tokenizer.model (SentencePiece, or Llama-3's ranks), vocab.txt (BERT), vocab.json with merges.txt (CLIP, GPT-2); with the
-    settings beside it.
+    """The tokenizer of a model's folder, from the first file of READERS that it holds and the SETTINGS beside
+    it.
 
-    Tokens added to a vocabulary count as special, whatever their file says. A damaged or foreign file is a UserError.
+    Tokens added to a vocabulary count as special, whatever their file says. A damaged or unknown file is a
+    UserError.
     """
     folder = Path(folder)
     file = next((folder / name for name in READERS if (folder / name).exists()), None)
     if file is None:
-        raise UserError(f"{folder / 'tokenizer.json'}: no such file, nor {', '.join([*READERS][1:])}; give a folder that "
-                        "holds one.")
+        raise UserError(f"{folder / 'tokenizer.json'}: no such file, nor {', '.join([*READERS][1:])}; "
+                        "give a folder that holds one.")
     try:
         settings = {}
         for name in SETTINGS:
             if (folder / name).exists():
-                settings |= {"added": read_json(folder / name)} if name == "added_tokens.json" else read_json(folder / name)
+                content = read_json(folder / name)
+                settings |= {"added": content} if name == "added_tokens.json" else content
         tokenizer = READERS[file.name](file, settings)
         tokenizer.template = template_of(folder, settings, tokenizer)
         return tokenizer
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError):      # something is missing or cut off
-        raise UserError(f"{file}: with the settings beside it no vocabulary that is known here (byte-level BPE, SentencePiece "
-                        "BPE with byte fallback, WordPiece, CLIP's BPE); get the files again, or another model.") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError):      # missing or cut off
+        raise UserError(f"{file}: with the settings beside it no vocabulary that is known here (byte-level "
+                        "BPE, SentencePiece BPE with byte fallback, WordPiece, CLIP's BPE); get the files "
+                        "again, or another model.") from None
 
 
-def special_tokens(settings: dict, vocab: dict[str, int], added: dict[str, int]) -> tuple[dict[str, int], dict]:
-    """({text: id} of the added tokens and of those in the vocabulary that the settings name, {"bos": text, "eos", "image"})."""
-    spelled = lambda token: token["content"] if isinstance(token, dict) else token
-    named = {k: spelled(settings[f"{k}_token"]) for k in (*USUAL, "cls", "sep", "mask") if f"{k}_token" in settings}
-    special = {**{t: vocab[t] for t in named.values() if t in vocab}, **settings.get("added", {}),
-               **{spelled(t): int(i) for i, t in settings.get("added_tokens_decoder", {}).items()}, **added}
-    usual = {k: next((t for t in texts if t in special), None) for k, texts in USUAL.items()}
-    return special, {k: named.get(k, usual[k]) for k in usual}
+def special_tokens(settings: dict, vocab: dict[str, int],
+                   added: dict[str, int]) -> tuple[dict[str, int], dict]:
+    """Special tokens {text: id}, and the texts of {"bos", "eos", "image"}.
+
+    Special are the added tokens and those of the vocabulary that the settings name. A role that the settings
+    do not name has the usual token, if it is there.
+    """
+    def content(token) -> str:
+        return token["content"] if isinstance(token, dict) else token
+
+    roles = [role for role in (*USUAL, "cls", "sep", "mask") if f"{role}_token" in settings]
+    named = {role: content(settings[f"{role}_token"]) for role in roles}
+    special = {text: vocab[text] for text in named.values() if text in vocab}
+    special |= settings.get("added", {})
+    special |= {content(token): int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    special |= added
+    usual = {role: next((text for text in texts if text in special), None) for role, texts in USUAL.items()}
+    return special, {role: named.get(role, usual[role]) for role in usual}
 
 
 def from_json(file: Path, settings: dict, data: dict) -> Tokenizer:
-    """data: the content of a tokenizer.json; the older pairs of files are put into that form below."""
+    """The tokenizer that data describes, the content of a tokenizer.json. file: for the errors.
+
+    The steps of its normalizer and pre-tokenizer must be those of one of the four kinds.
+    """
     model, vocab = data["model"], data["model"]["vocab"]
     added = {t["content"]: t["id"] for t in data["added_tokens"] if t["special"] or t["content"] not in vocab}
     special, names = special_tokens(settings, vocab, added)
-    steps = [s for key in ("normalizer", "pre_tokenizer") if (entry := data.get(key))
-             for s in entry.get("normalizers") or entry.get("pretokenizers") or [entry]]
-    unknown = lambda step: UserError(f"{file}: the step {json.dumps(step)} is not supported for a vocabulary of its kind.")
+    entries = [data[key] for key in ("normalizer", "pre_tokenizer") if data.get(key)]
+    steps = [step for entry in entries
+             for step in entry.get("normalizers") or entry.get("pretokenizers") or [entry]]
     if model.get("type") == "WordPiece":
-        bert, rest = steps
-        if ((bert["type"], rest["type"]) != ("BertNormalizer", "BertPreTokenizer")
-                or bert.get("strip_accents") not in (None, bert["lowercase"])):
-            raise unknown(steps)
-        return WordPiece(vocab, special, bert["lowercase"], model["unk_token"], **names)
+        return WordPiece(vocab, special, bert_lowercase(steps, file), model["unk_token"], **names)
     if model.get("type", "BPE") != "BPE":
-        raise ValueError
+        raise ValueError(f"a {model['type']} vocabulary")
     merges = [tuple(m if isinstance(m, list) else m.split(" ")) for m in model["merges"]]
-    made, order = [vocab[a + b] for a, b in merges], {pair: n for n, pair in enumerate(merges)}
+    ids, order = [vocab[a + b] for a, b in merges], {pair: n for n, pair in enumerate(merges)}
     if model.get("end_of_word_suffix") == "</w>":
         return ClipBPE(vocab, order, special, **names)
     if model.get("byte_fallback"):
-        prefix = SentencePiece.NEVER
-        for step in steps:
-            if step["type"] == "Prepend" and step["prepend"] == "▁":
-                prefix = SentencePiece.ALWAYS
-            elif step["type"] == "Metaspace" and not step.get("split", True):
-                prefix = (*getattr(SentencePiece, step.get("prepend_scheme", "always").upper()), "lazy")
-            elif step["type"] != "Replace" or (step["pattern"], step["content"]) != ({"String": " "}, "▁"):
-                raise unknown(step)
+        prefix = dummy_prefix(steps, file)
         return SentencePiece(vocab, order, special, prefix, model.get("unk_token"), **names)
     if data.get("normalizer"):
-        raise unknown(data["normalizer"])
-    value = {letter: b for b, letter in byte_letters().items()}
-    ranks = {bytes(value[c] for c in token): i for token, i in vocab.items() if token not in special}
-    if made != sorted(made):                            # tiktoken merges in the order of ids
-        raise UserError(f"{file}: its merges are not in the order of its ids; such a vocabulary cannot be read here.")
+        raise unknown_step(data["normalizer"], file)
+    byte_of = {letter: b for b, letter in byte_letters().items()}
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in special}
+    if ids != sorted(ids):                              # tiktoken merges in the order of ids
+        raise UserError(f"{file}: its merges are not in the order of its ids; such a vocabulary "
+                        "cannot be read here.")
     return ByteLevel(split_pattern(data.get("pre_tokenizer"), file), ranks, special, **names)
 
 
+def unknown_step(step, file: Path) -> UserError:
+    return UserError(f"{file}: the step {json.dumps(step)} is not supported for a vocabulary of its kind.")
+
+
+def bert_lowercase(steps: list[dict], file: Path) -> bool:
+    """Whether BERT's two steps make lower case (and then, as the library does, drop accents)."""
+    normalizer, splitter = steps
+    accents = normalizer.get("strip_accents")
+    known = (normalizer["type"], splitter["type"]) == ("BertNormalizer", "BertPreTokenizer")
+    if not known or accents not in (None, normalizer["lowercase"]):
+        raise unknown_step(steps, file)
+    return normalizer["lowercase"]
+
+
+def dummy_prefix(steps: list[dict], file: Path) -> tuple:
+    """Where a SentencePiece vocabulary puts a blank in front: SentencePiece's `prefix`, from the steps of the
+    JSON."""
+    prefix = SentencePiece.NEVER
+    for step in steps:
+        if step["type"] == "Prepend" and step["prepend"] == "▁":
+            prefix = SentencePiece.ALWAYS
+        elif step["type"] == "Metaspace" and not step.get("split", True):
+            prefix = (*getattr(SentencePiece, step.get("prepend_scheme", "always").upper()), "lazy")
+        elif step["type"] != "Replace" or (step["pattern"], step["content"]) != ({"String": " "}, "▁"):
+            raise unknown_step(step, file)
+    return prefix
+
+
+def read_tokenizer_json(file: Path, settings: dict) -> Tokenizer:
+    return from_json(file, settings, read_json(file))
+
+
 def read_vocab_txt(file: Path, settings: dict) -> Tokenizer:
-    vocab = {line.rstrip("\r"): n for n, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"))}
+    """BERT's vocabulary: one piece a line, its id the number of the line from 0."""
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    vocab = {line.rstrip("\r"): n for n, line in enumerate(lines)}
     names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    own = [{"content": t, "id": vocab[t], "special": True} for t in names if t in vocab]
+    own = [{"content": text, "id": vocab[text], "special": True} for text in names if text in vocab]
     return from_json(file, settings, {
         "added_tokens": own, "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]"},
         "pre_tokenizer": {"type": "BertPreTokenizer"},
@@ -104,40 +153,61 @@ def read_vocab_txt(file: Path, settings: dict) -> Tokenizer:
 
 
 def read_vocab_json(file: Path, settings: dict) -> Tokenizer:
+    """CLIP's or GPT-2's {piece: id}, with the pairs of merges.txt, one a line, beside it."""
     vocab, lines = read_json(file), (file.parent / "merges.txt").read_text(encoding="utf-8").split("\n")
-    own = [{"content": t, "id": vocab[t], "special": True} for t in ("<|startoftext|>", "<|endoftext|>") if t in vocab]
+    names = ("<|startoftext|>", "<|endoftext|>")
+    own = [{"content": text, "id": vocab[text], "special": True} for text in names if text in vocab]
     merges = [line.split() for line in lines if line and not line.startswith("#version")]
     end = "</w>" if "a</w>" in vocab else None
-    return from_json(file, settings, {"added_tokens": own, "model": {"vocab": vocab, "merges": merges, "end_of_word_suffix": end}})
+    return from_json(file, settings, {
+        "added_tokens": own, "model": {"vocab": vocab, "merges": merges, "end_of_word_suffix": end}})
 
 
 def read_tokenizer_model(file: Path, settings: dict) -> Tokenizer:
-    """Llama-3's lines "base64 rank", or a SentencePiece model (sentencepiece_model.proto: the fields that LLaMA's kind needs)."""
+    """Llama-3's lines "base64 rank", or a SentencePiece model."""
     raw = file.read_bytes()
     if re.match(rb"[\w+/]+=* \d+\s", raw):
-        lines = (line.split() for line in raw.splitlines() if line)
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        reserved = [f"<|reserved_special_token_{n}|>" for n in range(251)]
-        own = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>", reserved[4],
-               "<|eot_id|>", *reserved[5:]]
-        if settings.get("added_tokens_decoder"):        # Llama-3.1 gave names to some of the reserved ones
-            own = []
-        special, names = special_tokens(settings, {}, {t: len(ranks) + n for n, t in enumerate(own)})
-        return ByteLevel(LLAMA3_SPLIT, ranks, special, **names)
-    fields = [*protobuf(raw)]
-    trainer, normalizer = ({k: v for n, message in fields if n == number for k, v in protobuf(message)} for number in (2, 3))
-    bpe, fallback = trainer.get(3) == 2, trainer.get(35)
-    rules, dummy, collapse = normalizer.get(2), normalizer.get(3, 1), normalizer.get(4, 1)      # collapse: blanks into one
-    if not (bpe and fallback) or rules or collapse:
-        raise UserError(f"{file}: a SentencePiece model, but not BPE with byte fallback that leaves the text as it is; no other "
-                        "is known.")
+        return llama3_ranks(raw, settings)
+    return sentencepiece_model(raw, settings, file)
+
+
+def llama3_ranks(raw: bytes, settings: dict) -> ByteLevel:
+    """Llama-3's vocabulary, with the 256 special tokens that its own code puts behind the ranks."""
+    lines = (line.split() for line in raw.splitlines() if line)
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    reserved = [f"<|reserved_special_token_{n}|>" for n in range(251)]
+    own = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>",
+           reserved[4], "<|eot_id|>", *reserved[5:]]
+    if settings.get("added_tokens_decoder"):            # Llama-3.1 gave names to some of the reserved ones
+        own = []
+    special, names = special_tokens(settings, {}, {text: len(ranks) + n for n, text in enumerate(own)})
+    return ByteLevel(LLAMA3_SPLIT, ranks, special, **names)
+
+
+def sentencepiece_model(raw: bytes, settings: dict, file: Path) -> SentencePiece:
+    """The fields of sentencepiece_model.proto that LLaMA's kind of vocabulary needs.
+
+    ModelProto: 1 pieces, 2 trainer, 3 normalizer. Piece: 1 text, 2 score, 3 type (1 normal, 2 unknown, 3
+    control, 4 user-defined, 6 byte). Trainer: 3 model type (2 = BPE), 35 byte fallback. Normalizer: 2 rules,
+    3 dummy prefix, 4 several blanks become one.
+    """
+    fields = list(protobuf(raw))
+    trainer = {key: value for n, message in fields if n == 2 for key, value in protobuf(message)}
+    normalizer = {key: value for n, message in fields if n == 3 for key, value in protobuf(message)}
+    is_bpe, fallback = trainer.get(3) == 2, trainer.get(35)
+    rules, dummy, one_blank = normalizer.get(2), normalizer.get(3, 1), normalizer.get(4, 1)
+    if not (is_bpe and fallback) or rules or one_blank:
+        raise UserError(f"{file}: a SentencePiece model, but not BPE with byte fallback that leaves the "
+                        "text as it is; no other is known.")
     vocab, control, score = {}, {}, {}
-    for i, piece in enumerate({1: b"", 3: 1, **dict(protobuf(message))} for n, message in fields if n == 1):
+    pieces = [{1: b"", 3: 1, **dict(protobuf(message))} for n, message in fields if n == 1]
+    for i, piece in enumerate(pieces):
         text = piece[1].decode()
-        (control if piece[3] in (3, 4) else vocab)[text] = i            # 1 normal, 2 unknown, 3 control, 4 user-defined, 6 byte
+        (control if piece[3] in (3, 4) else vocab)[text] = i
         if piece[3] == 1:
             score[text] = float(np.frombuffer(piece[2], "<f4")[0])
-    # two neighbours are joined where the result is a piece, the highest score first; a part is a character or a piece
+    # Two neighbours are joined where the result is a piece, the highest score first. A part is a character or
+    # a piece.
     order = {(p[:k], p[k:]): -score[p] for p in score for k in range(1, len(p))
              if (k == 1 or p[:k] in score) and (k == len(p) - 1 or p[k:] in score)}
     special, names = special_tokens(settings, {}, control)
@@ -146,46 +216,48 @@ def read_tokenizer_model(file: Path, settings: dict) -> Tokenizer:
 
 
 def protobuf(raw: bytes):
-    """(field number, value) of one message: an int for a varint, else the bytes."""
-    at = 0
+    """(field number, value) of one protobuf message: an int for a varint, else the bytes."""
+    offset = 0
 
-    def varint() -> int:
-        nonlocal at
+    def varint() -> int:                        # seven bits a byte, the lowest first; the eighth: more follow
+        nonlocal offset
         value = 0
         for shift in range(0, 70, 7):
-            value, at = value | (raw[at] & 127) << shift, at + 1
-            if raw[at - 1] < 128:
+            byte = raw[offset]
+            value |= (byte & 127) << shift
+            offset += 1
+            if byte < 128:
                 return value
         raise ValueError("a number without an end")
 
-    while at < len(raw):
-        number, wire = divmod(varint(), 8)
+    while offset < len(raw):
+        number, wire = divmod(varint(), 8)     # wire type 0 varint, 1 eight bytes, 2 length and bytes, 5 four
         value = varint() if wire in (0, 2) else {1: 8, 5: 4}[wire]
         if wire:
-            value, at = raw[at:at + value], at + value
-            if at > len(raw):
+            start, offset = offset, offset + value
+            value = raw[start:offset]
+            if offset > len(raw):
                 raise ValueError("cut off")
         yield number, value
 
 
-READERS = {"tokenizer.json": lambda file, settings: from_json(file, settings, read_json(file)),
-           "tokenizer.model": read_tokenizer_model, "vocab.txt": read_vocab_txt, "vocab.json": read_vocab_json}
-SETTINGS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
-TOKENIZER_FILES = (*READERS, "merges.txt", *SETTINGS, "chat_template.jinja", "chat_template.json")     # of a decoder's folder
-
-
-def split_pattern(pre: dict | None, file: Path) -> str:
+def split_pattern(pre_tokenizer: dict | None, file: Path) -> str:
     """One regular expression for the `pre_tokenizer` entry of a tokenizer.json."""
-    steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre] if pre else []
+    steps = [pre_tokenizer] if pre_tokenizer else []
+    if pre_tokenizer and pre_tokenizer["type"] == "Sequence":
+        steps = pre_tokenizer["pretokenizers"]
     pattern = GPT2_SPLIT
     for step in steps:
         if step["type"] == "Digits" and step["individual_digits"]:
-            # every digit alone, and BEFORE the rest is split: a run of blanks ends at a digit as it ends at the end of the text
-            pattern = GPT2_SPLIT.replace(r"| ?\p{N}+", r"|\p{N}").replace(r"\s+(?!\S)", r"\s+(?=\p{N})|\s+(?!\S)")
+            # Every digit is alone BEFORE the rest is split: a run of blanks ends at a digit as at the end of
+            # the text.
+            pattern = GPT2_SPLIT.replace(r"| ?\p{N}+", r"|\p{N}")
+            pattern = pattern.replace(r"\s+(?!\S)", r"\s+(?=\p{N})|\s+(?!\S)")
         elif step["type"] == "Split" and "Regex" in step["pattern"]:
             pattern = step["pattern"]["Regex"]
         elif step["type"] != "ByteLevel" or step.get("add_prefix_space"):
-            raise UserError(f'{file}: the pre-tokenizer {json.dumps(step)} is not supported; known: Digits, Split, ByteLevel.')
+            raise UserError(f"{file}: the pre-tokenizer {json.dumps(step)} is not supported; "
+                            "known: Digits, Split, ByteLevel.")
     return pattern
 
 
@@ -195,3 +267,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         if (source / name).exists():
             with atomically(target / name) as tmp:
                 tmp.write_bytes((source / name).read_bytes())
+
+
+READERS = {"tokenizer.json": read_tokenizer_json, "tokenizer.model": read_tokenizer_model,
+           "vocab.txt": read_vocab_txt, "vocab.json": read_vocab_json}
+SETTINGS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+TOKENIZER_FILES = (*READERS, "merges.txt", *SETTINGS,           # those of a decoder's folder
+                   "chat_template.jinja", "chat_template.json")

@@ -1,7 +1,17 @@
-"""formats/tokenizers.py: four kinds of tokenizers: byte-level BPE, SentencePiece BPE, WordPiece, CLIP's BPE."""
+"""formats/tokenizers.py: text ↔ token ids as the four published kinds of tokenizer have it.
+
+    byte-level BPE       GPT-2, Llama-3, SmolLM2     Sennrich et al. 1508.07909v5, on bytes, by tiktoken
+    SentencePiece BPE    LLaMA-1 and -2, Vicuna      Kudo & Richardson 1808.06226v1, with byte fallback
+    WordPiece            BERT (Q-Former)             Devlin et al. 1810.04805v2
+    CLIP's BPE           CLIP's text tower           Radford et al. 2103.00020v1
+
+chapters: Tokenizer, what the four share · ByteLevel and train_bpe · SentencePiece · WordPiece · ClipBPE.
+tokenizer_files.py makes a tokenizer from the files of a folder. tests/golden has the ids of the libraries.
+"""
 from __future__ import annotations
 
 import codecs
+import collections
 import functools
 import heapq
 import itertools
@@ -15,91 +25,129 @@ import tiktoken
 from support.formats.files import write_json
 
 GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-                r"\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-LONGEST_RUN = 25_000                # characters without a blank, or blanks without a character, that go to tiktoken at once
+LONGEST_RUN = 25_000                # characters of one run (all blanks, or none) that go to tiktoken at once
 
 
 @functools.cache
 def byte_letters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: printable Latin-1 for itself, the other 68 bytes from U+0100 on."""
+    """GPT-2's printable letter for each byte: printable Latin-1 is itself, 68 others start at U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + n) for n, b in enumerate(others)}}
 
 
 class Tokenizer:
-    """Text ↔ ids, and the ids bos, eos, image (None = has none). Four kinds follow; load_tokenizer sees which one a folder holds.
+    """Text ↔ ids, and the ids bos, eos, image (None = has none). A kind adds encode_plain and decode_plain.
 
-    special: text → id, never split. Only with special=True does encode recognise them in the text and decode spell them:
-    what a user types stays plain text. `place` is for the kind that puts a blank in front of a text and says what stands
-    there: nothing ("start"), a special token ("after"), or text that goes on ("more"). template: a key of TEMPLATES.
+    special: text → id, never split; text_ids: the ids of all other tokens. Only with special=True does encode
+    recognise special tokens in a text, and decode spell them: what a user types stays plain text.
+    SentencePiece puts a blank in front of a text, some vocabularies only where nothing precedes it. So both
+    directions know what precedes: "nothing", a "special" token, or "text" that goes on.
+    template: the chat template of the folder that the tokenizer comes from (chat.py).
     """
     template = "plain"
 
-    def __init__(self, plain, special: dict[str, int], bos: str | None = None, eos: str | None = None,
+    def __init__(self, text_ids, special: dict[str, int], bos: str | None = None, eos: str | None = None,
                  image: str | None = None):
-        self.special, self.known = special, set(plain).difference(special.values())     # known: the ids of plain text
+        self.special, self.text_ids = special, set(text_ids).difference(special.values())
         self.bos, self.eos, self.image = special.get(bos), special.get(eos), special.get(image)
-        self.vocab_size = max({*self.known, *special.values()}) + 1
+        self.vocab_size = max({*self.text_ids, *special.values()}) + 1
 
     def add(self, text: str) -> int:
-        """The id of a special token; a new one (BLIP-2's "[DEC]" after BERT's words) gets the next free id."""
+        """The id of a special token; a new one (BLIP-2 adds "[DEC]" to BERT's) gets the next free id."""
         if text not in self.special:
             self.special[text], self.vocab_size = self.vocab_size, self.vocab_size + 1
         return self.special[text]
 
-    def encode(self, text: str, special: bool = False, place: str = "start") -> list[int]:
+    def encode(self, text: str, special: bool = False, preceded_by: str = "nothing") -> list[int]:
+        """Ids of a text. special=True: special tokens that the text spells are recognised.
+
+        preceded_by: "nothing", "special" or "text", what stands before this text in the document.
+        """
         names = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) if special else ""
-        parts, ids = re.split(f"({names})", text) if names else [text], []
-        for n, part in enumerate(parts):                                                # odd ones are special tokens
-            ids += [self.special[part]] if n % 2 else self.plain(part, "after" if n else place) if part else []
+        parts = re.split(f"({names})", text) if names else [text]       # text, special token, text, …, text
+        ids = []
+        for n, part in enumerate(parts):
+            if n % 2:
+                ids.append(self.special[part])
+            elif part:
+                ids += self.encode_plain(part, "special" if n else preceded_by)
         return ids
 
     def decode(self, ids, special: bool = False) -> str:
-        """Text of ids; ids that name no token (IMAGE, padding) are left out, broken UTF-8 becomes U+FFFD."""
-        spelled = {i: text for text, i in self.special.items()} if special else {}
-        runs = itertools.groupby((i for i in map(int, ids) if i in self.known or i in spelled), spelled.__contains__)
-        return "".join("".join(map(spelled.get, run)) if mark else self.text([*run], "after" if n else "start")
-                       for n, (mark, run) in enumerate(runs))
+        """Text of ids. Ids that name no token (IMAGE, padding) are left out, broken UTF-8 becomes U+FFFD."""
+        names = {i: text for text, i in self.special.items()} if special else {}
+        ids = [i for i in map(int, ids) if i in self.text_ids or i in names]
+        text = ""
+        for n, (is_special, run) in enumerate(itertools.groupby(ids, names.__contains__)):
+            if is_special:
+                text += "".join(names[i] for i in run)
+            else:
+                text += self.decode_plain(list(run), "special" if n else "nothing")
+        return text
+
+    def encode_plain(self, text: str, preceded_by: str) -> list[int]:
+        """Ids of a text, not empty, in which no special token is recognised."""
+        raise NotImplementedError
+
+    def decode_plain(self, ids: list[int], preceded_by: str) -> str:
+        """Text of a run of text_ids."""
+        raise NotImplementedError
 
 
 class ByteLevel(Tokenizer):
-    """Byte-level BPE through tiktoken: GPT-2, Llama-3, SmolLM2. ranks: bytes of a token → its id, also the order of merging."""
+    """Byte-level BPE through tiktoken: GPT-2, Llama-3, SmolLM2.
+
+    pattern: regular expression that cuts a text into words.
+    ranks: bytes of a token → its id, also the order of merging.
+    """
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], special: dict[str, int], **names):
         super().__init__(ranks.values(), special, **names)
         self.pattern, self.ranks = pattern, ranks
-        # SmolLM2 has no token for 21 of the 256 bytes and tiktoken stops at one; such a byte gets an id past the end, dropped below
+        # SmolLM2 has no token for 21 of the 256 bytes, and tiktoken stops at such a byte.
+        # Here the byte gets an id past the end, which encode_plain drops.
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-        self.coder = tiktoken.Encoding("bpe", pat_str=pattern, special_tokens={},
-                                       mergeable_ranks={**ranks, **{b: self.vocab_size + n for n, b in enumerate(missing)}})
+        extra = {b: self.vocab_size + n for n, b in enumerate(missing)}
+        self.coder = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks={**ranks, **extra},
+                                       special_tokens={})
 
-    def plain(self, text: str, place: str) -> list[int]:
-        # Llama-3's own code cuts such runs: on 10⁶ blanks tiktoken overflows the stack of its regular expressions
-        long = re.finditer(r"\s+|\S+", text) if len(text) > LONGEST_RUN else ()
-        cuts = [0, *(i for run in long for i in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)), len(text)]
-        return [i for a, b in zip(cuts, cuts[1:]) for i in self.coder.encode_ordinary(text[a:b]) if i in self.known]
+    def encode_plain(self, text: str, preceded_by: str) -> list[int]:
+        # Llama-3's own code cuts long runs too: 10⁶ blanks overflow the stack of tiktoken's pattern matcher.
+        runs = re.finditer(r"\s+|\S+", text) if len(text) > LONGEST_RUN else ()
+        cuts = [i for run in runs for i in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)]
+        ids = []
+        for start, end in zip([0, *cuts], [*cuts, len(text)]):
+            ids += [i for i in self.coder.encode_ordinary(text[start:end]) if i in self.text_ids]
+        return ids
 
-    def text(self, ids: list[int], place: str) -> str:
+    def decode_plain(self, ids: list[int], preceded_by: str) -> str:
         return self.coder.decode(ids)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face's libraries read them."""
-        letters, name = byte_letters(), {i: s for s, i in self.special.items()}
-        spell = lambda token: "".join(letters[b] for b in token)
-        merges = [[spell(half) for half in merge_halves(token, self.ranks)] for token in sorted(self.ranks, key=self.ranks.get) if len(token) > 1]
+        letters, names = byte_letters(), {i: text for text, i in self.special.items()}
+
+        def spell(token: bytes) -> str:
+            return "".join(letters[b] for b in token)
+
+        merged = [token for token in sorted(self.ranks, key=self.ranks.get) if len(token) > 1]
+        merges = [[spell(half) for half in merge_halves(token, self.ranks)] for token in merged]
+        flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         write_json(Path(folder) / "tokenizer.json", {
             "version": "1.0",
-            "added_tokens": [{"id": i, "content": s, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-                              "normalized": False} for s, i in self.special.items()],
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            "added_tokens": [{"id": i, "content": text, **flags} for text, i in self.special.items()],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                              "use_regex": True},
             "decoder": {"type": "ByteLevel"},
-            "model": {"type": "BPE", "vocab": {spell(t): i for t, i in self.ranks.items()}, "merges": merges}})
+            "model": {"type": "BPE", "vocab": {spell(token): i for token, i in self.ranks.items()},
+                      "merges": merges}})
         write_json(Path(folder) / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", **{k + "_token": name.get(i) for k, i in
-                                                             (("bos", self.bos), ("eos", self.eos), ("image", self.image))}})
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(self.bos),
+            "eos_token": names.get(self.eos), "image_token": names.get(self.image)})
 
 
 def merge_halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
@@ -112,8 +160,10 @@ def merge_halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def train_bpe(texts: list[str], vocab_size: int, special: list[str], **names) -> ByteLevel:
-    """Byte-pair encoding (1508.07909v5, Algorithm 1): merge the commonest neighbours until the vocabulary is full."""
-    import collections
+    """Byte-pair encoding (1508.07909v5, Algorithm 1): merge the commonest pair until the vocabulary is full.
+
+    vocab_size counts the 256 bytes, the merges and the special tokens, which get the last ids.
+    """
     words = collections.Counter(w for text in texts for w in regex.findall(GPT2_SPLIT, text))
     split = {w: [bytes([b]) for b in w.encode()] for w in words}
     ranks = {bytes([b]): b for b in range(256)}
@@ -136,78 +186,103 @@ def train_bpe(texts: list[str], vocab_size: int, special: list[str], **names) ->
 
 
 def merge_pairs(parts: list[str], order: dict[tuple[str, str], float]) -> list[str]:
-    """Join the neighbours that come first in `order`, the leftmost of equals, until no pair is in it; O(n log n)."""
-    left, right, heap = [*range(-1, len(parts) - 1)], [*range(1, len(parts) + 1)], []
+    """Join the pair that comes first in `order`, the leftmost of equals, until no pair is in it; O(n log n).
 
-    def offer(i: int) -> None:                          # part i and the one to its right
-        if i >= 0 and right[i] < len(parts) and (rank := order.get((parts[i], parts[right[i]]))) is not None:
-            heapq.heappush(heap, (rank, i, parts[i], parts[right[i]]))
+    Parts are a doubly linked list, the pairs that can be joined a heap. A pair is skipped if its parts have
+    changed since it was pushed.
+    """
+    left = list(range(-1, len(parts) - 1))              # index of the part on the left; −1 = none
+    right = list(range(1, len(parts) + 1))              # and on the right; len(parts) = none
+    heap = []
+
+    def push_pair(i: int) -> None:                      # part i and the one on its right
+        if i >= 0 and right[i] < len(parts):
+            rank = order.get((parts[i], parts[right[i]]))
+            if rank is not None:
+                heapq.heappush(heap, (rank, i, parts[i], parts[right[i]]))
 
     for i in range(len(parts)):
-        offer(i)
+        push_pair(i)
     while heap:
         _, i, a, b = heapq.heappop(heap)
         j = right[i]
-        if j < len(parts) and (parts[i], parts[j]) == (a, b):                           # else one was joined meanwhile
+        if j < len(parts) and (parts[i], parts[j]) == (a, b):
             parts[i], parts[j], right[i] = a + b, None, right[j]
             if right[j] < len(parts):
                 left[right[j]] = i
-            offer(left[i])
-            offer(i)
+            push_pair(left[i])
+            push_pair(i)
     return [p for p in parts if p is not None]
 
 
 class SentencePiece(Tokenizer):
-    """SentencePiece BPE with byte fallback (1808.06226v1): LLaMA-1/2, Vicuna. A blank is written ▁ and merged like a letter; a
-    character that is no piece is written in its bytes <0x00> … <0xFF>.
+    """SentencePiece BPE with byte fallback (1808.06226v1): LLaMA-1/2, Vicuna.
 
-    vocab: piece → id; order: two pieces → when they are joined. A text gets one blank in front, the dummy prefix, at the
-    places that `prefix` names; "lazy" among them: only where the text has none itself (Metaspace). Decoding takes it away.
+    A blank is written ▁ and merged like a letter. A character that is no piece is spelled in bytes, <0x00> …
+
+    vocab: piece → id; order: two pieces → when they are joined.
+    prefix: where a text gets one blank in front (the "dummy prefix"), named by what precedes the text.
+    With "lazy" (Hugging Face's Metaspace) only a text that begins with no blank gets it. Decoding removes it.
     """
-    ALWAYS, FIRST, NEVER = ("start", "after"), ("start",), ()           # ALWAYS, also after special tokens, is "legacy"
+    ALWAYS, FIRST, NEVER = ("nothing", "special"), ("nothing",), ()     # ALWAYS: "legacy" in the settings
 
     def __init__(self, vocab: dict[str, int], order: dict, special: dict[str, int], prefix: tuple = ALWAYS,
                  unk: str | None = "<unk>", **names):
-        super().__init__(vocab.values(), {s: i for s, i in special.items() if s != unk}, **names)
+        super().__init__(vocab.values(), {text: i for text, i in special.items() if text != unk}, **names)
         self.vocab, self.order, self.prefix = vocab, order, prefix
         self.bytes = [vocab[f"<0x{b:02X}>"] for b in range(256)]
-        self.spelling = {i: " ⁇ ".encode() if piece == unk else piece.replace("▁", " ").encode() for piece, i in vocab.items()}
+        self.spelling = {i: piece.replace("▁", " ").encode() for piece, i in vocab.items()}   # id → bytes
+        if unk in vocab:
+            self.spelling[vocab[unk]] = " ⁇ ".encode()
         self.spelling |= {i: bytes([b]) for b, i in enumerate(self.bytes)}
-        self.blank = {i for piece, i in vocab.items() if piece.startswith("▁")}
-        # where no piece holds a ▁ behind another character, no merge crosses that place: words can be merged one by one
-        self.split = r"(?s:.+)" if any(re.search("[^▁]▁", a + b) for a, b in order) else r"▁*[^▁]+|▁+"
-        self.word = functools.lru_cache(20_000)(self.merge_word)
+        self.begins_with_blank = {i for piece, i in vocab.items() if piece.startswith("▁")}
+        # Words are merged one by one ("▁▁two"), unless a piece holds a ▁ behind another character ("a▁b"):
+        # only such a piece joins two words.
+        crosses_words = any(re.search("[^▁]▁", a + b) for a, b in order)
+        self.split = r"(?s:.+)" if crosses_words else r"▁*[^▁]+|▁+"
+        self.encode_word = functools.lru_cache(20_000)(self.merge_word)
 
     def merge_word(self, word: str) -> list[int]:
-        ids = lambda part: [self.vocab[part]] if part in self.vocab else [self.bytes[b] for b in part.encode("utf-8", "replace")]
-        return [i for part in merge_pairs([*word], self.order) for i in ids(part)]
+        ids = []
+        for part in merge_pairs([*word], self.order):
+            if part in self.vocab:
+                ids.append(self.vocab[part])
+            else:
+                ids += [self.bytes[b] for b in part.encode("utf-8", "replace")]
+        return ids
 
-    def plain(self, text: str, place: str) -> list[int]:
+    def encode_plain(self, text: str, preceded_by: str) -> list[int]:
         text = text.replace(" ", "▁")
-        if place in self.prefix and not ("lazy" in self.prefix and text[0] == "▁"):
+        if preceded_by in self.prefix and not ("lazy" in self.prefix and text[0] == "▁"):
             text = "▁" + text
-        return [i for word in re.findall(self.split, text) for i in self.word(word)]
+        return [i for word in re.findall(self.split, text) for i in self.encode_word(word)]
 
-    def text(self, ids: list[int], place: str) -> str:
+    def decode_plain(self, ids: list[int], preceded_by: str) -> str:
         """As the sentencepiece library spells it: U+FFFD for EACH byte of a broken character."""
-        text = b"".join(map(self.spelling.get, ids))[place in self.prefix and ids[0] in self.blank:]
-        return text.decode("utf-8", "replace-each-byte")
+        spelled = b"".join(self.spelling[i] for i in ids)
+        if preceded_by in self.prefix and ids[0] in self.begins_with_blank:
+            spelled = spelled[1:]
+        return spelled.decode("utf-8", "replace-each-byte")
 
 
 codecs.register_error("replace-each-byte", lambda e: ("\ufffd" * (e.end - e.start), e.end))
 
 
 class WordPiece(Tokenizer):
-    """BERT's tokenizer (1810.04805v2): lower case, accents off, punctuation and Chinese characters apart; then, from the left
-    of a word, the longest piece that is in the vocabulary, where ## stands before a piece inside the word.
-    """
-    APART = ("\u4E00-\u9FFF\u3400-\u4DBF\uF900-\uFAFF\U00020000-\U0002A6DF\U0002A700-\U0002CEAF\U0002F800-\U0002FA1F"
-             r"\p{P}$+<=>^`|~")
+    """BERT's tokenizer (1810.04805v2): lower case, no accents, punctuation and Chinese characters apart.
 
-    def __init__(self, vocab: dict[str, int], special: dict[str, int], lower: bool = True, unk: str = "[UNK]", **names):
+    A word is cut from the left into the longest pieces of the vocabulary; ## marks a piece inside the word.
+    A word that has no such cut, or more than 100 characters, is [UNK].
+    """
+    SINGLE = ("\u4E00-\u9FFF\u3400-\u4DBF\uF900-\uFAFF\U00020000-\U0002A6DF\U0002A700-\U0002CEAF"
+              "\U0002F800-\U0002FA1F" r"\p{P}$+<=>^`|~")               # inside a regular expression's [ ]
+
+    def __init__(self, vocab: dict[str, int], special: dict[str, int], lower: bool = True, unk: str = "[UNK]",
+                 **names):
         super().__init__(vocab.values(), special, **names)
-        self.vocab, self.lower, self.unk, self.pieces = vocab, lower, vocab[unk], {i: piece for piece, i in vocab.items()}
-        self.word = functools.lru_cache(20_000)(self.split_word)
+        self.vocab, self.lower, self.unk = vocab, lower, vocab[unk]
+        self.pieces = {i: piece for piece, i in vocab.items()}
+        self.encode_word = functools.lru_cache(20_000)(self.split_word)
 
     def split_word(self, word: str) -> list[int]:
         ids, start = [], 0
@@ -220,34 +295,45 @@ class WordPiece(Tokenizer):
             start = end
         return ids if start == len(word) else [self.unk]
 
-    def plain(self, text: str, place: str) -> list[int]:
-        text = regex.sub(r"[^\P{C}\p{Cn}\t\n\r]|\uFFFD", "", text)           # control characters and the like
+    def encode_plain(self, text: str, preceded_by: str) -> list[int]:
+        # Control, format and private characters go, unassigned ones (Cn) and \t \n \r stay.
+        text = regex.sub(r"[^\P{C}\p{Cn}\t\n\r]|\uFFFD", "", text)
         if self.lower:
-            text = "".join(c.lower() for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-        return [i for word in regex.findall(f"[{self.APART}]|[^\\s{self.APART}]+", text) for i in self.word(word)]
+            text = unicodedata.normalize("NFD", text)
+            text = "".join(c.lower() for c in text if unicodedata.category(c) != "Mn")         # Mn: accents
+        words = regex.findall(f"[{self.SINGLE}]|[^\\s{self.SINGLE}]+", text)
+        return [i for word in words for i in self.encode_word(word)]
 
-    def text(self, ids: list[int], place: str) -> str:
-        text = " ".join(map(self.pieces.get, ids)).replace(" ##", "").replace(" ' ", "'")
-        return re.sub(" ([.?!,]|n't|'m|'s|'ve|'re)", r"\1", text)
+    def decode_plain(self, ids: list[int], preceded_by: str) -> str:
+        text = " ".join(self.pieces[i] for i in ids).replace(" ##", "").replace(" ' ", "'")
+        return re.sub(" ([.?!,]|n't|'m|'s|'ve|'re)", r"\1", text)           # "a dog ." → "a dog."
 
 
 class ClipBPE(Tokenizer):
-    """CLIP's BPE (2103.00020v1): lower case, blanks dropped; the last letter of a word carries </w>, decoded as a blank."""
+    """CLIP's BPE (2103.00020v1): lower case, blanks dropped.
+
+    The last letter of a word carries </w>, which is decoded as a blank.
+    """
 
     def __init__(self, vocab: dict[str, int], order: dict, special: dict[str, int], **names):
         super().__init__(vocab.values(), special, **names)
-        self.vocab, self.order, value = vocab, order, {letter: b for b, letter in byte_letters().items()}
-        self.spelling = {i: bytes(value[c] for c in piece.removesuffix("</w>")) + b" " * piece.endswith("</w>")
-                         for piece, i in vocab.items() if i in self.known}
-        self.word = functools.lru_cache(20_000)(self.merge_word)
+        self.vocab, self.order = vocab, order
+        byte_of = {letter: b for b, letter in byte_letters().items()}
+        self.spelling = {}                                                  # id → bytes
+        for piece, i in vocab.items():
+            if i in self.text_ids:
+                blank = b" " if piece.endswith("</w>") else b""
+                self.spelling[i] = bytes(byte_of[c] for c in piece.removesuffix("</w>")) + blank
+        self.encode_word = functools.lru_cache(20_000)(self.merge_word)
 
     def merge_word(self, word: str) -> list[int]:
         letters = [byte_letters()[b] for b in word.encode("utf-8", "replace")]
-        return [self.vocab[part] for part in merge_pairs([*letters[:-1], letters[-1] + "</w>"], self.order) if part in self.vocab]
+        parts = merge_pairs([*letters[:-1], letters[-1] + "</w>"], self.order)
+        return [self.vocab[part] for part in parts if part in self.vocab]
 
-    def plain(self, text: str, place: str) -> list[int]:
+    def encode_plain(self, text: str, preceded_by: str) -> list[int]:
         text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
-        return [i for word in regex.findall(CLIP_SPLIT, text) for i in self.word(word)]
+        return [i for word in regex.findall(CLIP_SPLIT, text) for i in self.encode_word(word)]
 
-    def text(self, ids: list[int], place: str) -> str:
-        return b"".join(map(self.spelling.get, ids)).decode("utf-8", "replace").strip()
+    def decode_plain(self, ids: list[int], preceded_by: str) -> str:
+        return b"".join(self.spelling[i] for i in ids).decode("utf-8", "replace").strip()

@@ -1,7 +1,8 @@
 """The scores of whole benchmarks are those of the official tools, and what we save is what these tools read.
 
-tests/golden/metrics holds made-up ScienceQA, MME and retrieval results with what LLaVA's and ScienceQA's evaluation,
-MME's calculation.py and LAVIS made of them, and OpenFlamingo's truncated answers. Saved files are read back and scored.
+tests/golden/metrics holds made-up ScienceQA, MME and retrieval results with what LLaVA's and ScienceQA's
+evaluation, MME's calculation.py and LAVIS made of them, and OpenFlamingo's truncated answers. Saved files are
+read back and scored.
 """
 import json
 import random
@@ -162,7 +163,8 @@ def test_recall_is_official(case):
 
 
 def test_recall_by_hand():
-    """Image 0 has captions 0 and 2; the better one is beaten by caption 1. Caption 0 alone prefers the wrong image."""
+    """Image 0 has captions 0 and 2; the better one is beaten by caption 1. Caption 0 alone prefers the wrong
+    image."""
     scores = [[0.1, 0.9, 0.8], [0.2, 1.0, 0.3]]
     mine = retrieval_recall(scores, [0, 1, 0], ks=(1, 2))
     assert mine == pytest.approx({"i2t@1": 1 / 2, "i2t@2": 1, "t2i@1": 2 / 3, "t2i@2": 1, "mean": 19 / 24})
@@ -197,7 +199,8 @@ def pretend(monkeypatch, name, compute_score):
 
 
 def test_spice_is_the_f1_of_all_tuples(monkeypatch):
-    """The package gives a dictionary of categories per image; SPICE itself is "All". (Its own run takes a download.)"""
+    """The package gives a dictionary of categories per image; SPICE itself is "All". (Its own run takes a
+    download.)"""
 
     def compute_score(self, references, candidates):
         assert references == {0: ["a box", "one box"], 1: ["a cat"]} and candidates == {
@@ -292,7 +295,8 @@ def test_saved_captions_score_as_before(tmp_path):
 
 
 def test_saved_scienceqa_choices_score_as_before(tmp_path):
-    """The official tool reads int(results[id]) of every problem of the split: the two missing ones are saved as -1."""
+    """The official tool reads int(results[id]) of every problem of the split: the two missing ones are saved
+    as -1."""
     rows = [(pid, picks().get(pid, -1), TEXTS.get(pid, "FAILED")) for pid in PROBLEMS]
     save_predictions("scienceqa", rows, tmp_path / "results.json")
     saved = load(tmp_path / "results.json")

@@ -1,7 +1,9 @@
-"""Claim: each reader returns what lies on disk, field by field; a broken entry is counted and skipped, or named and
-stopped at when strict; a broken file is one sentence that names it; and what comes out trains a bridge.
+"""Claim: each reader returns what lies on disk, field by field; a broken entry is counted and skipped, or
+named and stopped at when strict; a broken file is one sentence that names it; and what comes out trains a
+bridge.
 
-tests/golden/datasets holds a tiny data set in the layout of each public release; broken/ malformed variants."""
+tests/golden/datasets holds a tiny data set in the layout of each public release; broken/ malformed
+variants."""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def records(kind: str, path: Path, *splits: str) -> list[Record]:
     return found
 
 
-# --- every reader returns its EXPECTED.json -----------------------------------------------------------------------
+# --- every reader returns its EXPECTED.json -----------------------------------------------------------------
 
 READ = {  # folder: kind, files in it ("": itself), splits in the order of EXPECTED.json
     "coco_captions": ("karpathy", [""], ["train", "val", "test"]),
@@ -145,11 +147,12 @@ def test_the_newest_mixture_takes_pictures_from_the_folder_and_the_oldest_from_i
     assert all(Path(r.images[0]).exists() for r in chat)
 
 
-# --- texts for training -------------------------------------------------------------------------------------------
+# --- texts for training -------------------------------------------------------------------------------------
 
 
 def test_scienceqa_prompts_and_both_orders_of_the_answer_are_the_published_ones():
-    """LLaVA's converter leaves "Question: " out at the start, and "Answer: ", and appends the picture's place."""
+    """LLaVA's converter leaves "Question: " out at the start, and "Answer: ", and appends the picture's
+    place."""
     golden = json.loads((GOLDEN / "metrics" / "scienceqa.json").read_text(encoding="utf-8"))
     record = {i: Record(i, question=p["question"], choices=p["choices"], answer=p["answer"], more=p)
               for i, p in golden["problems"].items()}
@@ -214,15 +217,16 @@ def test_alpaca_has_two_prompts():
     items = sorted(map(open_data(f"alpaca:{SETS / 'alpaca'}:all").item, range(3)), key=lambda item: item.id)
     assert all(item.image is None and not item.images for item in items)
     assert items[1].turns[0]["content"] == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nShorten the sentence.\n\n### Input:\n"
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        "Shorten the sentence.\n\n### Input:\n"
         "The made-up cat sat on the made-up mat.\n\n### Response:"
     )
     assert [turn["content"] for turn in items[2].turns] == [alpaca_prompt("Say nothing."), ""]
     assert "Input" not in items[2].turns[0]["content"]
 
 
-# --- broken files -------------------------------------------------------------------------------------------------
+# --- broken files -------------------------------------------------------------------------------------------
 
 
 def lay(root: Path, **files: Path) -> Path:
@@ -472,7 +476,7 @@ def test_every_broken_case_is_covered():
     assert [case["case"] for case in listed] == [case.__name__ for case in CASES]
 
 
-# --- data sets as worlds ------------------------------------------------------------------------------------------
+# --- data sets as worlds ------------------------------------------------------------------------------------
 
 
 def pictures(folder: Path, count: int) -> Path:
@@ -607,7 +611,7 @@ def test_stage_clip_gets_other_pictures_captions_as_false_ones(tmp_path):
         open_data(f"vqav2:{SETS / 'vqav2'}").pair(0)
 
 
-# --- and they train -----------------------------------------------------------------------------------------------
+# --- and they train -----------------------------------------------------------------------------------------
 
 QUICK = ["--steps", "3", "--batch", "4", "--dtype", "float32", "--log-every", "1", "--eval-items", "4",
          "--samples", "1", "--bridge", "linear"]

@@ -1,8 +1,9 @@
-"""Claim: every picture becomes the pixels that the published image processors make of it, to a quarter of a grey level.
+"""Claim: every picture becomes the pixels that the published image processors make of it, to a quarter of a
+grey level.
 
-golden/image-processors: 19 awkward pictures through CLIP, LLaVA with padding, SigLIP and BLIP; golden/mllama-processor:
-the same through Llama-3.2-Vision's tiles and IDEFICS. Another libjpeg may decode a JPEG to the next grey level: there one
-is allowed.
+golden/image-processors: 19 awkward pictures through CLIP, LLaVA with padding, SigLIP and BLIP;
+golden/mllama-processor: the same through Llama-3.2-Vision's tiles and IDEFICS. Another libjpeg may decode a
+JPEG to the next grey level: there one is allowed.
 """
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ FULL = {"clip": ("clip", 224), "clip336": ("clip", 336), "llava_pad336": ("llava
 
 
 def close(key: str, mine: torch.Tensor, expected: torch.Tensor, p: Processor) -> None:
-    """0.004 is the case's own bound; one grey level is 1 / levels / std, and float16 storage costs up to 1e-3."""
+    """0.004 is the case's own bound; one grey level is 1 / levels / std, and float16 storage costs up to
+    1e-3."""
     bound = 1 / p.levels / min(p.std) + 1e-3 if ".jpg" in key else 0.004
     assert mine.shape == expected.shape, key
     assert (mine - expected.float()).abs().max() <= bound, (
@@ -130,7 +132,7 @@ def test_padding_keeps_the_whole_picture_and_adds_the_mean_colour():
     assert to_pixels([image, image[:, :1], image[:1]], 40, p).shape == (3, 3, 40, 40)
 
 
-# --- what a folder says -----------------------------------------------------------------------------------------------
+# --- what a folder says -------------------------------------------------------------------------------------
 
 CLIP_NUMBERS = dict(image_mean=list(data.CLIP_MEAN), image_std=list(data.CLIP_STD), resample=3)
 PUBLISHED = [  # preprocessor_config.json in the forms that published folders have
@@ -314,7 +316,7 @@ def test_a_llava_takes_its_towers_processor_and_pads_when_it_says_so(tmp_path):
     assert load_processor(tmp_path).size == 32
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def test_bilevel_sixteen_bit_and_animated_files_become_colour(tmp_path):

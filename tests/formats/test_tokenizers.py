@@ -1,8 +1,10 @@
-"""Claim: the four kinds of tokenizer give the published libraries' ids and texts from every file they are shipped in; text comes back from
-its ids; what a user types is never a special token; conversations read, and are learned, as the published templates and code have it.
+"""Claim: the four kinds of tokenizer give the published libraries' ids and texts from every file they are
+shipped in; text comes back from its ids; what a user types is never a special token; conversations read, and
+are learned, as the published templates and code have it.
 
-Golden cases: sentencepiece-llama-style (SentencePiece itself), sentencepiece-metaspace, wordpiece-bert-style, clip-bpe-style,
-llama3-tiktoken-style (transformers, tokenizers, tiktoken), chat-templates (LLaVA's own code, published chat templates), smollm2-tokenizer.
+Golden cases: sentencepiece-llama-style (SentencePiece itself), sentencepiece-metaspace, wordpiece-bert-style,
+clip-bpe-style, llama3-tiktoken-style (transformers, tokenizers, tiktoken), chat-templates (LLaVA's own code,
+published chat templates), smollm2-tokenizer.
 """
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def expected(case: str, name: str = "expected.json"):
 
 
 def folder_with(tmp_path, *files, **texts):
-    """A folder with copies of files and with new ones: text, or JSON. A name ends at the last underscore: tokenizer_json → tokenizer.json."""
+    """A folder with copies of files and with new ones: text, or JSON. A name ends at the last underscore:
+    tokenizer_json → tokenizer.json."""
     for file in files:
         shutil.copy(file, tmp_path)
     for name, content in texts.items():
@@ -53,7 +56,7 @@ def llama(tmp_path_factory):
     }
 
 
-# --- the published ids and texts ----------------------------------------------------------------------------------
+# --- the published ids and texts ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ("model", "json"))
@@ -193,11 +196,12 @@ def test_a_piece_whose_letters_are_no_pieces_is_found(tmp_path):
     assert not {"ю", "э"} & t.vocab.keys() and t.encode("aюэ эю") == [263, 640, 531, 212, 144, 212, 145]
 
 
-# --- text comes back ----------------------------------------------------------------------------------------------
+# --- text comes back ----------------------------------------------------------------------------------------
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Strings from all planes of Unicode but surrogates: controls, combining marks, joined emoji, CJK, private and unassigned characters."""
+    """Strings from all planes of Unicode but surrogates: controls, combining marks, joined emoji, CJK,
+    private and unassigned characters."""
     rng = random.Random(seed)
     blocks = [
         (0, 0x1F),
@@ -261,7 +265,8 @@ def test_a_blank_s_own_sign_comes_back_as_a_blank(llama):
 
 @pytest.mark.parametrize("case", ("wordpiece-bert-style", "clip-bpe-style"))
 def test_lower_case_words_come_back(case):
-    """BERT's and CLIP's tokenizers forget case and the number of blanks, and tell punctuation apart; words return."""
+    """BERT's and CLIP's tokenizers forget case and the number of blanks, and tell punctuation apart; words
+    return."""
     t, rng = load_tokenizer(GOLDEN / case / "new"), random.Random(1)
     for _ in range(500):
         text = " ".join(
@@ -309,7 +314,7 @@ def test_unpaired_surrogates_do_not_stop_a_tokenizer(llama):
         assert "\ud800" not in t.decode(t.encode("a\ud800b"))
 
 
-# --- merging ------------------------------------------------------------------------------------------------------
+# --- merging ------------------------------------------------------------------------------------------------
 
 
 def slow_merge(parts: list[str], order: dict) -> list[str]:
@@ -342,7 +347,7 @@ def test_word_by_word_is_the_whole_text_at_once(llama):
     assert t.split == r"▁*[^▁]+|▁+"
     for text in random_texts(500) + ["the the  a   b ", "x▁▁y z"]:
         text = "▁" + text.replace(" ", "▁")
-        assert t.merge_word(text) == t.plain(text[1:].replace("▁", " "), "start")
+        assert t.merge_word(text) == t.encode_plain(text[1:].replace("▁", " "), "nothing")
 
 
 def test_a_vocabulary_with_pieces_across_words_is_merged_as_a_whole(tmp_path):
@@ -372,7 +377,7 @@ def test_long_texts_are_merged_in_moderate_time(llama):
         assert llama["model"].decode(llama["model"].encode(text)) == text
 
 
-# --- documents ----------------------------------------------------------------------------------------------------
+# --- documents ----------------------------------------------------------------------------------------------
 
 
 def test_a_text_that_goes_on_gets_no_second_blank(llama):
@@ -395,7 +400,7 @@ def test_a_newer_vocabulary_puts_no_blank_behind_special_tokens(llama, tmp_path)
     assert t.encode(" Hello") == old.encode(" Hello")
     assert (
         t.encode("</s>so", special=True)
-        == [2, *old.encode("so", place="more")]
+        == [2, *old.encode("so", preceded_by="text")]
         != old.encode("</s>so", special=True)
     )
     assert Document(t).image().add("so").end().add("so").tokens == [
@@ -403,12 +408,12 @@ def test_a_newer_vocabulary_puts_no_blank_behind_special_tokens(llama, tmp_path)
         IMAGE,
         *old.encode("so"),
         2,
-        *old.encode("so", place="more"),
+        *old.encode("so", preceded_by="text"),
     ]
-    assert t.decode([2, *t.encode(" x", place="after")], special=True) == "</s> x"
+    assert t.decode([2, *t.encode(" x", preceded_by="special")], special=True) == "</s> x"
 
 
-# --- chat templates -----------------------------------------------------------------------------------------------
+# --- chat templates -----------------------------------------------------------------------------------------
 
 CHAT = expected("chat-templates")["rows"]
 
@@ -431,7 +436,8 @@ def test_conversations_become_the_ids_and_labels_of_llava_s_own_code():
 
 
 def test_the_ids_that_llava_documents():
-    """Vicuna v1 with a picture, 51 ids of LLaMA's vocabulary; the first 47 are the prompt. And the first stage: bos, picture, caption."""
+    """Vicuna v1 with a picture, 51 ids of LLaMA's vocabulary; the first 47 are the prompt. And the first
+    stage: bos, picture, caption."""
     t = load_tokenizer(GOLDEN / "chat-templates" / "llama-cut")
     ids = [
         1,
@@ -573,7 +579,7 @@ def test_a_conversation_that_cannot_be_written_is_refused_in_one_sentence(smol):
         )
 
 
-# --- files that cannot be read ------------------------------------------------------------------------------------
+# --- files that cannot be read ------------------------------------------------------------------------------
 
 JSON = expected(LLAMA.name, "tokenizer.json")
 BERT = json.loads((GOLDEN / "wordpiece-bert-style" / "new" / "tokenizer.json").read_text())
