@@ -404,7 +404,7 @@ class AnswerTask(Task):
     def document(self, item: data.Item, index: int) -> data.Document:
         """Captions and answers are learned, everything else is context."""
         rng = np.random.default_rng((self.s.seed, 1, index))
-        d = data.training_document(item, self.tokenizer, rng.random() < self.s.captions, self.s.template or None, self.s.form)
+        d = data.training_document(item, self.tokenizer, rng.random() < self.s.captions, TEMPLATES.get(self.s.template), self.s.form)
         if (places := d.tokens.count(IMAGE)) > len(item.pictures):
             raise UserError(f"{self.s.data}: the text of item {item.id} has {places} <image> for {len(item.pictures)} pictures; repair it.")
         if not any(label != IGNORE for label in d.labels):

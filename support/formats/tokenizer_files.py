@@ -35,7 +35,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             if (folder / name).exists():
                 settings |= {"added": read_json(folder / name)} if name == "added_tokens.json" else read_json(folder / name)
         tokenizer = READERS[file.name](file, settings)
-        tokenizer.template = template_of(folder, settings, tokenizer)
+        tokenizer.template = template_of(folder, settings, tokenizer.special)
         return tokenizer
     except UserError:
         raise

@@ -12,6 +12,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
+from support.formats.chat import TEMPLATES
 from support.formats.files import write_json
 
 GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -34,9 +35,9 @@ class Tokenizer:
 
     special: text → id, never split. Only with special=True does encode recognise them in the text and decode spell them:
     what a user types stays plain text. `place` is for the kind that puts a blank in front of a text and says what stands
-    there: nothing ("start"), a special token ("after"), or text that goes on ("more"). template: a key of TEMPLATES.
+    there: nothing ("start"), a special token ("after"), or text that goes on ("more"). template: a chat Template.
     """
-    template = "plain"
+    template = TEMPLATES["plain"]
 
     def __init__(self, plain, special: dict[str, int], bos: str | None = None, eos: str | None = None,
                  image: str | None = None):

@@ -44,10 +44,10 @@ def build_questions(world, items: list[data.Item], ks: tuple[int, ...], seed: in
     """
     files = isinstance(world, Files)
     asked = [(n, q) for n, item in enumerate(items) for q in item.qas]
-    chosen = [(n, q) for n, q in asked if q.record is not None and q.record.choices]
+    chosen = [(n, q) for n, q in asked if q.choices]
     told = [(n, None) for n, item in enumerate(items) if item.image is not None and (item.captions or not item.qas)]
     if files and world.kind == "mme":
-        return {"MME": sorted(asked, key=lambda a: a[1].record.id)}
+        return {"MME": sorted(asked, key=lambda a: a[1].source.id)}
     if files:
         return {"CIDEr": told, **{f"{k}-shot": [a for a in asked if a not in chosen] for k in ks}, "SQA": chosen}
     pairs = [*yes_no_pairs(items, seed)] if isinstance(world, data.Shapes) else []
@@ -66,7 +66,7 @@ def measure_cells(exam: Comparison, world, items: list[data.Item], support, prot
         k, ranked = int(measure[:-5]) if measure.endswith("-shot") else 0, measure == "SQA rank"
         words = "scienceqa" if measure == "SQA" else protocol
         bare = PROTOCOLS[words].bare if k == 0 and not ranked else 0
-        rows = [(n, q, c) for n, q in asked for c in (q.record.choices if ranked else [""])]
+        rows = [(n, q, c) for n, q in asked for c in (q.choices if ranked else [""])]
         keys = [", ".join([measure, items[n].id, *([q.question] if q else []), *([c] if c else [])]) for n, q, c in rows]
         try:
             examples = [[replace(i, image=None) if bare else i for i in row] for row in support(k or bare)]
@@ -80,25 +80,26 @@ def measure_cells(exam: Comparison, world, items: list[data.Item], support, prot
             continue
         if (rule := PROTOCOLS[words].rules[measure == "CIDEr"]) and not ranked:
             said = [postprocess_answer(rule, text) for text in said]
-        questions, ids = [q for _, q in asked], [q.record.id if files and q else items[n].id for n, q in asked]
+        questions, ids = [q for _, q in asked], [q.source.id if files and q else items[n].id for n, q in asked]
         predictions[measure] = [*zip(ids, said)]
         if measure == "CIDEr" and all(items[n].captions for n, _ in asked):
             scores = caption_scores(said, [items[n].captions for n, _ in asked])
             cells |= {("CIDEr",): 100 * scores["cider"], ("B@4",): 100 * scores["bleu4"]}
         elif measure == "MME":
-            names = [Path(q.record.images[0]).name if files else i for q, i in zip(questions, ids)]
+            names = [Path(q.source.images[0]).name if files else i for q, i in zip(questions, ids)]
             predictions[measure] = [(q.kind, name, q.question, q.answer, text) for q, name, text in zip(questions, names, said)]
             cells |= mme_cells({task: x["score"] for task, x in mme_scores(predictions[measure]).items() if isinstance(x, dict)})
         elif measure.endswith("-shot") and all(q.answer for q in questions):
             cells |= vqa_cells(measure, accuracy_by_kind(questions, said), mean([*map(answer_accuracy, questions, said)]) if files else None)
         elif measure.startswith("SQA"):
             logp = iter(said)
-            picked = [int(np.argmax([float(next(logp)) for _ in q.record.choices])) if ranked else
-                      scienceqa_choice(next(logp), len(q.record.choices)) for q in questions]
+            picked = [int(np.argmax([float(next(logp)) for _ in q.choices])) if ranked else
+                      scienceqa_choice(next(logp), len(q.choices)) for q in questions]
             predictions[measure] = [*zip(ids, picked, said)]
-            told = {n: {**q.record.more, "image": q.record.images, "answer": q.record.answer} for n, q in enumerate(questions)}
-            parts = scienceqa_accuracy(told, dict(enumerate(picked))) if files else {}
-            parts["Avg"] = mean([c == q.record.answer for c, q in zip(picked, questions)])
+            problems = {n: {**q.source.more, "image": q.source.images, "answer": q.correct}
+                        for n, q in enumerate(questions)} if files else {}
+            parts = scienceqa_accuracy(problems, dict(enumerate(picked))) if files else {}
+            parts["Avg"] = mean([c == q.correct for c, q in zip(picked, questions)])
             cells |= {(measure,) if part == "Avg" else (part, measure): 100 * x for part, x in parts.items()}
     return cells, predictions, notes
 
@@ -122,7 +123,7 @@ def chance_cells(world, train, items: list[data.Item], ks: tuple[int, ...], seed
             kinds = chance_scores(train(), items)
             cells |= vqa_cells(measure, kinds, mean([kinds[q.kind] for q in questions]) if files else None)
         elif measure.startswith("SQA") and asked:
-            cells[(measure,)] = 100 * mean([1 / len(q.record.choices) for q in questions])
+            cells[(measure,)] = 100 * mean([1 / len(q.choices) for q in questions])
         elif measure == "MME" and asked:
             cells |= mme_cells({q.kind: 75.0 for q in questions})               # acc 1/2, acc+ 1/4
     return cells

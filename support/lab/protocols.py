@@ -19,7 +19,6 @@ import data
 from eval import generate_texts, vision_features
 from model import IGNORE, VLM
 from support.formats.files import UserError
-from support.formats.records import Record
 from support.formats.tokenizers import Tokenizer
 from support.worlds.files import Files
 
@@ -65,9 +64,9 @@ def build_prompt(tokenizer: Tokenizer, protocol: str, item: data.Item, question:
     for n, (seen, q) in enumerate([*((other, question and other.qas[0]) for other in support), (item, question)]):
         text, told = p.caption, next(iter(seen.captions), "")
         if q is not None:
-            if protocol == "scienceqa" and not (q.record and q.record.choices):
+            if protocol == "scienceqa" and not q.choices:
                 raise UserError('the protocol "scienceqa" asks multiple choice, and these questions have no choices; take another.')
-            text, told = data.scienceqa_text(q.record, form) if protocol == "scienceqa" else (q.question, q.answer)
+            text, told = data.scienceqa_text(q, form) if protocol == "scienceqa" else (q.question, q.answer)
             text = p.first * (n == 0) + p.question.format(text.removesuffix(" Please answer yes or no.") if protocol == "mme" else text)
         said.append((seen.image is not None, text, p.answer.format(told)))
     if p.chat:
@@ -112,7 +111,7 @@ def multiple_choice(items: list[data.Item], seed: int = 0) -> Iterator[tuple[int
         for q in item.qas[n % len(item.qas):][:1] if item.qas else ():
             if others := rng.permutation(sorted(known[q.kind] - {q.answer}))[:3].tolist():
                 options = rng.permutation([q.answer, *others]).tolist()
-                yield n, replace(q, record=Record(item.id, question=q.question, choices=options, answer=options.index(q.answer)))
+                yield n, replace(q, choices=tuple(options), correct=options.index(q.answer))
 
 
 def yes_no_pairs(items: list[data.Item], seed: int = 0) -> Iterator[tuple[int, data.QA]]:
