@@ -145,13 +145,12 @@ def test_multiple_choice_offers_the_answer_once_and_its_solution_tells_the_scene
             item.image == plain.image
         ).all()
         for q in item.qas:
-            r = q.record
-            assert r.choices[r.answer] == q.answer and len(set(r.choices)) == len(r.choices) == (
+            assert q.choices[q.correct] == q.answer and len(set(q.choices)) == len(q.choices) == (
                 2 if q.kind == "existence" else 4
             )
-            assert plain.captions[0] in r.more["solution"]
+            assert plain.captions[0] in q.solution
         assert len(world.item(i, turns=1).qas) == 1
-    places = [q.record.answer for i in range(100) for q in world.item(i).qas if q.kind != "existence"]
+    places = [q.correct for i in range(100) for q in world.item(i).qas if q.kind != "existence"]
     assert min(places.count(n) for n in range(4)) > 0.18 * len(places)  # the letter gives nothing away
 
 
@@ -161,7 +160,7 @@ def test_a_lesson_in_multiple_choice_reasons_first_or_answers_first():
     learned = lambda form: tokenizer.decode(
         [t for t in data.training_document(item, tokenizer, form=form).labels if t >= 0]
     )
-    letter = "ABCD"[item.qas[0].record.answer]
+    letter = "ABCD"[item.qas[0].correct]
     assert learned("QCM-LEA").startswith(" Look at each place. There is ") and learned("QCM-LEA").endswith(
         f" The answer is {letter}."
     )

@@ -18,7 +18,6 @@ from PIL import Image
 import data
 from support.formats.benchmarks import mme_scores, scienceqa_accuracy, scienceqa_choice
 from support.formats.datasets import MME, read_mme
-from support.formats.records import Record
 from support.lab.compare import compare_runs
 from support.worlds import open_data
 from support.worlds.text import shapes_tokenizer
@@ -54,13 +53,10 @@ CHOICE = data.QA(
     "biology",
     "Which is it?",
     "a dog",
-    record=Record(
-        "7",
-        question="Which is it?",
-        choices=("a cat", "a dog"),
-        answer=1,
-        more={"hint": "", "lecture": "Look.", "solution": "It barks."},
-    ),
+    choices=("a cat", "a dog"),
+    correct=1,
+    lecture="Look.",
+    solution="It barks.",
 )
 
 
@@ -192,11 +188,11 @@ def test_choices_hold_the_answer_once_among_answers_of_its_kind():
     ]
     assert {q.kind for _, q in made} == set(data.KINDS)
     for n, q in made:
-        assert q.record.choices[q.record.answer] == q.answer and len(set(q.record.choices)) == len(
-            q.record.choices
+        assert q.choices[q.correct] == q.answer and len(set(q.choices)) == len(
+            q.choices
         )
-        assert len(q.record.choices) == (2 if q.kind == "existence" else 4)
-    assert {q.record.answer for _, q in made if q.kind != "existence"} == {0, 1, 2, 3}
+        assert len(q.choices) == (2 if q.kind == "existence" else 4)
+    assert {q.correct for _, q in made if q.kind != "existence"} == {0, 1, 2, 3}
 
 
 def test_each_pair_of_questions_has_one_true_and_one_false_by_the_scene_itself():
@@ -469,7 +465,7 @@ def test_files_that_official_tools_would_score_high_score_high_here(tmp_path, ru
         for i in range(len(world)):
             for q in world.item(i).qas:
                 truth[q.question] = (
-                    f"The answer is {'ABCDE'[q.record.answer]}." if q.record.choices else q.answer
+                    f"The answer is {'ABCDE'[q.correct]}." if q.choices else q.answer
                 )
     monkeypatch.setattr(Comparison, "texts", lambda self, keys, documents, shown, longest: [
         next((a for q, a in truth.items() if key.endswith(", " + q)), "") for key in keys])

@@ -20,11 +20,12 @@ import data
 from model import IGNORE, IMAGE
 from papers.llava_data import (DESCRIBE, EXAMPLE, SHARES, TEACHER_PROMPTS, ask_teacher, read_turns,
                                symbolic_context, teacher_messages, write_turns)
+from support.formats.chat import TEMPLATES
 from support.formats.llama import load_decoder
 from support.formats.pictures import read_image
 from support.formats.tokenizer_files import load_tokenizer
 from support.worlds import open_data
-from support.worlds.instruct import coco_boxes, generate_instructions
+from support.worlds.instruct import coco_boxes, drawn_boxes, generate_instructions
 from support.worlds.teacher import RULE_KINDS, certain_questions, rule_teacher
 from support.worlds.text import shapes_tokenizer
 from conftest import GOLDEN
@@ -50,7 +51,7 @@ def test_the_box_of_a_thing_is_what_changes_when_the_thing_is_drawn_in_another_c
         for i in range(60):
             things = world.scene(world.rng(i))
             image = data.draw_scene(things, np.random.default_rng(i))
-            for n, (t, box) in enumerate(data.drawn_boxes(things, image)):
+            for n, (t, box) in enumerate(drawn_boxes(things, image)):
                 other = [*things[:n], replace(t, color=far[t.color]), *things[n + 1:]]
                 rows, columns = np.nonzero(
                     (image != data.draw_scene(other, np.random.default_rng(i))).any(-1)
@@ -61,7 +62,7 @@ def test_the_box_of_a_thing_is_what_changes_when_the_thing_is_drawn_in_another_c
 
 def test_boxes_lie_apart_and_agree_with_the_places_in_the_captions():
     for things, image in scenes(60):
-        for t, (left, top, right, bottom) in data.drawn_boxes(things, image):
+        for t, (left, top, right, bottom) in drawn_boxes(things, image):
             row, column = t.place.split()
             assert {"top": 0, "middle": 1, "bottom": 2}[row] == int(top * 3) == int(bottom * 3 - 1e-6)
             assert {"left": 0, "center": 1, "right": 2}[column] == int(left * 3) == int(right * 3 - 1e-6)
@@ -75,7 +76,7 @@ def test_the_symbols_of_a_picture_are_its_captions_and_then_its_boxes():
     )
     assert symbolic_context(["A dog."]) == "A dog."
     things = [data.Thing("red", "square", "large", 4)]
-    boxes = data.drawn_boxes(things, data.draw_scene(things, np.random.default_rng(0)))
+    boxes = drawn_boxes(things, data.draw_scene(things, np.random.default_rng(0)))
     assert re.fullmatch(
         r"large red square: \[0\.\d{3}, 0\.\d{3}, 0\.\d{3}, 0\.\d{3}\]", symbolic_context([], boxes)
     )
@@ -352,7 +353,7 @@ def test_the_reader_of_llava_opens_what_was_written_and_lessons_come_of_it(tmp_p
     for item in items:
         answers = [t["content"] for t in item.turns if t["role"] == "assistant"]
         document = data.training_document(
-            item, tokenizer, template="plain" if len(answers) == 1 else "alpaca"
+            item, tokenizer, template=TEMPLATES["plain" if len(answers) == 1 else "alpaca"]
         )
         learned = tokenizer.decode([t for t in document.labels if t != IGNORE])
         assert learned.strip() == "".join(answers).strip() and document.tokens.count(IMAGE) == 1
@@ -456,7 +457,7 @@ def test_a_decoder_is_asked_about_captions_and_boxes_and_its_replies_are_written
     assert "3 of 20 replies dropped (last: train-2:" in capsys.readouterr().err
     for i, asked in enumerate(teacher.asked):
         item = world.item(i)
-        boxes = data.drawn_boxes(world.scene(world.rng(i)), item.image)
+        boxes = drawn_boxes(world.scene(world.rng(i)), item.image)
         assert asked.startswith(symbolic_context(item.captions, boxes))
     for row in rows:
         kind = row["id"].split("-")[-1]
