@@ -67,15 +67,16 @@ def read_turns(reply: str, kind: str, question: str = "") -> list[tuple[str, str
 # 3. Prompts
 # ------------------------------------------------------------------------------------------------------------
 
-TEACHER_RULES = ("You cannot see the picture. You read what people wrote about it, and for each thing in it the "
-                 "box [left, top, right, bottom] in parts of its width and height. Write as if you saw it: never "
-                 "mention a text or a box. ")
+TEACHER_RULES = ("You cannot see the picture. You read what people wrote about it, and for each thing in it "
+                 "the box [left, top, right, bottom] in parts of its width and height. Write as if you saw "
+                 "it: never mention a text or a box. ")
 REPLY_FORM = ' Write "Question:", the question, "===", "Answer:" and the answer, each on a line of its own{}.'
 EXAMPLE = symbolic_context(
     ["A woman in a yellow raincoat walks two dogs along the beach.",
      "Two dogs pull a woman over the wet sand.",
      "Somebody in a bright coat with two dogs beside a grey sea."],
-    [("person", (0.48, 0.21, 0.62, 0.85)), ("dog", (0.15, 0.64, 0.30, 0.86)), ("dog", (0.31, 0.66, 0.44, 0.85)),
+    [("person", (0.48, 0.21, 0.62, 0.85)),
+     ("dog", (0.15, 0.64, 0.30, 0.86)), ("dog", (0.31, 0.66, 0.44, 0.85)),
      ("boat", (0.80, 0.18, 0.93, 0.24))])
 TEACHER_PROMPTS = {                 # kind: the rules, and a reply to EXAMPLE that follows them
     "conversation": (

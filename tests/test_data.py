@@ -1,5 +1,5 @@
-"""Claim: pictures become the published processor's pixels, exactly the answers are supervised, batches pad on one side,
-and the `shapes` world holds out what it promises."""
+"""Claim: pictures become the published processor's pixels, exactly the answers are supervised, batches pad
+on one side, and the `shapes` world holds out what it promises."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from model import IGNORE, IMAGE
 from support.formats.pictures import read_image
 from support.worlds.text import shapes_tokenizer
 
-# --- pictures -----------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 
 PICTURES = GOLDEN / "image-processors"
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (PICTURES / "images").iterdir()))
 def test_pixels_are_those_of_the_published_clip_processor(file):
-    """19 awkward pictures, read and processed. The bound is the case's own, a quarter of a grey level (float16 storage costs up to
-    1e-3); JPEG decoders differ by a level here and there."""
+    """19 awkward pictures, read and processed. The bound is the case's own, a quarter of a grey level
+    (float16 storage costs up to 1e-3); JPEG decoders differ by a level here and there."""
     expected = load_file(PICTURES / "expected.safetensors")
     image = read_image(PICTURES / "images" / file)
     bound = 0.05 if file.endswith(".jpg") else 0.004
@@ -44,7 +44,7 @@ def test_pictures_of_different_sizes_make_one_batch():
     assert torch.equal(pixels, pixels[:1].expand_as(pixels))  # one grey is one grey, however thin the picture
 
 
-# --- documents ----------------------------------------------------------------------------------------------------
+# --- documents ----------------------------------------------------------------------------------------------
 
 
 def test_supervised_tokens_are_the_answers_and_their_ends():

@@ -1,5 +1,5 @@
-"""Claim: a picture file of any mode and orientation is read as the published processors read it, and a file that cannot be read
-gives one sentence."""
+"""Claim: a picture file of any mode and orientation is read as the published processors read it, and a
+file that cannot be read gives one sentence."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def test_a_truncated_picture_gives_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("w, h", [(20_001, 1), (1, 20_001), (30_000, 30_000), (19_000, 19_000)])
 def test_a_huge_picture_is_refused_before_it_is_decoded(w, h, tmp_path):
-    """The file holds a PNG header and no pixels, so that any attempt to decode it would end in another sentence."""
+    """The file holds a PNG header and no pixels, so that any attempt to decode it would end in another
+    sentence."""
     chunk = lambda kind, body: (
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     )

@@ -1,5 +1,5 @@
-"""Claim: the byte-level tokenizers give the published ids and texts, come back from disk unchanged, and a file that cannot be
-read gives one sentence that names it."""
+"""Claim: the byte-level tokenizers give the published ids and texts, come back from disk unchanged, and a
+file that cannot be read gives one sentence that names it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_chat_form_is_the_published_template(smol):
 
 
 def random_texts(count: int, lowest: int) -> list[str]:
-    """Seeded strings from all planes of Unicode, in runs of one script, digits, blanks and emoji; no surrogates."""
+    """Seeded strings from all planes of Unicode, in runs of one script, digits, blanks and emoji; no
+    surrogates."""
     rng = random.Random(0)
     blocks = [
         (lowest, 127),

@@ -1,4 +1,5 @@
-"""Claim: every drawing has its own picture and name, held-out drawings and pairs are held out, and captions and answers are true."""
+"""Claim: every drawing has its own picture and name, held-out drawings and pairs are held out, and
+captions and answers are true."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def test_every_drawing_has_ink_and_its_own_name():
 
 @drawn
 def test_no_two_drawings_are_nearly_the_same_picture():
-    """Root mean square difference in grey levels; the closest two are the flags of Tajikistan and Hungary, which do look alike (8.4)."""
+    """Root mean square difference in grey levels; the closest two are the flags of Tajikistan and Hungary,
+    which do look alike (8.4)."""
     world = load_drawings()
     pictures = np.zeros((len(world), 32, 32, 3), np.float32)
     for picture, d in zip(pictures, world):
@@ -48,7 +50,8 @@ def test_no_two_drawings_are_nearly_the_same_picture():
 
 @drawn
 def test_a_drawing_over_a_ground_looks_as_if_written_on_it():
-    """ink + ground · veil equals writing on the ground itself, to a grey level of rounding in each of three steps."""
+    """ink + ground · veil equals writing on the ground itself, to a grey level of rounding in each of
+    three steps."""
     for text, ground in (("🍎", (250, 210, 220)), ("🐶", (200, 230, 255))):
         em = 54                                                                 # ⌈1.35 · 40⌉
         canvas, white = Image.new("RGB", (81, 81), ground), Image.new("RGB", (81, 81), "white")

@@ -1,6 +1,7 @@
-"""Claim: LLaVA's data generation makes, of captions and boxes, a data set that the `llava` reader opens; whatever the
-teacher by rules says of a scene is true, worked out again from the scene; and what a decoder writes is kept only in the
-form that was asked for."""
+"""Claim: LLaVA's data generation makes, of captions and boxes, a data set that the `llava` reader opens;
+whatever the
+teacher by rules says of a scene is true, worked out again from the scene; and what a decoder writes is
+kept only in the form that was asked for."""
 from __future__ import annotations
 
 import json
@@ -40,7 +41,7 @@ def scenes(count: int):
     return [(w.scene(w.rng(i)), w.item(i).image) for w in WORLDS for i in range(count)]
 
 
-# --- what a teacher is told ---------------------------------------------------------------------------------------
+# --- what a teacher is told ---------------------------------------------------------------------------------
 
 
 def test_the_box_of_a_thing_is_what_changes_when_the_thing_is_drawn_in_another_color():
@@ -96,7 +97,7 @@ def test_a_teacher_gets_the_rules_an_example_with_its_reply_and_the_picture():
             read_turns(reply["content"], kind, "?")
 
 
-# --- what a teacher by rules says is true -------------------------------------------------------------------------
+# --- what a teacher by rules says is true -------------------------------------------------------------------
 
 NUMBER = {w: n for n, w in enumerate(("no", "one", "two", "three", "four"))} | {"zero": 0}
 ROW, COLUMN = ["top", "middle", "bottom"], ["left", "center", "right"]
@@ -190,7 +191,8 @@ def check_conversation(question: str, answer: str, things) -> str:
 
 
 def check_reasoning(question: str, answer: str, things) -> str:
-    """Fails unless every step of the answer is right and the last one answers the question; returns the kind."""
+    """Fails unless every step of the answer is right and the last one answers the question; returns the
+    kind."""
     steps = answer.removesuffix(".").split(". ")
     at = lambda t: f"in the {ROW[t.cell // 3]} row and the {COLUMN[t.cell % 3]} column"
     if m := re.fullmatch(r"How many objects would be left without the (.+)\?", question):
@@ -314,7 +316,7 @@ def test_the_checks_above_refuse_what_is_false():
         )
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
+# --- what is written ----------------------------------------------------------------------------------------
 
 
 def made(tmp_path, *args, **kw) -> list[dict]:
@@ -366,7 +368,8 @@ def test_the_seed_decides_and_the_size_of_a_batch_does_not(tmp_path):
 
 
 REPLIES = {
-    "conversation": "Question:\nWhat is it?\n===\nAnswer:\nA ring.\n===\nQuestion: Where?\n===\nAnswer: On the left,\nhigh up.\n===",
+    "conversation": "Question:\nWhat is it?\n===\nAnswer:\nA ring.\n"
+    "===\nQuestion: Where?\n===\nAnswer: On the left,\nhigh up.\n===",
     "detail": "A ring.\n\nIt is red.",
     "reasoning": "Question:\nWhy?\n\n===\n\nAnswer:\nOne.\nTwo.",
 }
@@ -415,11 +418,12 @@ def test_a_reply_of_another_form_is_refused(kind, reply):
         read_turns(reply, kind, "Describe it.")
 
 
-# --- decoders as teachers -----------------------------------------------------------------------------------------
+# --- decoders as teachers -----------------------------------------------------------------------------------
 
 
 class Stub:
-    """A teacher that reads its prompts: what they say of the picture is in `asked`; its replies keep the rules."""
+    """A teacher that reads its prompts: what they say of the picture is in `asked`; its replies keep the
+    rules."""
 
     embed = types.SimpleNamespace(weight=torch.zeros(1))
 
@@ -480,7 +484,8 @@ def test_the_bundled_decoder_replies_in_a_batch_as_alone_and_a_cut_reply_is_none
         [{"role": "user", "content": text}]
         for text in (
             "a small red ring at the top left\nQuestion: what color is the ring? Answer:",
-            "a large blue square at the top left and a small red cross at the bottom right\nQuestion: where is the red cross? Answer:",
+            "a large blue square at the top left and a small red cross at the bottom right\n"
+            "Question: where is the red cross? Answer:",
         )
     ]
     together = ask_teacher(decoder, tokenizer, asked, 20, temperature=0)
@@ -489,7 +494,7 @@ def test_the_bundled_decoder_replies_in_a_batch_as_alone_and_a_cut_reply_is_none
     assert ask_teacher(decoder, tokenizer, asked, 1, temperature=0) == ["", ""]  # no stop token among them
 
 
-# --- COCO: captions and boxes of two files ------------------------------------------------------------------------
+# --- COCO: captions and boxes of two files ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -561,7 +566,7 @@ def test_coco_becomes_instructions_about_its_own_pictures(stub, coco, tmp_path, 
     assert len(read) == len(rows) and {read.item(i).id for i in range(len(rows))} == {r["id"] for r in rows}
 
 
-# --- mistakes -----------------------------------------------------------------------------------------------------
+# --- mistakes -----------------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_one_sentence_each(coco, stub, tmp_path):

@@ -1,4 +1,5 @@
-"""Claim: an item is a function of seed, split and index, every world has the common form, and a spec opens the world it names."""
+"""Claim: an item is a function of seed, split and index, every world has the common form, and a spec opens
+the world it names."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def test_items_have_the_common_form(kind):
             assert len(wrong) == 2 and true not in wrong
 
 
-# --- specs --------------------------------------------------------------------------------------------------------
+# --- specs --------------------------------------------------------------------------------------------------
 
 
 def test_a_spec_opens_a_world():
