@@ -1,55 +1,55 @@
-"""data.py: text to tokens, pictures to pixels, worlds and data sets to batches.
+"""data.py: pictures to pixels, documents with loss masks, batches, and the `shapes` world with known truth.
 
-Chapters 1 tokenizers · 2 pictures · 3 documents and loss masks · 4 the `shapes` world · 5 the `emoji` world · 6 data sets on disk ·
-         7 instructions from captions and boxes
-Run      python data.py shapes:test 3     prints three items of a data set and writes their pictures to out/samples/
-         python data.py generate shapes out/instruct 1000     writes LLaVA-Instruct's kind of data about them
+Papers    LLaVA 2304.08485v2: conversations, supervised on the answers alone
+          Flamingo 2204.14198v2: interleaved documents, a stop token after each chunk
+          ScienceQA 2209.09513: multiple choice with lecture and solution · MME 2306.13394: kinds of questions
+Chapters  1 pictures to pixels · 2 documents with loss masks · 3 batches · 4 the `shapes` world
+Run       python data.py shapes:test 3                      prints three items, pictures in out/samples/
+          python data.py generate shapes out/instruct 1000  writes a thousand of LLaVA-Instruct's samples
+          python data.py --help
+
+A world has `name`, `size`, `splits`, item(index, turns), pair(index), and four facts: `seen` and `held_out`
+name the splits of seen and unseen compositions. `finite`: it has a length. `says_scenes`: Item.about tells
+the picture in words that the bundled decoder reads (for the oracle). support/worlds/ holds more worlds.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 import functools
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from model import IGNORE, IMAGE
 
-if TYPE_CHECKING:
-    from support.formats.tokenizers import Tokenizer
-
-# ------------------------------------------------------------------------------------------------------------------
-# 2. Pictures
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 1. Pictures to pixels
+# ------------------------------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def center_slice(length: int, keep: int) -> slice:
-    start = max(0, (length - keep) // 2)
-    return slice(start, start + keep)
-
-
 @dataclass(frozen=True)
 class Processor:
-    """What a published image processor does to a picture on its way to a ViT; the defaults are CLIP's at 224 pixels.
+    """How a published image processor prepares a picture for a ViT; the defaults are CLIP's at 224 pixels.
 
-    how     crop     shortest side to zoom · S, then the S × S in the middle: what sticks out is lost
-            squash   straight to a square: nothing is lost but the proportions
-            pad      in the middle of a square of the mean colour, then as crop: nothing is lost but resolution
-            tiles    up to `tiles` squares beside and below each other (tile_pixels)
+    how     crop     resize the shorter side to zoom · S, keep the central S × S, lose the rest
+            squash   resize to a square and lose the proportions
+            pad      paste into the middle of a square of the mean colour, then as crop
+            tiles    cut into up to `tiles` squares (support/formats/pictures.py: tile_pixels)
     """
     how: str = "crop"
     size: int = 224                                     # S: side of the square that the ViT reads, in pixels
-    zoom: float = 1.0                                   # side after resizing ÷ S; the middle is kept
+    zoom: float = 1.0                                   # side after resizing ÷ S; the centre is kept
     resample: int = 3                                   # Pillow's filter: 2 bilinear, 3 bicubic, …
-    levels: float = 255.0                               # grey levels: x ÷ levels, then − mean, ÷ std for each colour
+    levels: float = 255.0                               # x ÷ levels, then − mean, ÷ std for each colour
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    tiles: int = 4                                      # the most of them, for how = tiles
+    tiles: int = 4                                      # the largest number of tiles, for how = tiles
 
     def __post_init__(self):
         if self.how not in ("crop", "squash", "pad", "tiles") or min(self.size, self.tiles) < 1:
@@ -59,7 +59,30 @@ class Processor:
         if self.zoom < 1:
             raise ValueError(f"the crop of {self.size} pixels is larger than what it is cut from.")
         if min(*self.std, self.levels) <= 0:
-            raise ValueError(f"std {self.std} and the grey levels {self.levels} are divisors and must be positive.")
+            raise ValueError(
+                f"std {self.std} and the grey levels {self.levels} are divisors and must be positive.")
+
+
+def center_slice(length: int, keep: int) -> slice:
+    """The central `keep` of `length` pixels; all of them where there are fewer."""
+    start = max(0, (length - keep) // 2)
+    return slice(start, start + keep)
+
+
+def resize(image: np.ndarray, side: int, p: Processor) -> np.ndarray:
+    """(h, w, 3) uint8 → both sides at least `side` for crop, exactly `side` for squash and pad."""
+    h, w = image.shape[:2]
+    short, long = sorted((h, w))
+    if p.how == "crop":             # a picture thinner than 1 : 300 would need gigabytes at this size
+        image = image[center_slice(h, 300 * short), center_slice(w, 300 * short)]
+        h, w = (int(side * n / short) for n in image.shape[:2])
+        return np.asarray(Image.fromarray(image).resize((w, h), p.resample))
+    picture = Image.fromarray(image)
+    if p.how == "pad":
+        square = Image.new("RGB", (long, long), tuple(int(255 * m) for m in p.mean))
+        square.paste(picture, ((long - w) // 2, (long - h) // 2))
+        picture = square
+    return np.asarray(picture.resize((side, side), p.resample))
 
 
 def normalize(squares: np.ndarray, p: Processor) -> Tensor:
@@ -68,76 +91,86 @@ def normalize(squares: np.ndarray, p: Processor) -> Tensor:
     return (x - torch.tensor(p.mean).view(3, 1, 1)) / torch.tensor(p.std).view(3, 1, 1)
 
 
-def to_pixels(images: list[np.ndarray], size: int | None = None, processor: Processor | None = None) -> Tensor:
-    """uint8 (h, w, 3) pictures → (B, 3, S, S) float32. The defaults: the processor's own S, and CLIP's processor."""
-    from support.formats.pictures import PROCESSORS
-    from PIL import Image
-    p = processor or PROCESSORS["clip"]
+def to_pixels(images: list[np.ndarray], size: int | None = None,
+              processor: Processor | None = None) -> Tensor:
+    """uint8 (h, w, 3) pictures → (B, 3, S, S) float32; defaults: CLIP's processor, the processor's own S."""
+    p = processor or Processor()
+    assert p.how != "tiles", "tile_pixels makes tiles"
     S, squares = size or p.size, []
     side = round(p.zoom * S)
-    assert p.how != "tiles", "tile_pixels makes tiles"
     for image in images:
-        h, w = image.shape[:2]
-        if (h, w) != (side, side):
-            short, long = sorted((h, w))
-            if p.how == "crop":                         # a thread would need gigabytes once it is S wide
-                image = image[center_slice(h, 300 * short), center_slice(w, 300 * short)]
-            picture = Image.fromarray(image)
-            if p.how == "pad":
-                square = Image.new("RGB", (long, long), tuple(int(255 * m) for m in p.mean))
-                square.paste(picture, ((long - w) // 2, (long - h) // 2))
-                picture = square
-            h, w = (int(side * n / short) for n in image.shape[:2]) if p.how == "crop" else (side, side)
-            image = np.asarray(picture.resize((w, h), p.resample))
+        if image.shape[:2] != (side, side):
+            image = resize(image, side, p)
         squares.append(image[center_slice(image.shape[0], S), center_slice(image.shape[1], S)])
     return normalize(np.stack(squares), p)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 3. Documents and loss masks
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 2. Documents with loss masks
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class QA:
+    """A question about a picture and its answer; the fields from `choices` on are for multiple choice."""
     kind: str                       # existence, count, color, position, …: the row of the result table
     question: str
     answer: str
-    answers: list[str] = field(default_factory=list)        # ten annotators', where the data set has them
-    choices: tuple = ()             # of multiple choice
-    correct: int = -1               # which choice is right
-    hint: str = ""
-    lecture: str = ""
-    solution: str = ""
-    source: object = None           # the entry on disk
+    answers: list[str] = field(default_factory=list)        # of ten annotators, where the data set has them
+    choices: tuple[str, ...] = ()
+    correct: int = -1               # index of the correct choice
+    hint: str = ""                  # ScienceQA's context of a question
+    lecture: str = ""               # general knowledge behind the answer
+    solution: str = ""              # the reasoning that leads to the answer
+    source: object = None           # the record on disk, where there is one
 
 
 @dataclass
 class Item:
-    """One picture and what is said about it: the common form of every data set."""
+    """A picture with its captions and questions: the common form of every data set."""
     image: np.ndarray | None        # (h, w, 3) uint8; None: text alone
     captions: list[str]             # references
     qas: list[QA]
     id: str = ""
-    about: str = ""                 # the picture in words: what the oracle reads in its place
-    images: list[np.ndarray] = field(default_factory=list)                      # all pictures of an interleaved document
-    turns: list[dict] = field(default_factory=list)                             # a conversation, for Document.chat
-    chunks: list[tuple[int | None, str]] = field(default_factory=list)          # (which picture stands before it, text)
+    about: str = ""                 # the picture in words: the oracle reads it in place of the picture
+    images: list[np.ndarray] = field(default_factory=list)  # all pictures of an interleaved document
+    turns: list[dict] = field(default_factory=list)         # a conversation, for Document.chat
+    chunks: list[tuple[int | None, str]] = field(default_factory=list)      # (picture before it, text)
 
     @property
     def pictures(self) -> list[np.ndarray]:
-        """In the order in which they stand in the text."""
+        """All pictures in the order in which they stand in the text."""
         if self.chunks:
             return [self.images[n] for n, _ in self.chunks if n is not None]
         return self.images or ([] if self.image is None else [self.image])
 
 
-QUESTION, CAPTION, LIST = "\nQuestion: {} Answer:", "\nCaption:", "\nList:"     # what stands before an answer; it begins with a blank
+class Template(Protocol):
+    """How a family of models writes a conversation (support/formats/chat.py)."""
+    caption_only: bool              # a document is a picture and its caption, without the question
+    ends_with_eos: bool             # the end-of-text token follows the last answer
+
+    def spans(self, messages: str | list[dict], answer: bool = True) -> list[tuple[str, bool, bool]]: ...
+
+
+class Tokenizer(Protocol):
+    """What a document asks of a tokenizer (support/formats/tokenizers.py)."""
+    bos: int | None
+    eos: int | None
+    special: dict[str, int]         # text → id of the special tokens
+    text_ids: set[int]              # ids of plain text
+    template: Template
+
+    def encode(self, text: str, special: bool = False, preceded_by: str = "nothing") -> list[int]: ...
+
+
+QUESTION = "\nQuestion: {} Answer:"                     # an answer begins with a blank
+CAPTION, LIST = "\nCaption:", "\nList:"
 
 
 class Document:
-    """A text in spans, some of them supervised; `image()` marks where a picture stands.
+    """A token sequence with its loss mask: `labels` repeat the supervised tokens and hold IGNORE elsewhere.
 
-    >>> Document(tok).image().add("\\nCaption:").add(" a red circle", learn=True).end()
+    >>> Document(tokenizer).image().add("\\nCaption:").add(" a red circle", learn=True).end()
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -146,132 +179,185 @@ class Document:
         self.labels: list[int] = [IGNORE] * len(self.tokens)
 
     def add(self, text: str, learn: bool = False, special: bool = False) -> Document:
-        """special: `text` is a special token, or "<image>"; the bos that some templates begin with stands here already."""
-        from support.formats.chat import TEMPLATES
+        """Append a text. special: `text` is the name of a special token, or "<image>" for a picture.
+
+        The bos token of a template does not repeat the one at the start of the document. A ValueError names a
+        special token that the tokenizer lacks.
+        """
         t = self.tokenizer
         if special and text == "<image>":
             return self.image()
         if special and text not in t.special:
-            raise ValueError(f"this tokenizer has no token {text}, which the chat form needs; take another of {', '.join(TEMPLATES)}.")
+            raise ValueError(f"this tokenizer has no token {text}, which the chat template needs; "
+                             "take another template.")
         if special:
             return self.ids([] if self.tokens == [t.bos] == [t.special[text]] else [t.special[text]], learn)
-        # LLaVA encodes what follows a picture as a text of its own
-        start = self.tokens in ([], [t.bos]) or self.tokens[-1] == IMAGE
-        before = "nothing" if start else "text" if self.tokens[-1] in t.text_ids else "special"
+        if self.tokens in ([], [t.bos]) or self.tokens[-1] == IMAGE:
+            before = "nothing"                          # LLaVA encodes the text after a picture separately
+        else:
+            before = "text" if self.tokens[-1] in t.text_ids else "special"
         return self.ids(t.encode(text, preceded_by=before), learn)
 
-    def chat(self, messages: str | list[dict], answer: bool = True, template: str | None = None) -> Document:
-        """A conversation in the form that the model knows (Template.spans): a prompt, or with answer=False a document to learn."""
-        from support.formats.chat import TEMPLATES
-        for span in TEMPLATES[template or self.tokenizer.template].spans(messages, answer):
+    def chat(self, messages: str | list[dict], answer: bool = True,
+             template: Template | None = None) -> Document:
+        """Append a conversation as the template writes it (default: the tokenizer's).
+
+        answer=True makes a prompt that ends where the assistant answers, answer=False a document to train on.
+        """
+        for span in (template or self.tokenizer.template).spans(messages, answer):
             self.add(*span)
         return self
 
     def ids(self, ids: list[int], learn: bool = False) -> Document:
+        """Append tokens."""
         self.tokens += ids
         self.labels += ids if learn else [IGNORE] * len(ids)
         return self
 
     def image(self) -> Document:
+        """Append the sentinel that stands for a picture."""
         return self.ids([IMAGE])
 
     def end(self) -> Document:
-        """The stop token after an answer; it is learned, or generation would not know when to stop."""
+        """Append the stop token, supervised: generation stops only if the model has learned to write it."""
         return self.ids([self.tokenizer.eos], learn=True)
 
     def turn(self, prompt: str, answer: str) -> Document:
+        """Append a prompt, then its supervised answer and the stop token."""
         return self.add(prompt).add(" " + answer, learn=True).end()
 
-
     def cut(self, longest: int, K: int) -> bool:
-        """Keep at most `longest` tokens, counting an image as the K that it becomes; whether some were lost."""
+        """Truncate to at most `longest` positions (a picture takes K); returns whether tokens were lost."""
         sizes = np.cumsum([K if t == IMAGE else 1 for t in self.tokens])
         n = int((sizes <= longest).sum())
-        cut, self.tokens, self.labels = n < len(self.tokens), self.tokens[:n], self.labels[:n]
-        return cut
+        shortened = n < len(self.tokens)
+        self.tokens, self.labels = self.tokens[:n], self.labels[:n]
+        return shortened
 
 
-def training_document(item: Item, tokenizer: Tokenizer, caption: bool = False, template: str | None = None, form: str = "QCM-LEA") -> Document:
-    """What is learned from an item: its conversation (written as `template` says, None = as the model knows it), its interleaved text (a
-    stop after each chunk: Flamingo's <EOC>), its caption (where `caption` asks for it, or there are no answers), or the answers to all
-    of its questions, multiple choice in the `form` of scienceqa_text."""
+def training_document(item: Item, tokenizer: Tokenizer, caption: bool = False,
+                      template: Template | None = None, form: str = "QCM-LEA") -> Document:
+    """The document that is trained on for an item. The first of these that the item has decides:
+
+    - its conversation, as `template` writes it (None: the tokenizer's template);
+    - its interleaved text, with a stop token after each chunk (Flamingo's <EOC>);
+    - its first caption, where `caption` asks for it or there are no questions;
+    - all of its questions with their answers, multiple choice in the `form` of scienceqa_text.
+    """
     d = Document(tokenizer)
-    if item.turns and template == "plain":              # LLaVA's first stage: the picture and its caption, no question
-        d.chat([{"role": "user", "content": "<image>" * len(item.pictures)}, item.turns[1]], answer=False, template="plain")
-    elif item.turns:
-        d.chat(item.turns, answer=False, template=template)
-        if template == "alpaca":
-            d.end()
-    elif item.chunks:
+    if item.turns:
+        turns = item.turns
+        if template is not None and template.caption_only:  # LLaVA's first stage: no question
+            turns = [{"role": "user", "content": "<image>" * len(item.pictures)}, turns[1]]
+        d.chat(turns, answer=False, template=template)
+        return d.end() if template is not None and template.ends_with_eos else d
+    if item.chunks:
         for picture, text in item.chunks:
             (d if picture is None else d.image()).add(text, learn=True).end()
-    else:
-        if item.image is not None:
-            d.image()
-        if item.captions and (caption or not item.qas):
-            return d.turn(CAPTION, item.captions[0])
-        for q in item.qas:
-            if q.choices:
-                prompt, answer = scienceqa_text(q, form)
-                d.turn("\n" + prompt, answer)
-            else:
-                d.turn(QUESTION.format(q.question), q.answer)
+        return d
+    if item.image is not None:
+        d.image()
+    if item.captions and (caption or not item.qas):
+        return d.turn(CAPTION, item.captions[0])
+    for q in item.qas:
+        if q.choices:
+            prompt, answer = scienceqa_text(q, form)
+            d.turn("\n" + prompt, answer)
+        else:
+            d.turn(QUESTION.format(q.question), q.answer)
     return d
 
 
+def scienceqa_text(q: QA, form: str = "QCM-LEA") -> tuple[str, str]:
+    """(prompt, answer) of a multiple-choice question, worded as ScienceQA and LLaVA do:
+
+        Question: …\\nContext: …\\nOptions: (A) … (B) …\\nAnswer:     lecture solution The answer is B.
+
+    form: the parts of the prompt (Q question, C context, M choices), a hyphen, the parts of the answer
+    (A letter, L lecture, E solution), in order. "QCM-LEA" is LLaVA's reasoning first, "QCM-ALE" its answer
+    first, "QCM-A" the letter alone. Double blanks are halved once, as in the published code. The published
+    "AL" and "AE" swap lecture and solution; these do not.
+    """
+    prompt_parts, answer_parts = form.split("-")
+    letters = [chr(ord("A") + i) for i in range(len(q.choices))]
+    part = {"Q": f"Question: {q.question}",
+            "C": f"Context: {q.hint.strip() or 'N/A'}",
+            "M": "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, q.choices)),
+            "A": f"The answer is {letters[q.correct]}." + " BECAUSE:" * (answer_parts[0] == "A"),
+            "L": q.lecture,
+            "E": q.solution}
+    prompt = "\n".join(part[p] for p in prompt_parts)
+    answer = " ".join(["Answer:", *(part[p] for p in answer_parts)])
+    prompt, answer = (text.replace("  ", " ").rstrip() for text in (prompt, answer))
+    return prompt + "\nAnswer:", answer.removesuffix("BECAUSE:").rstrip().removeprefix("Answer: ")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Batches
+# ------------------------------------------------------------------------------------------------------------
+
 def pack_documents(documents: list[Document], longest: int, K: int) -> list[list[int]]:
-    """Which documents share a row of at most `longest` tokens (an image counts K): the longest first, each into the first row with room."""
+    """Which documents share a row of at most `longest` positions (a picture takes K): lists of their indices.
+
+    First-fit decreasing: the longest document first, each into the first row with room for it.
+    """
     size = [sum(K if t == IMAGE else 1 for t in d.tokens) for d in documents]
     rows, room = [], []
     for i in sorted(range(len(documents)), key=lambda i: -size[i]):
         row = next((r for r, free in enumerate(room) if free >= size[i]), None)
         if row is None:
-            rows, room, row = [*rows, []], [*room, longest], len(rows)
+            rows.append([])
+            room.append(longest)
+            row = len(rows) - 1
         rows[row].append(i)
         room[row] -= size[i]
     return rows
 
 
 def collate(rows: list[Document | list[Document]], left: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, labels (B, T) int64 and mask (B, T) bool (False = padding); pad on the left to generate, on the right to train.
+    """Documents → tokens, labels (B, T) int64 and mask (B, T) bool, False = padding.
 
-    Where a row is a list of several documents (`packs`), the mask is int64: the number of each token's document, 0 = padding.
+    Pad on the left to generate, on the right to train. Where a row is a list of documents (pack_documents),
+    the mask is int64: the number of each token's document within its row, from 1, and 0 for padding.
     """
-    packed = any(isinstance(r, list) for r in rows)
-    rows = [r if isinstance(r, list) else [r] for r in rows]
-    T = max(sum(len(d.tokens) for d in row) for row in rows)
-    tokens, labels, mask = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), IGNORE), np.zeros((len(rows), T), np.int64)
+    packed = any(isinstance(row, list) for row in rows)
+    rows = [row if isinstance(row, list) else [row] for row in rows]
+    B, T = len(rows), max(sum(len(d.tokens) for d in row) for row in rows)
+    tokens, labels, mask = np.zeros((B, T), np.int64), np.full((B, T), IGNORE), np.zeros((B, T), np.int64)
     for r, row in enumerate(rows):
-        at = T - sum(len(d.tokens) for d in row) if left else 0
+        start = T - sum(len(d.tokens) for d in row) if left else 0
         for number, d in enumerate(row, 1):
-            end = at + len(d.tokens)
-            tokens[r, at:end], labels[r, at:end], mask[r, at:end] = d.tokens, d.labels, number
-            labels[r, at] = IGNORE if packed else labels[r, at]                 # the word before it belongs to another document
-            at = end
+            end = start + len(d.tokens)
+            tokens[r, start:end], labels[r, start:end], mask[r, start:end] = d.tokens, d.labels, number
+            if packed:                                  # the token before it belongs to another document
+                labels[r, start] = IGNORE
+            start = end
     return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask if packed else mask > 0)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. The `shapes` world: a generator with known truth, unlimited, nothing to download
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-COLORS = {"red": (230, 40, 40), "green": (40, 180, 60), "blue": (60, 90, 245), "yellow": (245, 220, 50), "purple": (160, 60, 200),
-          "orange": (245, 140, 30), "cyan": (60, 220, 230), "white": (245, 245, 245)}
+COLORS = {"red": (230, 40, 40), "green": (40, 180, 60), "blue": (60, 90, 245), "yellow": (245, 220, 50),
+          "purple": (160, 60, 200), "orange": (245, 140, 30), "cyan": (60, 220, 230),
+          "white": (245, 245, 245)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-SIZES = {"small": 10, "large": 14}                                               # side in pixels
+SIZES = {"small": 10, "large": 14}                      # side in pixels
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 PLURALS = [(c, f"{c} objects") for c in COLORS] + [(s, s + ("es" if s[-1] == "s" else "s")) for s in SHAPES]
 WORDS = [word for word, _ in PLURALS]
 NUMBERS = ("zero", "one", "two", "three", "four")
-KINDS = ("existence", "count", "color", "position")                             # MME's coarse perception tasks
-HELD_OUT = tuple(zip(COLORS, ("circle", "square", "triangle", "diamond", "cross", "ring", "circle", "square")))   # 8 of 48 pairs
+KINDS = ("existence", "count", "color", "position")     # MME's coarse perception tasks
+HELD_OUT = tuple(zip(COLORS, (*SHAPES, "circle", "square")))    # 8 of the 48 pairs of a colour and a shape
 SEEN = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)
-CELL, BACKGROUND = 16, (24, 24, 32)
+CELL, BACKGROUND = 16, (24, 24, 32)                     # side of a grid cell in pixels; grey levels
 
 
 @dataclass(frozen=True)
 class Thing:
+    """An object of a scene."""
     color: str
     shape: str
     size: str
@@ -293,36 +379,30 @@ class Thing:
 def sprite(shape: str, size: str) -> np.ndarray:
     """(side, side) coverage in 0..1, from 8 × 8 sample points per pixel."""
     side = SIZES[size]
-    y, x = ((np.mgrid[0:side * 8, 0:side * 8] + 0.5) / (side * 4) - 1)          # −1..1
+    y, x = ((np.mgrid[0:side * 8, 0:side * 8] + 0.5) / (side * 4) - 1)      # −1..1
     r = np.hypot(x, y)
-    inside = {"circle": r <= 1, "square": np.maximum(abs(x), abs(y)) <= 0.88, "triangle": (y <= 0.9) & (abs(x) <= (y + 1) / 1.9),
-              "diamond": abs(x) + abs(y) <= 1, "cross": np.minimum(abs(x), abs(y)) <= 0.3, "ring": (r <= 1) & (r >= 0.55)}[shape]
+    inside = {"circle": r <= 1,
+              "square": np.maximum(abs(x), abs(y)) <= 0.88,
+              "triangle": (y <= 0.9) & (abs(x) <= (y + 1) / 1.9),
+              "diamond": abs(x) + abs(y) <= 1,
+              "cross": np.minimum(abs(x), abs(y)) <= 0.3,
+              "ring": (r <= 1) & (r >= 0.55)}[shape]
     return inside.reshape(side, 8, side, 8).mean((1, 3))
 
 
 def draw_scene(things: list[Thing], rng: np.random.Generator) -> np.ndarray:
-    """(48, 48, 3) uint8; each thing stands inside its 16-pixel cell, small ones up to 2 pixels off the centre, large ones up to 1."""
+    """(48, 48, 3) uint8; each thing in its cell, off the centre by up to 2 pixels (small) or 1 (large)."""
     canvas = np.empty((3 * CELL, 3 * CELL, 3), np.float32)
     canvas[:] = BACKGROUND
     for t in things:
-        mask = sprite(t.shape, t.size)[..., None]
-        side = len(mask)
-        reach = 2 if t.size == "small" else 1
-        top, left = (CELL - side) // 2 + rng.integers(-reach, reach + 1, 2) + np.array(divmod(t.cell, 3)) * CELL
+        coverage = sprite(t.shape, t.size)[..., None]
+        side = len(coverage)
+        jitter = 2 if t.size == "small" else 1
+        offset = (CELL - side) // 2 + rng.integers(-jitter, jitter + 1, 2)
+        top, left = offset + np.array(divmod(t.cell, 3)) * CELL
         patch = canvas[top:top + side, left:left + side]
-        patch += mask * (np.array(COLORS[t.color]) - patch)
+        patch += coverage * (np.array(COLORS[t.color]) - patch)
     return canvas.round().astype(np.uint8)
-
-
-def drawn_boxes(things: list[Thing], image: np.ndarray) -> list[tuple[Thing, tuple[float, ...]]]:
-    """Each thing with (left, top, right, bottom) of its pixels, in 0 … 1: in its cell of the picture, where there is no background."""
-    boxes = []
-    for t in things:
-        y, x = np.array(divmod(t.cell, 3)) * CELL
-        rows, columns = np.nonzero((image[y:y + CELL, x:x + CELL] != BACKGROUND).any(-1))
-        corners = x + columns.min(), y + rows.min(), x + columns.max() + 1, y + rows.max() + 1
-        boxes.append((t, tuple(float(c) / (3 * CELL) for c in corners)))
-    return boxes
 
 
 def with_article(words: str) -> str:
@@ -341,8 +421,8 @@ def caption_scene(things: list[Thing]) -> str:
     return join_phrases([place_phrase(t) for t in things])
 
 
-STYLES = {                          # ways to say a scene in words; the decoder learns to answer from all of them
-    "at": lambda t: place_phrase(t),
+STYLES = {                          # ways to describe a scene; the decoder learns to answer from all of them
+    "at": place_phrase,
     "in": lambda t: f"{with_article(str(t))} in the {t.place}",
     "place": lambda t: f"{t.place}: {with_article(str(t))}",
     "terse": lambda t: f"{t} {t.place}",
@@ -353,38 +433,49 @@ def describe_scene(things: list[Thing], style: str) -> str:
     return "; ".join(STYLES[style](t) for t in things)
 
 
+def unique(things: list[Thing], candidates: list[Thing], key: Callable[[Thing], object]) -> list[Thing]:
+    """The candidates whose key no other thing of the scene has."""
+    return [t for t in candidates if sum(key(other) == key(t) for other in things) == 1]
+
+
+def choose(options: list, rng: np.random.Generator):
+    """One of the options, or None where there is none."""
+    return options[int(rng.integers(len(options)))] if options else None
+
+
 class Shapes:
     """Scenes of 1 to 4 things; item(i) is a function of (seed, split, i) alone.
 
-    Splits: `train` and `val` never hold or mention a held-out colour-shape pair; every scene of `test` holds at least one
-    held-out pair, and its questions are about held-out pairs wherever the kind allows. `all` (for text alone) uses all 48.
-    One item: a picture of 48 × 48 pixels with a small red square top left and a large blue ring middle center,
-    captions ("a small red square at the top left and a large blue ring at the middle center", …), and
-    questions: is there a red square? yes · how many rings are there? one · what color is the ring? blue ·
-    where is the red square? top left.
+    Splits: `train` and `val` never show or mention a held-out colour-shape pair. Every scene of `test` shows
+    at least one, and its questions are about held-out pairs wherever the kind allows. `all` (for text alone)
+    uses all 48. One item: a picture of 48 × 48 pixels with a small red square top left and a large blue ring
+    middle center, captions ("a small red square at the top left and a large blue ring at the middle center",
+    …), and questions: is there a red square? yes · how many rings are there? one · what color is the ring?
+    blue · where is the red square? top left.
     """
+    name, size, splits = "shapes", 3 * CELL, ("train", "val", "test", "all")
+    held_out, seen = "test", "val"
     finite, says_scenes = False, True
-    name, size, held_out, seen, splits = "shapes", 3 * CELL, "test", "val", ("train", "val", "test", "all")
 
     def __init__(self, split: str = "train", seed: int = 0):
-        if split not in ("train", "val", "test", "all"):
-            raise ValueError(f'shapes has no split "{split}"; known: train, val, test, all.')
+        if split not in self.splits:
+            raise ValueError(f'shapes has no split "{split}"; known: {", ".join(self.splits)}.')
         self.split, self.seed = split, seed
-        self.allowed = {"train": SEEN, "val": SEEN}.get(split, SEEN + HELD_OUT)
-        self.asked = {"train": SEEN, "val": SEEN, "test": HELD_OUT}.get(split, SEEN + HELD_OUT)
+        self.allowed = SEEN if split in ("train", "val") else SEEN + HELD_OUT   # pairs that a scene may show
+        self.asked = HELD_OUT if split == "test" else self.allowed          # pairs that questions are about
 
     def rng(self, index: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, ("train", "val", "test", "all").index(self.split), index))
+        return np.random.default_rng((self.seed, self.splits.index(self.split), index))
 
     def scene(self, rng: np.random.Generator) -> list[Thing]:
-        """1 to 4 things in different cells; half of the scenes repeat a colour or a shape, so counts above one occur."""
+        """1 to 4 things in different cells; half of the scenes repeat a colour or a shape, for the counts."""
         n = int(rng.integers(1, 5))
         cells = rng.permutation(9)[:n]
         pairs = [self.allowed[i] for i in rng.integers(0, len(self.allowed), n)]
         if rng.random() < 0.5:
             axis = int(rng.integers(2))
-            share = [p for p in self.allowed if p[axis] == pairs[0][axis]]
-            pairs = [pairs[0]] + [share[rng.integers(len(share))] if rng.random() < 0.7 else p for p in pairs[1:]]
+            similar = [p for p in self.allowed if p[axis] == pairs[0][axis]]
+            pairs[1:] = [similar[rng.integers(len(similar))] if rng.random() < 0.7 else p for p in pairs[1:]]
         if self.split == "test" and not any(p in HELD_OUT for p in pairs):
             pairs[int(rng.integers(n))] = HELD_OUT[rng.integers(len(HELD_OUT))]
         sizes = rng.integers(0, 2, n)
@@ -392,102 +483,96 @@ class Shapes:
 
     def question(self, things: list[Thing], kind: str, rng: np.random.Generator) -> QA | None:
         """A question of this kind whose answer is unique in this scene, or None where there is none."""
-        pick = lambda options: options[int(rng.integers(len(options)))] if options else None
-        pairs = [t.pair for t in things]
-        about = [t for t in things if t.pair in self.asked]         # in `test`: the held-out ones
-        alone = lambda f: [t for t in about if sum(f(o) == f(t) for o in things) == 1]
+        candidates = [t for t in things if t.pair in self.asked]
         if kind == "existence":
-            if rng.random() < 0.5:
-                c, s = pick([t.pair for t in about])
-                return QA(kind, f"is there {with_article(f'{c} {s}')}?", "yes")
-            absent = [p for p in self.asked if p not in pairs]
-            near = [p for p in absent if any(p[0] == q[0] for q in pairs) and any(p[1] == q[1] for q in pairs)]   # both words occur
-            c, s = pick(near if near and rng.random() < 0.7 else absent)
-            return QA(kind, f"is there {with_article(f'{c} {s}')}?", "no")
+            return self.existence_question(things, candidates, rng)
         if kind == "count":
-            target = int(rng.integers(0, len(things) + 1))          # draw the answer first, or "one" would win by guessing
-            counts = [(sum(w in t.pair for t in things), plural) for w, plural in PLURALS]
-            if rng.random() < 0.2:
-                return QA(kind, "how many objects are there?", NUMBERS[len(things)])
-            n, plural = pick([c for c in counts if c[0] == target]) or pick([c for c in counts if c[0]])
-            return QA(kind, f"how many {plural} are there?", NUMBERS[n])
+            return self.count_question(things, rng)
+        if kind == "position":
+            t = choose(unique(things, candidates, lambda o: o.pair), rng)
+            return t and QA(kind, f"where is the {t.color} {t.shape}?", t.place)
         if kind == "color":
-            if rng.random() < 0.5 and (t := pick(alone(lambda o: o.shape))):
+            if rng.random() < 0.5 and (t := choose(unique(things, candidates, lambda o: o.shape), rng)):
                 return QA(kind, f"what color is the {t.shape}?", t.color)
-            t = pick(about)
+            t = choose(candidates, rng)
             return QA(kind, f"what color is the object at the {t.place}?", t.color)
-        if kind == "shape":
-            if rng.random() < 0.5 and (t := pick(alone(lambda o: o.color))):
-                return QA(kind, f"what shape is the {t.color} object?", t.shape)
-            t = pick(about)
-            return QA(kind, f"what shape is at the {t.place}?", t.shape)
-        t = pick(alone(lambda o: o.pair))
-        return t and QA(kind, f"where is the {t.color} {t.shape}?", t.place)
+        if rng.random() < 0.5 and (t := choose(unique(things, candidates, lambda o: o.color), rng)):
+            return QA(kind, f"what shape is the {t.color} object?", t.shape)
+        t = choose(candidates, rng)
+        return QA(kind, f"what shape is at the {t.place}?", t.shape)
+
+    def existence_question(self, things: list[Thing], candidates: list[Thing],
+                           rng: np.random.Generator) -> QA:
+        """Half of the answers are yes. Most absent pairs combine a colour and a shape that both occur."""
+        if rng.random() < 0.5:
+            c, s = choose([t.pair for t in candidates], rng)
+            return QA("existence", f"is there {with_article(f'{c} {s}')}?", "yes")
+        pairs = [t.pair for t in things]
+        absent = [p for p in self.asked if p not in pairs]
+        near = [p for p in absent if any(p[0] == q[0] for q in pairs) and any(p[1] == q[1] for q in pairs)]
+        c, s = choose(near if near and rng.random() < 0.7 else absent, rng)
+        return QA("existence", f"is there {with_article(f'{c} {s}')}?", "no")
+
+    def count_question(self, things: list[Thing], rng: np.random.Generator) -> QA:
+        """The answer is drawn before the question; otherwise guessing "one" would win."""
+        target = int(rng.integers(0, len(things) + 1))
+        counts = [(sum(word in t.pair for t in things), plural) for word, plural in PLURALS]
+        if rng.random() < 0.2:
+            return QA("count", "how many objects are there?", NUMBERS[len(things)])
+        options = [c for c in counts if c[0] == target] or [c for c in counts if c[0]]
+        n, plural = choose(options, rng)
+        return QA("count", f"how many {plural} are there?", NUMBERS[n])
 
     def questions(self, things: list[Thing], rng: np.random.Generator, kinds=KINDS) -> list[QA]:
-        return [q for q in (self.question(things, k, rng) for k in kinds) if q]
+        return [q for q in (self.question(things, kind, rng) for kind in kinds) if q]
 
     def item(self, index: int, turns: int | None = None) -> Item:
-        """One question of each of the four kinds, or `turns` random ones (with "shape" as a fifth kind) for training."""
+        """One question of each kind, or for training `turns` of random kinds, with "shape" as a fifth."""
         rng = self.rng(index)
         things = self.scene(rng)
-        orders = [sorted(things, key=lambda t: t.cell)] + [[things[i] for i in rng.permutation(len(things))] for _ in range(4)]
+        orders = [sorted(things, key=lambda t: t.cell)]
+        orders += [[things[i] for i in rng.permutation(len(things))] for _ in range(4)]
         image = draw_scene(things, rng)
         kinds = KINDS if turns is None else rng.choice([*KINDS, "shape"], turns)
         qas = self.questions(things, rng, kinds)
         for q in qas:
             q.answers = [q.answer] * 10
-        return Item(image, [caption_scene(o) for o in orders], qas, f"{self.split}-{index}", describe_scene(orders[1], "at"))
+        captions, about = [caption_scene(order) for order in orders], describe_scene(orders[1], "at")
+        return Item(image, captions, qas, f"{self.split}-{index}", about)
 
     def pair(self, index: int) -> tuple[np.ndarray, str, list[str]]:
-        """For stage `clip`: a picture, a text that is true of it, and two that are nearly true (swapped or changed attributes)."""
+        """For contrastive training: a picture, a true text, and two false ones (hard_negative)."""
         rng = self.rng(index)
         things = self.scene(rng)
-        say = lambda ts: describe_scene([ts[i] for i in rng.permutation(len(ts))], "terse")
-        return draw_scene(things, rng), say(things), [say(self.almost(things, rng)) for _ in range(2)]
 
-    def almost(self, things: list[Thing], rng: np.random.Generator) -> list[Thing]:
-        """A different scene: two things swap one attribute, or one thing changes one. Shape most often: it is the hardest to see."""
+        def text(scene: list[Thing]) -> str:
+            return describe_scene([scene[i] for i in rng.permutation(len(scene))], "terse")
+
+        image, true = draw_scene(things, rng), text(things)
+        return image, true, [text(self.hard_negative(things, rng)) for _ in range(2)]
+
+    def hard_negative(self, things: list[Thing], rng: np.random.Generator) -> list[Thing]:
+        """A nearly equal scene: two things swap an attribute, or one thing changes one.
+
+        The attribute is the shape most often, because it is the hardest to see.
+        """
         while True:
-            attribute, new = ("color", "shape", "size", "cell")[rng.choice(4, p=(0.2, 0.5, 0.1, 0.2))], list(things)
+            attribute = ("color", "shape", "size", "cell")[rng.choice(4, p=(0.2, 0.5, 0.1, 0.2))]
+            new = list(things)
             if len(things) > 1 and rng.random() < 0.5:
                 i, j = rng.choice(len(things), 2, replace=False)
-                new[i], new[j] = (replace(things[a], **{attribute: getattr(things[b], attribute)}) for a, b in ((i, j), (j, i)))
+                for a, b in ((i, j), (j, i)):
+                    new[a] = replace(things[a], **{attribute: getattr(things[b], attribute)})
             else:
                 i = int(rng.integers(len(things)))
                 free = [c for c in range(9) if all(t.cell != c for t in things)]
-                options = {"color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "cell": free}[attribute]
-                new[i] = replace(things[i], **{attribute: options[int(rng.integers(len(options)))]})
+                values = {"color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "cell": free}
+                new[i] = replace(things[i], **{attribute: choose(values[attribute], rng)})
             if set(new) != set(things) and all(t.pair in self.allowed for t in new):
                 return new
 
 
-def scienceqa_text(r: QA, form: str = "QCM-LEA") -> tuple[str, str]:
-    """(prompt, answer) of a ScienceQA problem, worded as ScienceQA and LLaVA do:
-
-        Question: …\\nContext: …\\nOptions: (A) … (B) …\\nAnswer:     lecture solution The answer is B.
-
-    form: what is asked (Q question, C context, M choices) and what is answered (A letter, L lecture, E solution), in
-    order. "QCM-LEA" is the reasoning first of LLaVA's ablation, "QCM-ALE" its answer first, "QCM-A" the answer alone.
-    Double blanks are halved once, as published; the published "AL" and "AE" swap lecture and solution, these do not.
-    """
-    asked, told = form.split("-")
-    letters = [chr(ord("A") + i) for i in range(len(r.choices))]
-    part = {"Q": f"Question: {r.question}", "C": f"Context: {r.hint.strip() or 'N/A'}",
-            "M": "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, r.choices)),
-            "A": f"The answer is {letters[r.correct]}." + " BECAUSE:" * (told[0] == "A"),
-            "L": r.lecture, "E": r.solution}
-    prompt, answer = "\n".join(part[p] for p in asked), " ".join(["Answer:", *(part[p] for p in told)])
-    prompt, answer = (text.replace("  ", " ").rstrip() for text in (prompt, answer))
-    return prompt + "\nAnswer:", answer.removesuffix("BECAUSE:").rstrip().removeprefix("Answer: ")
-
-
 if __name__ == "__main__":
-    from support.formats.files import UserError
-    from support.worlds import show_items
-    from support.worlds.instruct import generate_instructions
-    try:
-        generate_instructions(*sys.argv[2:6]) if sys.argv[1:2] == ["generate"] else show_items(*sys.argv[1:3])
-    except UserError as e:
-        print(f"data.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    from support.plumbing.cli import run_cli
+    from support.worlds.commands import main
+    run_cli(main)

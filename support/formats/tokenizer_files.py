@@ -46,7 +46,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                 content = read_json(folder / name)
                 settings |= {"added": content} if name == "added_tokens.json" else content
         tokenizer = READERS[file.name](file, settings)
-        tokenizer.template = template_of(folder, settings, tokenizer)
+        tokenizer.template = template_of(folder, settings, tokenizer.special)
         return tokenizer
     except UserError:
         raise

@@ -22,6 +22,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
+from support.formats.chat import TEMPLATES
 from support.formats.files import write_json
 
 GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -48,7 +49,7 @@ class Tokenizer:
     directions know what precedes: "nothing", a "special" token, or "text" that goes on.
     template: the chat template of the folder that the tokenizer comes from (chat.py).
     """
-    template = "plain"
+    template = TEMPLATES["plain"]
 
     def __init__(self, text_ids, special: dict[str, int], bos: str | None = None, eos: str | None = None,
                  image: str | None = None):

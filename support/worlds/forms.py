@@ -1,4 +1,7 @@
-"""worlds/forms.py: the shapes world in other forms: words, pages, multiple choice, reasons, alt-texts."""
+"""worlds/forms.py: the shapes world in other forms: words, pages, multiple choice, reasons, alt-texts.
+
+The forms change what training sees. The oracle belongs to the plain world alone: says_scenes = False.
+"""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -10,62 +13,81 @@ from support.formats.chat import alpaca_prompt
 
 
 class ShapesWords(Shapes):
-    """Instructions without pictures, in Alpaca's form: a question about a scene that is told in words (LLaMA-Adapter's first stage)."""
-    says_scenes = False
-    name = "shapes-words"
+    """Instructions without pictures in Alpaca's form, for LLaMA-Adapter's first stage.
+
+    A question about a scene that is described in words, and its answer.
+    """
+    name, says_scenes = "shapes-words", False
 
     def item(self, index: int, turns: int | None = None) -> Item:
         item = super().item(index, turns)
-        talk = [turn for q in item.qas[:1] for turn in ({"role": "user", "content": alpaca_prompt(q.question, item.about)},
-                                                        {"role": "assistant", "content": " " + q.answer})]
-        return replace(item, image=None, captions=[], turns=talk if turns is not None else [])
+        if turns is None:
+            return replace(item, image=None, captions=[], turns=[])
+        conversation = []
+        for q in item.qas[:1]:
+            conversation += [{"role": "user", "content": alpaca_prompt(q.question, item.about)},
+                             {"role": "assistant", "content": " " + q.answer}]
+        return replace(item, image=None, captions=[], turns=conversation)
 
 
 class ShapesPages(Shapes):
-    """Interleaved pages: two to four pictures, each followed by what is seen or by a question and its answer (Flamingo's M3W)."""
-    says_scenes = False
-    name = "shapes-pages"
+    """Interleaved pages like Flamingo's M3W: two to four pictures, each before its caption or a question."""
+    name, says_scenes = "shapes-pages", False
 
     def item(self, index: int, turns: int | None = None) -> Item:
         if turns is None:
             return super().item(index)
         rng, parts = self.rng(index), [Shapes.item(self, 4 * index + n, turns) for n in range(4)]
         parts = parts[:int(rng.integers(2, 5))]
-        text = lambda p: f"{CAPTION} {p.captions[0]}" if rng.random() < 0.5 else f"{QUESTION.format(p.qas[0].question)} {p.qas[0].answer}"
-        return Item(None, [], [], f"{self.split}-{index}", "", [p.image for p in parts], [], [(n, text(p)) for n, p in enumerate(parts)])
+        chunks = []
+        for n, part in enumerate(parts):
+            if rng.random() < 0.5 or not part.qas:      # few scenes lack the drawn kinds of question
+                chunks.append((n, f"{CAPTION} {part.captions[0]}"))
+            else:
+                q = part.qas[0]
+                chunks.append((n, f"{QUESTION.format(q.question)} {q.answer}"))
+        return Item(None, [], [], f"{self.split}-{index}", images=[p.image for p in parts], chunks=chunks)
 
 
 class ShapesChoices(Shapes):
-    """Multiple choice in ScienceQA's form: the lecture says how to find out, the solution what is there; `turns` questions a picture.
+    """Multiple choice in ScienceQA's form, for training `turns` questions a picture.
 
+    The lecture says how to find the answer, the solution describes the picture:
     Question: what color is the ring? Context: N/A Options: (A) red (B) blue (C) cyan (D) white
-    Answer: Look at each place. There is a small red square at the top left and a large blue ring at the middle center. The answer is B.
+    Answer: Look at each place. There is a small red square at the top left and a large blue ring at the
+    middle center. The answer is B.
     """
-    says_scenes = False
-    name = "shapes-choices"
-    options = {"existence": ("yes", "no"), "count": NUMBERS, "color": tuple(COLORS), "shape": SHAPES, "position": PLACES}
+    name, says_scenes = "shapes-choices", False
+    options = {"existence": ("yes", "no"), "count": NUMBERS, "color": tuple(COLORS), "shape": SHAPES,
+               "position": PLACES}
 
     def item(self, index: int, turns: int | None = None) -> Item:
-        item, rng = super().item(index), np.random.default_rng((self.seed, self.splits.index(self.split), index, 1))
+        item = super().item(index)
+        rng = np.random.default_rng((self.seed, self.splits.index(self.split), index, 1))
         qas = [self.choice(q, item, rng) for q in item.qas]
-        return replace(item, captions=[], qas=qas if turns is None else [qas[i] for i in rng.permutation(len(qas))[:turns]])
+        if turns is not None:
+            qas = [qas[i] for i in rng.permutation(len(qas))[:turns]]
+        return replace(item, captions=[], qas=qas)
 
     def choice(self, q: QA, item: Item, rng: np.random.Generator) -> QA:
         """The question with at most four options in random order."""
         others = [o for o in self.options[q.kind] if o != q.answer]
         options = [q.answer, *(others[i] for i in rng.permutation(len(others))[:3])]
-        options = [options[i] for i in rng.permutation(len(options))]
-        return replace(q, choices=tuple(options), correct=options.index(q.answer), lecture="Look at each place.",
+        options = tuple(options[i] for i in rng.permutation(len(options)))
+        return replace(q, choices=options, correct=options.index(q.answer), lecture="Look at each place.",
                        solution=f"There is {item.captions[0]}.")
 
 
 class ShapesReasons(Shapes):
-    """Answers behind their reasoning, which is what is there: "a large blue ring at the middle center: blue"; `turns` questions a picture."""
-    says_scenes = False
-    name, form = "shapes-reasons", "{0}: {1}"
+    """Reasoning, then the answer: "a large blue ring at the middle center: blue".
+
+    The reasoning is the picture's caption; training gets `turns` questions a picture.
+    """
+    name, says_scenes, form = "shapes-reasons", False, "{0}: {1}"
 
     def item(self, index: int, turns: int | None = None) -> Item:
-        item, rng = super().item(index), np.random.default_rng((self.seed, self.splits.index(self.split), index, 1))
+        item = super().item(index)
+        rng = np.random.default_rng((self.seed, self.splits.index(self.split), index, 1))
         if turns is None:
             return item
         qas = [replace(q, answer=self.form.format(item.captions[0], q.answer)) for q in item.qas]
@@ -73,21 +95,24 @@ class ShapesReasons(Shapes):
 
 
 class ShapesAnswers(ShapesReasons):
-    """Answers before their reasoning: "blue: a large blue ring at the middle center"."""
+    """The answer, then the reasoning: "blue: a large blue ring at the middle center"."""
     name, form = "shapes-answers", "{1}: {0}"
 
 
 class ShapesWeb(Shapes):
-    """Alt-texts as a crawl finds them, for training alone: one thing is named, one time in five a wrong one, among words that say nothing."""
-    says_scenes = False
-    name = "shapes-web"
+    """Noisy alt-texts as a crawl finds them, for training alone.
+
+    One thing is named, in one text of five a wrong one, among words that carry no information.
+    """
+    name, says_scenes = "shapes-web", False
     forms = ("{} stock photo", "free image of {}", "{} (4)", "buy {} here", "{}")
 
     def item(self, index: int, turns: int | None = None) -> Item:
         item, rng = super().item(index, turns), self.rng(index)
         if turns is None:
             return item
-        pairs = [t.pair for t in self.scene(rng)]                               # the scene of the picture: the same numbers are drawn again
+        pairs = [t.pair for t in self.scene(rng)]       # the generator gives the picture's scene again
         named = self.allowed if rng.random() < 0.2 else pairs
         color, shape = named[rng.integers(len(named))]
-        return replace(item, captions=[self.forms[rng.integers(len(self.forms))].format(f"{color} {shape}")], qas=[])
+        caption = self.forms[rng.integers(len(self.forms))].format(f"{color} {shape}")
+        return replace(item, captions=[caption], qas=[])

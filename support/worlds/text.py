@@ -28,8 +28,10 @@ def shapes_tokenizer() -> ByteLevel:
         rng = world.rng(i)
         things = world.scene(rng)
         texts += [describe_scene(things, s) for s in STYLES] + [caption_scene(things)]
-        texts += [QUESTION.format(q.question) + " " + q.answer for q in world.questions(things, rng, (*KINDS, "shape"))]
-    return train_bpe(texts, 512, ["<|begin|>", "<|end|>", "<image>"], bos="<|begin|>", eos="<|end|>", image="<image>")
+        qas = world.questions(things, rng, (*KINDS, "shape"))
+        texts += [QUESTION.format(q.question) + " " + q.answer for q in qas]
+    return train_bpe(texts, 512, ["<|begin|>", "<|end|>", "<image>"], bos="<|begin|>", eos="<|end|>",
+                     image="<image>")
 
 
 EMPTY = -1              # an unused slot of a bag of words
@@ -37,26 +39,30 @@ BAG = 5                 # slots: size, color, shape, row, column
 
 
 class ShapesText:
-    """Documents for stage `lm`: a scene in words, then questions and answers, so that answering means reading the context.
+    """Documents for stage `lm`: a scene in words, then questions whose answers stand in it.
 
-    Half of the scenes stand as sentences (four styles). In the other half each thing is pressed into ONE position: its five
-    words, whose embeddings the trainer adds up. It is still text alone, but it teaches the decoder to read several words out
-    of one vector, which is what any bridge writes; a decoder of billions of parameters can do that without being taught
-    (LiMBeR, 2209.15162v3), one of a million cannot. document(i) → (Document, bags (n, BAG) int64 in the order of its IMAGEs).
+    Half of the scenes are written as sentences (four styles). In the other half each thing takes ONE
+    position: the sum of the embeddings of its five words. This is still text alone, but it teaches the
+    decoder to read several words out of one vector, as it must from any bridge. A decoder of billions of parameters
+    can do that without training (LiMBeR, 2209.15162v3), one of a million cannot.
     """
 
     def __init__(self, tokenizer: Tokenizer, seed: int = 0, bags: float = 0.5):
         self.tokenizer, self.world, self.bags = tokenizer, Shapes("all", seed), bags
-        self.word = {w: tokenizer.encode(" " + w)[0] for w in (*COLORS, *SHAPES, *SIZES, *PLACES[0].split(), *PLACES[4].split(),
-                                                               *PLACES[8].split(), "objects")}
+        places = [word for cell in (0, 4, 8) for word in PLACES[cell].split()]
+        words = (*COLORS, *SHAPES, *SIZES, *places, "objects")
+        self.word = {w: tokenizer.encode(" " + w)[0] for w in words}
 
     def bag(self, t: Thing) -> list[int]:
+        """The ids of the five words of a thing."""
         return [self.word[w] for w in (t.size, t.color, t.shape, *t.place.split())]
 
     def document(self, index: int, progress: float = 1.0) -> tuple[Document, list[list[int]]]:
-        """`progress` (0..1) through the training: drills make up most of the documents at first and few at the end.
+        """(document, bags (n, BAG) int64 in the order of its IMAGE tokens).
 
-        progress = 1 is a second training (--init): more of what was weakest after the first, counting and the style "place".
+        progress (0 … 1) through the training: drills are most of the documents at first and few at the end.
+        1 is a second training (--init), with more of what is weakest after the first: counting and the style
+        "place".
         """
         rng = self.world.rng(index)
         drills, again = min(0.7, max(0.1, 1.0 - 1.5 * progress)), progress >= 1
@@ -65,29 +71,40 @@ class ShapesText:
         things = self.world.scene(rng)
         order = [things[i] for i in rng.permutation(len(things))]
         d, bags = Document(self.tokenizer), []
-        everything = rng.random() < 0.05                            # one document in twenty is learned whole, as a language model
+        everything = rng.random() < 0.05                # one document in twenty: every token is supervised
         if rng.random() < self.bags:
             bags = [self.bag(t) for t in order]
-            if rng.random() < 0.7:                                  # the grid as a ViT sees it: empty cells too, row by row
-                by_cell = {t.cell: self.bag(t) for t in things}
-                void = rng.random() < 0.5                           # an empty cell says nothing, or where it is
-                bags = [by_cell.get(c) or [EMPTY] * 3 + ([EMPTY] * 2 if void else [self.word[w] for w in PLACES[c].split()]) for c in range(9)]
+            if rng.random() < 0.7:                      # all cells row by row, as a ViT sees the grid
+                bags = self.grid_bags(things, name_empty=rng.random() >= 0.5)
             for _ in bags:
                 d.image()
         else:
-            d.add(describe_scene(order, rng.choice(list(STYLES), p=(0.15, 0.15, 0.55, 0.15) if again else None)), learn=everything)
+            style = rng.choice(list(STYLES), p=(0.15, 0.15, 0.55, 0.15) if again else None)
+            d.add(describe_scene(order, style), learn=everything)
         if rng.random() < drills:
             return self.drill(d, things, rng), bags
         kinds = [*KINDS, *(["count"] * 5 if again else KINDS), "count", "position", "shape", "caption"]
         for kind in rng.permutation(kinds)[:rng.integers(3, 7)]:
             if kind == "caption":
-                d.add(CAPTION, everything).add(" " + caption_scene(sorted(things, key=lambda t: t.cell)), learn=True).end()
+                caption = caption_scene(sorted(things, key=lambda t: t.cell))
+                d.add(CAPTION, everything).add(" " + caption, learn=True).end()
             elif q := self.world.question(things, kind, rng):
                 d.add(QUESTION.format(q.question), everything).add(" " + q.answer, learn=True).end()
         return d, bags
 
+    def grid_bags(self, things: list[Thing], name_empty: bool) -> list[list[int]]:
+        """The bags of the nine cells; that of an empty cell holds the words of its place, or nothing."""
+        by_cell, bags = {t.cell: self.bag(t) for t in things}, []
+        for cell, place in enumerate(PLACES):
+            words = [self.word[w] for w in place.split()] if name_empty else [EMPTY] * 2
+            bags.append(by_cell.get(cell) or [EMPTY] * 3 + words)
+        return bags
+
     def recall(self, rng: np.random.Generator) -> tuple[Document, list[list[int]]]:
-        """A drill without a scene: random words said twice, or pairs "a b, c d" (as words or as bags) and then "List: c d, b a"."""
+        """A drill without a scene: random words twice, or pairs "a b, c d", then "List: c d, b a".
+
+        The pairs stand as words or as bags.
+        """
         words = [int(w) for w in rng.permutation(list(self.word.values()))[:2 * rng.integers(2, 9)]]
         d, bags, comma = Document(self.tokenizer), [], self.tokenizer.encode(",")
         pairs = list(zip(words[::2], words[1::2]))
@@ -107,23 +124,28 @@ class ShapesText:
         return d.end(), bags
 
     def drill(self, d: Document, things: list[Thing], rng: np.random.Generator) -> Document:
-        """Key-value recall: "List: circle red at top left, blue ring at middle center, rings two, …": a key, then what goes with it.
+        """Key-value recall: "List: circle red at top left, blue ring at middle center, rings two, …".
 
-        The answer follows its key directly, so that the circuit that binds (find the thing with this word, read its other
-        words) is learned first; whole questions then only have to bring their key to it. Without drills a decoder of this
-        size knew the words of a scene for thousands of steps and not which belong together.
+        A value follows its key directly. So the decoder learns binding first: to find the thing with this
+        word and to read its other words. Questions then only have to lead to the key. Without drills a decoder
+        of this size knew the words of a scene for thousands of steps, but not which of them belong together.
         """
         d.add(LIST)
         for i in rng.integers(0, len(things), int(rng.integers(6, 13))):
-            t, key = things[int(i)], ("color", "shape", "place", "pair", "pair", "count")[int(rng.integers(6))]
-            if key == "count":                                      # also of words that do not occur: zero
-                word, plural = PLURALS[int(rng.integers(len(PLURALS)))] if rng.random() < 0.4 else PLURALS[WORDS.index(t.pair[int(rng.integers(2))])]
+            t = things[int(i)]
+            key = ("color", "shape", "place", "pair", "pair", "count")[int(rng.integers(6))]
+            if key == "count":                          # also of words that do not occur: zero
+                if rng.random() < 0.4:
+                    word, plural = PLURALS[int(rng.integers(len(PLURALS)))]
+                else:
+                    word, plural = PLURALS[WORDS.index(t.pair[int(rng.integers(2))])]
                 d.add(" " + plural).add(" " + NUMBERS[sum(word in o.pair for o in things)], learn=True)
             elif sum(getattr(o, key) == getattr(t, key) for o in things) == 1:
                 if key == "pair":
                     d.add(f" {t.color} {t.shape} at").add(" " + t.place, learn=True)
                 else:
-                    d.add(" " + getattr(t, key)).add(" " + (t.shape if key == "color" else t.color), learn=True)
+                    value = t.shape if key == "color" else t.color
+                    d.add(" " + getattr(t, key)).add(" " + value, learn=True)
                     if key != "place" and rng.random() < 0.3:
                         d.add(" at").add(" " + t.place, learn=True)
             else:

@@ -19,11 +19,12 @@ import data
 from support import worlds
 from model import IMAGE
 from support.formats.benchmarks import mme_scores
-from support.formats.chat import alpaca_prompt
+from support.formats.chat import TEMPLATES, alpaca_prompt
 from support.formats.datasets import (FORMATS, MME, read_flickr8k, read_interleaved, read_karpathy, read_mme,
                                       split_at_pictures)
 from support.formats.pictures import read_image
-from support.worlds import open_data, show_items
+from support.worlds import open_data
+from support.worlds.commands import show_items
 from support.worlds.text import shapes_tokenizer
 import train
 from conftest import GOLDEN
@@ -137,7 +138,7 @@ def test_mme_has_its_fourteen_tasks_and_both_questions_about_a_picture_in_one_it
     assert len(items) == 16 and all(len(item.qas) == 2 for item in items)
     assert {q.kind for item in items for q in item.qas} == {*MME["perception"], *MME["cognition"]}
     assert all({q.answer for q in item.qas} == {"Yes", "No"} for item in items)
-    rows = [(q.kind, q.record.images[0], q.question, q.answer, q.answer) for item in items for q in item.qas]
+    rows = [(q.kind, q.source.images[0], q.question, q.answer, q.answer) for item in items for q in item.qas]
     assert mme_scores(rows)["perception"] == 2000  # and they go straight into the score
 
 
@@ -154,12 +155,12 @@ def test_scienceqa_prompts_and_both_orders_of_the_answer_are_the_published_ones(
     """LLaVA's converter leaves "Question: " out at the start, and "Answer: ", and appends the picture's
     place."""
     golden = json.loads((GOLDEN / "metrics" / "scienceqa.json").read_text(encoding="utf-8"))
-    record = {i: Record(i, question=p["question"], choices=p["choices"], answer=p["answer"], more=p)
-              for i, p in golden["problems"].items()}
+    problems = {i: data.QA(p["subject"], p["question"], "", choices=p["choices"], correct=p["answer"], hint=p["hint"],
+                           lecture=p["lecture"], solution=p["solution"]) for i, p in golden["problems"].items()}
     compared = 0
     for form in ("QCM-LEA", "QCM-ALE", "QCM-A", "CQM-A"):
         for sample in golden["llava_prompts"][form]:
-            prompt, answer = data.scienceqa_text(record[sample["id"]], form)
+            prompt, answer = data.scienceqa_text(problems[sample["id"]], form)
             human = prompt.removesuffix("\nAnswer:").removeprefix("Question: ") + "\n<image>" * (
                 "image" in sample
             )
@@ -171,17 +172,19 @@ def test_scienceqa_prompts_and_both_orders_of_the_answer_are_the_published_ones(
     assert compared == 32
     for shots in golden["fewshot_prompts"]:             # ScienceQA's own code spells line breaks \n
         asked = (*shots["shot_qids"], shots["test_qid"])
-        parts = [data.scienceqa_text(record[i], shots["prompt_format"]) for i in asked]
+        parts = [data.scienceqa_text(problems[i], shots["prompt_format"]) for i in asked]
         text = "\n\n".join([f"{prompt} {answer}" for prompt, answer in parts[:-1]] + [parts[-1][0]])
         assert text == shots["prompt"].replace("\\n", "\n")
 
 
 def test_reasoning_first_ends_with_the_answer_and_answer_first_begins_with_it():
-    r = records("scienceqa", SETS / "scienceqa", "train")[0]
-    prompt, reasoning_first = data.scienceqa_text(r, "QCM-LEA")
+    world = open_data(f"scienceqa:{SETS / 'scienceqa'}:train")
+    first = records("scienceqa", SETS / "scienceqa", "train")[0]
+    q = world.question(first)
+    prompt, reasoning_first = data.scienceqa_text(q, "QCM-LEA")
     assert prompt == "Question: Which shape is round?\nContext: N/A\nOptions: (A) circle (B) square\nAnswer:"
     assert reasoning_first == "A lecture on shapes.\nSecond line. A circle is round. The answer is A."
-    answer_first = data.scienceqa_text(r, "QCM-ALE")[1]
+    answer_first = data.scienceqa_text(q, "QCM-ALE")[1]
     assert answer_first == "The answer is A. BECAUSE: A lecture on shapes.\nSecond line. A circle is round."
 
 
@@ -209,7 +212,7 @@ def test_a_conversation_begins_with_its_picture_and_goes_into_a_document():
     item = next(i for i in map(world.item, range(2)) if i.id == "000000052846")
     assert item.turns == [{"role": "user", "content": "<image>\nWhere is the plate?"},
                           {"role": "assistant", "content": "The plate is behind the box.\n\nIt is red."}]
-    document = data.Document(shapes_tokenizer()).chat(item.turns, answer=False, template="llava_v0")
+    document = data.Document(shapes_tokenizer()).chat(item.turns, answer=False, template=TEMPLATES["llava_v0"])
     assert document.tokens.count(IMAGE) == 1 and item.image.shape == (28, 40, 3)
 
 
@@ -523,7 +526,7 @@ def test_kinds_without_a_split_keep_every_tenth_record_for_val(tmp_path):
 def test_questions_about_one_picture_are_one_item_and_training_draws_some_of_them():
     world = open_data(f"vqav2:{SETS / 'vqav2'}:val")
     assert len(world) == 1
-    assert [(q.record.id, q.question, q.answer, len(q.answers)) for q in world.item(0).qas] == [
+    assert [(q.source.id, q.question, q.answer, len(q.answers)) for q in world.item(0).qas] == [
         (42000, "How many ovals are there?", "3", 10),
         (42001, "Is this a field?", "no", 10),  # its choice of a tie
         (42002, "Why?", "don't know", 10),
@@ -593,7 +596,7 @@ def test_a_path_may_hold_colons_and_only_a_known_split_is_taken_off_it(tmp_path)
     ("llava", "llava_instruct"), ("scienceqa", "scienceqa"))])
 def test_items_of_every_sort_can_be_shown(spec, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    show_items(spec, "3")
+    show_items(spec, 3)
     out = capsys.readouterr().out
     assert all((tmp_path / word).exists() for word in out.split() if word.startswith("out/samples/"))
     assert out.count("\n    ") >= 3

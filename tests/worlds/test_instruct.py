@@ -1,6 +1,7 @@
-"""Claim: LLaVA's data generation makes, of captions and boxes, a data set that the `llava` reader opens; whatever the
-teacher by rules says of a scene is true, worked out again from the scene; and what a decoder writes is kept only in the
-form that was asked for."""
+"""Claim: LLaVA's data generation makes, of captions and boxes, a data set that the `llava` reader opens;
+whatever the
+teacher by rules says of a scene is true, worked out again from the scene; and what a decoder writes is
+kept only in the form that was asked for."""
 from __future__ import annotations
 
 import json
@@ -20,11 +21,12 @@ import data
 from model import IGNORE, IMAGE
 from papers.llava_data import (DESCRIBE, EXAMPLE, SHARES, TEACHER_PROMPTS, ask_teacher, read_turns,
                                symbolic_context, teacher_messages, write_turns)
+from support.formats.chat import TEMPLATES
 from support.formats.llama import load_decoder
 from support.formats.pictures import read_image
 from support.formats.tokenizer_files import load_tokenizer
 from support.worlds import open_data
-from support.worlds.instruct import coco_boxes, generate_instructions
+from support.worlds.instruct import coco_boxes, drawn_boxes, generate_instructions
 from support.worlds.teacher import RULE_KINDS, certain_questions, rule_teacher
 from support.worlds.text import shapes_tokenizer
 from conftest import GOLDEN
@@ -39,7 +41,7 @@ def scenes(count: int):
     return [(w.scene(w.rng(i)), w.item(i).image) for w in WORLDS for i in range(count)]
 
 
-# --- what a teacher is told ---------------------------------------------------------------------------------------
+# --- what a teacher is told ---------------------------------------------------------------------------------
 
 
 def test_the_box_of_a_thing_is_what_changes_when_the_thing_is_drawn_in_another_color():
@@ -50,7 +52,7 @@ def test_the_box_of_a_thing_is_what_changes_when_the_thing_is_drawn_in_another_c
         for i in range(60):
             things = world.scene(world.rng(i))
             image = data.draw_scene(things, np.random.default_rng(i))
-            for n, (t, box) in enumerate(data.drawn_boxes(things, image)):
+            for n, (t, box) in enumerate(drawn_boxes(things, image)):
                 other = [*things[:n], replace(t, color=far[t.color]), *things[n + 1:]]
                 rows, columns = np.nonzero(
                     (image != data.draw_scene(other, np.random.default_rng(i))).any(-1)
@@ -61,7 +63,7 @@ def test_the_box_of_a_thing_is_what_changes_when_the_thing_is_drawn_in_another_c
 
 def test_boxes_lie_apart_and_agree_with_the_places_in_the_captions():
     for things, image in scenes(60):
-        for t, (left, top, right, bottom) in data.drawn_boxes(things, image):
+        for t, (left, top, right, bottom) in drawn_boxes(things, image):
             row, column = t.place.split()
             assert {"top": 0, "middle": 1, "bottom": 2}[row] == int(top * 3) == int(bottom * 3 - 1e-6)
             assert {"left": 0, "center": 1, "right": 2}[column] == int(left * 3) == int(right * 3 - 1e-6)
@@ -75,7 +77,7 @@ def test_the_symbols_of_a_picture_are_its_captions_and_then_its_boxes():
     )
     assert symbolic_context(["A dog."]) == "A dog."
     things = [data.Thing("red", "square", "large", 4)]
-    boxes = data.drawn_boxes(things, data.draw_scene(things, np.random.default_rng(0)))
+    boxes = drawn_boxes(things, data.draw_scene(things, np.random.default_rng(0)))
     assert re.fullmatch(
         r"large red square: \[0\.\d{3}, 0\.\d{3}, 0\.\d{3}, 0\.\d{3}\]", symbolic_context([], boxes)
     )
@@ -95,7 +97,7 @@ def test_a_teacher_gets_the_rules_an_example_with_its_reply_and_the_picture():
             read_turns(reply["content"], kind, "?")
 
 
-# --- what a teacher by rules says is true -------------------------------------------------------------------------
+# --- what a teacher by rules says is true -------------------------------------------------------------------
 
 NUMBER = {w: n for n, w in enumerate(("no", "one", "two", "three", "four"))} | {"zero": 0}
 ROW, COLUMN = ["top", "middle", "bottom"], ["left", "center", "right"]
@@ -189,7 +191,8 @@ def check_conversation(question: str, answer: str, things) -> str:
 
 
 def check_reasoning(question: str, answer: str, things) -> str:
-    """Fails unless every step of the answer is right and the last one answers the question; returns the kind."""
+    """Fails unless every step of the answer is right and the last one answers the question; returns the
+    kind."""
     steps = answer.removesuffix(".").split(". ")
     at = lambda t: f"in the {ROW[t.cell // 3]} row and the {COLUMN[t.cell % 3]} column"
     if m := re.fullmatch(r"How many objects would be left without the (.+)\?", question):
@@ -313,7 +316,7 @@ def test_the_checks_above_refuse_what_is_false():
         )
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
+# --- what is written ----------------------------------------------------------------------------------------
 
 
 def made(tmp_path, *args, **kw) -> list[dict]:
@@ -352,7 +355,7 @@ def test_the_reader_of_llava_opens_what_was_written_and_lessons_come_of_it(tmp_p
     for item in items:
         answers = [t["content"] for t in item.turns if t["role"] == "assistant"]
         document = data.training_document(
-            item, tokenizer, template="plain" if len(answers) == 1 else "alpaca"
+            item, tokenizer, template=TEMPLATES["plain" if len(answers) == 1 else "alpaca"]
         )
         learned = tokenizer.decode([t for t in document.labels if t != IGNORE])
         assert learned.strip() == "".join(answers).strip() and document.tokens.count(IMAGE) == 1
@@ -365,7 +368,8 @@ def test_the_seed_decides_and_the_size_of_a_batch_does_not(tmp_path):
 
 
 REPLIES = {
-    "conversation": "Question:\nWhat is it?\n===\nAnswer:\nA ring.\n===\nQuestion: Where?\n===\nAnswer: On the left,\nhigh up.\n===",
+    "conversation": "Question:\nWhat is it?\n===\nAnswer:\nA ring.\n"
+    "===\nQuestion: Where?\n===\nAnswer: On the left,\nhigh up.\n===",
     "detail": "A ring.\n\nIt is red.",
     "reasoning": "Question:\nWhy?\n\n===\n\nAnswer:\nOne.\nTwo.",
 }
@@ -414,11 +418,12 @@ def test_a_reply_of_another_form_is_refused(kind, reply):
         read_turns(reply, kind, "Describe it.")
 
 
-# --- decoders as teachers -----------------------------------------------------------------------------------------
+# --- decoders as teachers -----------------------------------------------------------------------------------
 
 
 class Stub:
-    """A teacher that reads its prompts: what they say of the picture is in `asked`; its replies keep the rules."""
+    """A teacher that reads its prompts: what they say of the picture is in `asked`; its replies keep the
+    rules."""
 
     embed = types.SimpleNamespace(weight=torch.zeros(1))
 
@@ -456,7 +461,7 @@ def test_a_decoder_is_asked_about_captions_and_boxes_and_its_replies_are_written
     assert "3 of 20 replies dropped (last: train-2:" in capsys.readouterr().err
     for i, asked in enumerate(teacher.asked):
         item = world.item(i)
-        boxes = data.drawn_boxes(world.scene(world.rng(i)), item.image)
+        boxes = drawn_boxes(world.scene(world.rng(i)), item.image)
         assert asked.startswith(symbolic_context(item.captions, boxes))
     for row in rows:
         kind = row["id"].split("-")[-1]
@@ -479,7 +484,8 @@ def test_the_bundled_decoder_replies_in_a_batch_as_alone_and_a_cut_reply_is_none
         [{"role": "user", "content": text}]
         for text in (
             "a small red ring at the top left\nQuestion: what color is the ring? Answer:",
-            "a large blue square at the top left and a small red cross at the bottom right\nQuestion: where is the red cross? Answer:",
+            "a large blue square at the top left and a small red cross at the bottom right\n"
+            "Question: where is the red cross? Answer:",
         )
     ]
     together = ask_teacher(decoder, tokenizer, asked, 20, temperature=0)
@@ -488,7 +494,7 @@ def test_the_bundled_decoder_replies_in_a_batch_as_alone_and_a_cut_reply_is_none
     assert ask_teacher(decoder, tokenizer, asked, 1, temperature=0) == ["", ""]  # no stop token among them
 
 
-# --- COCO: captions and boxes of two files ------------------------------------------------------------------------
+# --- COCO: captions and boxes of two files ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -560,7 +566,7 @@ def test_coco_becomes_instructions_about_its_own_pictures(stub, coco, tmp_path, 
     assert len(read) == len(rows) and {read.item(i).id for i in range(len(rows))} == {r["id"] for r in rows}
 
 
-# --- mistakes -----------------------------------------------------------------------------------------------------
+# --- mistakes -----------------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_one_sentence_each(coco, stub, tmp_path):

@@ -1,0 +1,61 @@
+"""worlds/commands.py: data.py's command line: show items of a data set, or generate instructions."""
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from support.worlds import open_data
+from support.worlds.instruct import generate_instructions
+
+DESCRIPTION = """Show items of a data set, or generate LLaVA-Instruct's kind of data about its pictures.
+
+  python data.py SPEC COUNT                         items, with their pictures in out/samples/
+  python data.py generate SPEC OUT COUNT TEACHER    OUT/chat.json and OUT/images/, which the data set llava:OUT reads
+"""
+EXAMPLES = """examples:
+  python data.py shapes:test 3
+  python data.py coco:/data/coco:val 5
+  python data.py generate shapes out/instruct 1000
+  python data.py generate coco:/data/coco out/instruct 100 HuggingFaceTB/SmolLM2-1.7B-Instruct
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the arguments (default: the process's) and run the command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    generate = arguments[:1] == ["generate"]
+    parser = argparse.ArgumentParser("data.py generate" if generate else "data.py", description=DESCRIPTION,
+                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", nargs="?", default="shapes",
+                        help="data set: KIND, KIND:SPLIT, KIND:PATH or KIND:PATH:SPLIT")
+    if generate:
+        parser.add_argument("out", nargs="?", default="out/instruct", help="folder that is written")
+        parser.add_argument("count", nargs="?", default="100", help="number of pictures")
+        parser.add_argument("teacher", nargs="?", default="rules",
+                            help='"rules" (for shapes), or the folder or hub name of a decoder that chats')
+        options = parser.parse_args(arguments[1:])
+        generate_instructions(options.spec, options.out, options.count, options.teacher)
+    else:
+        parser.add_argument("count", nargs="?", type=int, default=3, help="number of items")
+        options = parser.parse_args(arguments)
+        show_items(options.spec, options.count)
+
+
+def show_items(spec: str = "shapes", count: int = 3) -> None:
+    """Print items of a data set and write their pictures to out/samples/."""
+    world, folder = open_data(spec), Path("out/samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in map(world.item, range(count)):
+        stem = re.sub(r"[^\w.-]+", "_", f"{spec.partition(':')[0]}-{item.id}")[:100]
+        images = item.images or ([] if item.image is None else [item.image])
+        files = [folder / f"{stem}{f'-{n}' if n else ''}.png" for n in range(len(images))]
+        for file, image in zip(files, images):
+            Image.fromarray(image).save(file)
+        lines = item.captions + [f"{q.question} {q.answer}" for q in item.qas]
+        lines += [f"{turn['role']}: {turn['content']}" for turn in item.turns]
+        lines += [f"[{n}] {text}" for n, text in item.chunks]
+        print(*(files or [f"{stem} (no picture)"]), *(f"\n    {line}" for line in lines))
