@@ -444,7 +444,7 @@ def baseline_rows(vlm: VLM, tokenizer: Tokenizer, world, items: list[data.Item])
 
 
 def report_run(vlm: VLM, tokenizer: Tokenizer, world, out: Path, count: int, samples: int) -> None:
-    """Print a run's samples with verdicts, and its table; results.json and samples.html in `out` keep both."""
+    """Print samples with verdicts, and the table; results.json and samples.html in `out` keep both."""
     label = row_label(vlm.bridge.name, read_json(out / "config.json"))
     rows, items, result = table_rows(vlm, tokenizer, world, count, label)
     rows += baseline_rows(vlm, tokenizer, world, items)

@@ -460,8 +460,8 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def stream(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
                top_k: int = 0, top_p: float = 1.0, stop: tuple[int, ...] = (),
-               generator: torch.Generator | None = None, mask: Tensor | None = None, embeds: Tensor | None = None,
-               bridge: Bridge | None = None, visual=None) -> Iterator[Tensor]:
+               generator: torch.Generator | None = None, mask: Tensor | None = None,
+               embeds: Tensor | None = None, bridge: Bridge | None = None, visual=None) -> Iterator[Tensor]:
         """Yields the next token of every row, (B,) int64, until all rows have stopped.
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the smallest set whose probability

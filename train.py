@@ -376,7 +376,7 @@ class AnswerTask(Task):
     def __init__(self, given: Ingredients, s: Settings, ranks: Ranks, sets: list[tuple]):
         self.given, self.s, self.ranks, self.sets = given, s, ranks, sets
         self.world, self.tokenizer = given.world, given.tokenizer
-        self.template = TEMPLATES[s.template] if s.template else None      # of conversations; None = as the model knows it
+        self.template = TEMPLATES[s.template] if s.template else None           # None = as the model knows it
         self.module = VLM(given.vit, given.bridge, given.decoder, self.tokenizer.image)
         self.module.processor = given.processor
         self.trained = RECIPES[s.recipe].trained

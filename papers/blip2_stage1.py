@@ -1,9 +1,4 @@
-"""papers/blip2_stage1.py: BLIP-2's first stage (2301.12597v3, §3.2).
-
-Run      python train.py --recipe blip2           both stages; --recipe blip2-1 this one alone
-Content  Stage1                                   the model and its three losses
-         Stage1Task, RECIPES                      the training
-"""
+"""BLIP-2's first stage (2301.12597v3, §3.2): `python train.py --recipe blip2-1`, or blip2 for both stages."""
 from __future__ import annotations
 
 import math
@@ -39,10 +34,9 @@ class Stage1(nn.Module):
     (S6)  L_itm = CE(m, 1 for (I, Y), 0 for (I⁻, Y) and (I, Y⁻))  mean over the 3B pairs
     (S7)  L_itg = −log p(y_t | y_<t, I)                           mean over real words, labels smoothed by 0.1
 
-    The three are added up unweighted. No decoder takes part. `image` is pixels (B, 3, S, S) or the ViT's
-    features (B, N, Di); `tokens` (B, T) are BERT's WordPieces from [CLS] on; `mask` (B, T) bool, False =
-    padding. The authors draw I⁻ and Y⁻ from the batches of all GPUs, we from one's.
-    full=False: without τ and W_lm (s is the bare cosine), which is all that transformers keeps.
+    Their unweighted sum is the loss. `image` is pixels (B, 3, S, S) or features (B, N, Di); `tokens` (B, T) are
+    BERT's WordPieces from [CLS] on; `mask` (B, T) bool, False = padding. The authors draw I⁻ and Y⁻ from the
+    batches of all GPUs, we from one's. full=False: without τ and W_lm, all that transformers keeps.
     """
 
     def __init__(self, vit: ViT | None, qformer: QFormer, contrast: int = 256, full: bool = True,
@@ -140,8 +134,8 @@ class Stage1(nn.Module):
 
 RECIPES = {"blip2-1": Recipe(
     "BLIP-2 stage 1 (§3.2): ITC + ITM + ITG, no decoder", "129M pairs",
-    Numbers(1e-4, 2320, 250000, 2000, weight_decay=0.05, clip=0), Numbers(1e-3, 64, 600),
-    "qformer", task="stage1",
+    Numbers(1e-4, 2320, 250000, 2000, weight_decay=0.05, clip=0), Numbers(1e-3, 64, 600), "qformer",
+    task="stage1",
     options=dict(reads=-2, queries=16, width=128, layers=2, heads=4, hidden=512, dropout=0.0))}
 
 
@@ -153,8 +147,8 @@ class Stage1Task(Task):
 
     def __init__(self, given: Ingredients):
         self.given, self.world, self.tokenizer = given, given.world, given.tokenizer
-        contrast = min(256, given.bridge.queries.shape[1])
-        self.module = Stage1(given.vit, given.bridge, contrast, dec=self.tokenizer.image).to(given.device)
+        width = min(256, given.bridge.queries.shape[1])
+        self.module = Stage1(given.vit, given.bridge, width, dec=self.tokenizer.image).to(given.device)
         guess = math.log(given.batch) + math.log(2) + math.log(self.tokenizer.vocab_size)
         self.expect = f"(uniform guesses: ITC ln {given.batch} + ITM ln 2 + ITG ln V = {guess:.2f})"
 
@@ -163,14 +157,12 @@ class Stage1Task(Task):
 
     def texts(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(B, T) ids from [CLS] (the tokenizer's bos) to its eos, and the mask."""
-        documents = [data.Document(self.tokenizer).add(c).end() for c in captions]
-        tokens, _, mask = data.collate(documents)
+        tokens, _, mask = data.collate([data.Document(self.tokenizer).add(c).end() for c in captions])
         return tokens, mask
 
     def pixels(self, items: list[data.Item]) -> Tensor:
-        """(B, 3, S, S): the items' pictures as the ViT takes them."""
-        size = self.module.vit.config.image_size
-        return data.to_pixels([item.image for item in items], size, self.given.processor)
+        images, size = [item.image for item in items], self.module.vit.config.image_size
+        return data.to_pixels(images, size, self.given.processor)               # (B, 3, S, S)
 
     def batch(self, step: int) -> list[dict]:
         g = self.given

@@ -1,10 +1,11 @@
-"""ClipCap (2111.09734v1): ONE vector of CLIP becomes a prefix of K words; nothing else of the picture is read.
+"""ClipCap (2111.09734v1): ONE vector of CLIP becomes a prefix of K words; nothing else is read.
 
-Document 4 says that CLIP and the language model are both frozen, that a longer prefix is better, and that prefixes can be
-read as words. The paper has two variants, and the document mixes them: an MLP with the language model TUNED, whose
-prefixes name what is in the picture; and a transformer with the language model FROZEN, whose prefixes the paper calls
-essentially unreadable. A longer prefix helps the frozen one; with tuning it overfits (Fig. 7). On COCO, CIDEr (Table 1):
-transformer, frozen 113.08; MLP, tuned 108.35; transformer, tuned 109.83; MLP, frozen 92.38.
+Document 4 says that CLIP and the language model are both frozen, that a longer prefix is better, and that
+prefixes can be read as words. The paper has two variants, and the document mixes them: an MLP with the
+language model TUNED, whose prefixes name what is in the picture; and a transformer with the language model
+FROZEN, whose prefixes the paper calls essentially unreadable. A longer prefix helps the frozen one; with
+tuning it overfits (Fig. 7). On COCO, CIDEr (Table 1): transformer, frozen 113.08; MLP, tuned 108.35;
+transformer, tuned 109.83; MLP, frozen 92.38.
 
     symbol     shape         here         meaning
     c          (ΣM, 1, De)   visual       CLIP's pooled vector of the picture (reads = "pooled")
@@ -16,8 +17,9 @@ transformer, frozen 113.08; MLP, tuned 108.35; transformer, tuned 109.83; MLP, f
     (C2)  x = [reshape(W c + b, (L_c, D)) ; C];   x ← Blocks(x);   p = x_{L_c:}
     (C3)  L = −Σ_j log p_θ(c_j | p_1 … p_K, c_1 … c_{j−1})                  paper Eq. 5; the loss of VLM.loss
 
-Paper and published code agree on both forms. The authors' c is CLIP's JOINT embedding, the class token after its last norm
-times the projection. A folder with a vision tower alone has no projection; it is linear, so W_1 and W take its place.
+Paper and published code agree on both forms. The authors' c is CLIP's JOINT embedding, the class token after
+its last norm times the projection. A folder with a vision tower alone has no projection; it is linear, so W_1
+and W take its place.
 """
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from papers.recipe import Numbers, Recipe
 
 
 class ClipCap(Bridge):
-    """The MLP (§3.2): 31,468,800 parameters at De 512, D 768, K 10. Trained together with the language model."""
+    """The MLP (§3.2), trained with the language model: 31,468,800 parameters at De 512, D 768, K 10."""
     name, soft_tokens, reads = "clipcap", True, "pooled"
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, tokens: int = 10):
@@ -40,11 +42,11 @@ class ClipCap(Bridge):
 
     def prefix(self, visual: Tensor) -> Tensor:
         y = self.down(self.up(visual[:, 0]).tanh())                             # (ΣM, K·D)    (C1)
-        return y.unflatten(-1, (self.tokens, -1))                               # (ΣM, K, D)   token index slow
+        return y.unflatten(-1, (self.tokens, -1))                       # (ΣM, K, D)   token index slow
 
 
 class ClipCapTransformer(Bridge):
-    """The transformer (§3.3): 42,728,448 parameters at De 640, D 768, K 10, the paper's 43M; the released file has K 40."""
+    """The transformer (§3.3): 42,728,448 parameters at De 640, D 768, K 10 (43M); the release has K 40."""
     name, soft_tokens, reads = "clipcap_transformer", True, "pooled"
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, tokens: int = 10, image_tokens: int = 10,
@@ -68,10 +70,12 @@ class ClipCapTransformer(Bridge):
 PAPER = Numbers(2e-5, 40, 150_000, 5000, "linear", 0.01, 0.999, 0)              # 10 epochs of 600K captions
 RECIPES = {
     "clipcap": Recipe(
-        "ClipCap's MLP (2111.09734v1 §3.2): the MLP and the decoder learn from captions", "COCO, 120K pictures x 5",
+        "ClipCap's MLP (2111.09734v1 §3.2): the MLP and the decoder learn from captions",
+        "COCO, 120K pictures x 5",
         PAPER, Numbers(1e-3, 64, 600), "clipcap", ("bridge", "decoder"), options=dict(tokens=8)),
     "clipcap_transformer": Recipe(
-        "ClipCap's transformer (2111.09734v1 §3.3): the mapper learns, the decoder is frozen", "COCO, 120K pictures x 5",
+        "ClipCap's transformer (2111.09734v1 §3.3): the mapper learns, the decoder is frozen",
+        "COCO, 120K pictures x 5",
         PAPER, Numbers(2e-3, 64, 800, optimizer="muon"), "clipcap_transformer",
         options=dict(tokens=8, image_tokens=8, layers=4, heads=4)),
 }

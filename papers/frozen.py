@@ -31,5 +31,6 @@ class Frozen(Bridge):
 
 RECIPES = {"frozen": Recipe(
     "Frozen (2106.13884v2 §3.2): the vision encoder and its map to 2 tokens learn THROUGH the frozen decoder",
-    "CC3M, 3.3M pairs", Numbers(3e-4, 128, 39000, 1, "constant", 0.0, 0.95, 0), Numbers(2e-3, 64, 1000, **MUON),
+    "CC3M, 3.3M pairs", Numbers(3e-4, 128, 39000, 1, "constant", 0.0, 0.95, 0),
+    Numbers(2e-3, 64, 1000, **MUON),
     "frozen", ("bridge", "vit"), options=dict(reads=-1, tokens=2))}

@@ -86,7 +86,7 @@ class Mllama(Bridge):
         first = (last * (is_image & ~shift(is_image))).cummax(1).values[is_image]
         media = by_row(z.flatten(1, 2))
         return {"kv": [block.project(media) for block in self.blocks], "where": where,
-                "image": by_row(where.order[:, None].expand(-1, tiles * N)),    # whose patch it is; 0 = nobody's
+                "image": by_row(where.order[:, None].expand(-1, tiles * N)),    # whose patch; 0 = nobody's
                 "tile": by_row(features.mask.bool().repeat_interleave(N, 1)),   # False = of an absent tile
                 "first": last.new_zeros(B, M + 1).index_put((where.row, where.order), first)}
 

@@ -19,8 +19,8 @@ from papers.blip2_stage1 import Stage1
 from papers.llama_adapter import ZeroInitV1
 from conftest import SMALL, TINY, TINY_VIT, check, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
 from eval import generate_ids
-from model import (Bridge, Cache, Context, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM, ViTConfig,
-                   next_token_loss, rope_frequencies)
+from model import (Bridge, Cache, Context, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM,
+                   ViTConfig, next_token_loss, rope_frequencies)
 from support.formats.adapter import VISUAL_NAMES
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, write_tensors
@@ -261,7 +261,8 @@ def test_flamingo_is_openflamingo_as_a_whole():
         decoder.embed.weight.copy_(theirs.pop("lang_encoder.model.embed_tokens.weight"))
     bridge = Flamingo(decoder.config, 20, every=2, first=1, latents=5, depth=2, heads=2, head_width=8)
     names = {**expand(RESAMPLER_NAMES, 2, "perceiver.", "resampler."),
-             **expand(XATTN_NAMES, [1, 3], "lang_encoder.model.layers.{i}.gated_cross_attn_layer.", "blocks.{i}.")}
+             **expand(XATTN_NAMES, [1, 3], "lang_encoder.model.layers.{i}.gated_cross_attn_layer.",
+                      "blocks.{i}.")}
     pour(bridge, theirs, names)
     vlm = VLM(None, bridge, decoder, image_token=71)
     is_image, mask = x["input_ids"] == 71, x["attention_mask"].bool()

@@ -281,7 +281,7 @@ BERT_UNUSED = ("embeddings.token_type_embeddings.", "pooler.", "cls.seq_relation
 
 
 def save_stage1(stage: Stage1, out: Path, facts: dict, vit: str) -> None:
-    """Write a run of recipe blip2-1, which read_own_stage1 reads; vit: the name of the frozen ViT's folder."""
+    """Write a run of recipe blip2-1, which read_own_stage1 reads; vit: the frozen ViT's folder."""
     tensors = {n: p for n, p in stage.state_dict().items() if not n.startswith("vit.")}
     write_tensors(out / "stage1.safetensors", tensors, {"stage1": "qformer"})
     write_json(out / "config.json", {**facts, "model_type": "stage1", "bridge_options": stage.qformer.options,
@@ -289,7 +289,7 @@ def save_stage1(stage: Stage1, out: Path, facts: dict, vit: str) -> None:
 
 
 def fill_from_stage1(bridge: QFormer, path: Path) -> None:
-    """Stage 2 begins with the Q-Former of a run of blip2-1, without its text branch; only the projection is new."""
+    """Stage 2 begins with the Q-Former of a run of blip2-1, without its text branch."""
     file = Checkpoint(path)
     with torch.no_grad():
         for n, p in bridge.named_parameters():

@@ -13,6 +13,7 @@ from typing import Any, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import data
@@ -56,8 +57,8 @@ def attention_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         found[names[m].removesuffix("attend").rstrip(".")] = softmax_weights(*args, **kwargs)
 
     def from_output(m: nn.Module, args: tuple, output: Tensor) -> None:
-        layers = len(module.get_submodule(names[m].rpartition(".")[0]).gated_layers)    # of the bridge that owns it
-        found[f"{names[m]}.{calls[m] % layers}"] = output                               # the layers call it in turn
+        owner = module.get_submodule(names[m].rpartition(".")[0])               # its layers take turns
+        found[f"{names[m]}.{calls[m] % len(owner.gated_layers)}"] = output
         calls[m] += 1
 
     hooks = []
@@ -249,7 +250,6 @@ def overlay_attention(picture: np.ndarray, weights, top: float | None = None, si
     top: the weight of full red (None: the largest). Of g·g + 1 weights the first is the class token's and has
     no place.
     """
-    from PIL import Image
     grow = lambda x: np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.NEAREST))[..., None]
     g, weights = math.isqrt(len(weights)), np.asarray(weights, np.float32)
     heat = 0.7 * grow((weights[len(weights) - g * g:] / (top or weights.max() or 1)).clip(0, 1).reshape(g, g))
@@ -261,7 +261,6 @@ def overlay_attention(picture: np.ndarray, weights, top: float | None = None, si
 def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, prompt: str, out: Path) -> str:
     """Where a prompt looks in a picture (1, 3, S, S): words.png, tokens.png in `out`; returns a legend and
     tables."""
-    from PIL import Image, ImageDraw
     document, features = data.Document(tokenizer).image().add(prompt), vlm.features(pixels)
     words, patches = attention_to_patches(vlm, torch.tensor([document.tokens], device=pixels.device),
                                           features)

@@ -13,7 +13,7 @@ from support.formats.tokenizers import Tokenizer
 @torch.no_grad()
 def nearest_words(vlm: VLM, tokenizer: Tokenizer, features: Tensor,
                   k: int = 5) -> list[list[tuple[str, float]]]:
-    """The k words nearest to each soft token h of a picture (1, N, Di): K lists of (word, cosine), best first.
+    """The k words nearest to each soft token h of a picture (1, N, Di): K lists of (word, cosine).
 
     (A1)  cos(h, e_v) = h · e_v / (‖h‖ ‖e_v‖)        e_v: row v of the embedding matrix
 

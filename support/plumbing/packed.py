@@ -21,8 +21,8 @@ def packed(decoder: Decoder) -> Iterator[None]:
     which takes half of the time; a packed copy is in order. Sums run in another order, nothing else changes.
 
     This is fast and ugly. It overwrites `forward` of every linear layer, `qkv` of every attention and `head`
-    of the decoder in the objects' own `__dict__`, and it calls private operators of PyTorch. Leaving deletes the
-    overwrites. So no model code enters it. A caller who asks for speed does, around many calls at once,
+    of the decoder in the objects' own `__dict__`, and it calls private operators of PyTorch. Leaving deletes
+    the overwrites. So no model code enters it. A caller who asks for speed does, around many calls at once,
     because packing costs about 0.7 s per GB. Nothing happens on a GPU, in float32 (measured: no gain), under
     autocast, outside `PACKED`, or where it is on.
     """

@@ -18,8 +18,9 @@ WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, Shap
 def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0):
     """A data set by its spec "kind[:path][:split]": shapes, emoji:val, coco:PATH:val.
 
-    The text after the last colon is a split only if the kind has a split of that name, so a path may hold colons.
-    share (0 … 1): the part of a data set on disk that is used. A UserError for an unknown kind, path or split.
+    The text after the last colon is a split only if the kind has a split of that name, so a path may hold
+    colons. share (0 … 1): the part of a data set on disk that is used. A UserError for an unknown kind, path
+    or split.
     """
     kind, _, rest = spec.partition(":")
     if kind not in WORLDS and kind not in FORMATS:

@@ -14,7 +14,7 @@ from support.worlds.instruct import generate_instructions
 DESCRIPTION = """Show items of a data set, or generate LLaVA-Instruct's kind of data about its pictures.
 
   python data.py SPEC COUNT                         items, with their pictures in out/samples/
-  python data.py generate SPEC OUT COUNT TEACHER    OUT/chat.json and OUT/images/, which the data set llava:OUT reads
+  python data.py generate SPEC OUT COUNT TEACHER    OUT/chat.json, OUT/images/: data set llava:OUT
 """
 EXAMPLES = """examples:
   python data.py shapes:test 3

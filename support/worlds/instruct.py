@@ -24,7 +24,7 @@ from support.worlds import open_data
 from support.worlds.teacher import rule_teacher
 
 
-Box = tuple[float, float, float, float]                 # left, top, right, bottom, in 0 … 1 of the picture's sides
+Box = tuple[float, float, float, float]         # left, top, right, bottom, in 0 … 1 of the picture's sides
 
 
 def drawn_boxes(things: list[Thing], image: np.ndarray) -> list[tuple[Thing, Box]]:

@@ -43,8 +43,8 @@ class ShapesText:
 
     Half of the scenes are written as sentences (four styles). In the other half each thing takes ONE
     position: the sum of the embeddings of its five words. This is still text alone, but it teaches the
-    decoder to read several words out of one vector, as it must from any bridge. A decoder of billions of parameters
-    can do that without training (LiMBeR, 2209.15162v3), one of a million cannot.
+    decoder to read several words out of one vector, as it must from any bridge. A decoder of billions of
+    parameters can do that without training (LiMBeR, 2209.15162v3), one of a million cannot.
     """
 
     def __init__(self, tokenizer: Tokenizer, seed: int = 0, bags: float = 0.5):
@@ -127,8 +127,9 @@ class ShapesText:
         """Key-value recall: "List: circle red at top left, blue ring at middle center, rings two, …".
 
         A value follows its key directly. So the decoder learns binding first: to find the thing with this
-        word and to read its other words. Questions then only have to lead to the key. Without drills a decoder
-        of this size knew the words of a scene for thousands of steps, but not which of them belong together.
+        word and to read its other words. Questions then only have to lead to the key. Without drills a
+        decoder of this size knew the words of a scene for thousands of steps, but not which of them belong
+        together.
         """
         d.add(LIST)
         for i in rng.integers(0, len(things), int(rng.integers(6, 13))):

@@ -1,15 +1,17 @@
-"""Ours against the libraries that people would use instead: the same weights, inputs and dtype, in turns, in one process.
+"""Ours against the libraries that people would use instead: the same weights, inputs and dtype, in turns, in
+one process.
 
     pip install transformers peft
-    python tests/benchmarks/bench_speed.py                              every case at SmolLM2-135M + ViT-B/16 size, bfloat16
+    python tests/benchmarks/bench_speed.py           every case at SmolLM2-135M + ViT-B/16 size, bfloat16
     python tests/benchmarks/bench_speed.py train-mlp generate --size tiny --dtype float32 --rounds 9
     python tests/benchmarks/bench_speed.py train-mapl train-flamingo --cached
     python tests/benchmarks/bench_speed.py --size 1b --device cuda      a GPU; also 7b
 
-Weights are random: transformers builds and saves a model, both sides open the folder. A case first checks that the two sides compute
-the same number; then rounds of A B A B. Printed: median seconds of each side, the median of the rounds' ratios (above 1: ours is
-faster) with their quartiles, and the peak of memory of each side, a process of its own that does nothing else (on a CPU VmHWM
-above the bare imports, on a GPU what PyTorch allocated). A human's table first, one line of JSON last.
+Weights are random: transformers builds and saves a model, both sides open the folder. A case first checks
+that the two sides compute the same number; then rounds of A B A B. Printed: median seconds of each side, the
+median of the rounds' ratios (above 1: ours is faster) with their quartiles, and the peak of memory of each
+side, a process of its own that does nothing else (on a CPU VmHWM above the bare imports, on a GPU what
+PyTorch allocated). A human's table first, one line of JSON last.
 """
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ from support.formats.vision import load_vit
 from support.formats.vlm import load_bridge, load_vlm     # noqa: E402
 from support.plumbing.packed import packed                # noqa: E402
 
-SIZES = {  # decoder: layers, width, heads, key heads, feed-forward, words; ViT: image, patch, width, layers, heads, feed-forward
+# decoder: layers, width, heads, key heads, feed-forward, words; ViT: image, patch, width, layers, heads, …
+SIZES = {
     "tiny": ((4, 128, 4, 2, 384, 512), (48, 16, 128, 4, 4, 512)),
     "135m": ((30, 576, 9, 3, 1536, 49152), (224, 16, 768, 12, 12, 3072)),
     "1b": ((16, 2048, 32, 8, 8192, 128256), (224, 14, 1024, 24, 16, 4096)),
@@ -53,9 +56,9 @@ TRAINED = (
 )  # trained parameters; the frozen ones have the dtype asked for, and autocast joins them
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Models: the folder that both sides open, and the library's side
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def configs(size: str) -> tuple[dict, dict]:
     (L, D, H, G, hidden, V), (S, p, Di, Lv, Hv, hv) = SIZES[size]
@@ -149,7 +152,8 @@ def build(kind: str, size: str, folder: Path) -> None:
 
 
 class Composed(nn.Module):
-    """What one would write with the library where it has no class: its ViT, a torch module as bridge, its LLaMA with inputs_embeds."""
+    """What one would write with the library where it has no class: its ViT, a torch module as bridge, its
+    LLaMA with inputs_embeds."""
 
     def __init__(self, vit: nn.Module, bridge: nn.Module, lm: nn.Module, layer: int, cls: bool):
         super().__init__()
@@ -181,9 +185,10 @@ class LibraryMAPL(nn.Module):
         return self.up(self.transformer(x)[:, -len(self.const):])
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Cases: a function of (arguments, folder, side) gives what is timed; it returns a number that both sides must agree on
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Cases: a function of (arguments, folder, side) gives what is timed; it returns a number that both sides must
+# agree on
+# ------------------------------------------------------------------------------------------------------------
 
 def batch(a, image: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """tokens (B, T) with IMAGE at the second place, labels on the last quarter."""
@@ -220,7 +225,8 @@ def frozen_but(model: nn.Module, a, *trained: nn.Module) -> list[nn.Parameter]:
 
 
 def step_of(a, parameters, loss_of, look=lambda: ()):
-    """The training step: forward under autocast, backward, clip, AdamW (fused on both sides). look: what train.py computes before autocast."""
+    """The training step: forward under autocast, backward, clip, AdamW (fused on both sides). look: what
+    train.py computes before autocast."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step() -> float:
@@ -323,7 +329,8 @@ def train_mapl(a, folder, side):
 
 
 def train_qformer(a, folder: Path, side: str):
-    """InstructBLIP's Q-Former, which reads the instruction as well, against InstructBlipForConditionalGeneration."""
+    """InstructBLIP's Q-Former, which reads the instruction as well, against
+    InstructBlipForConditionalGeneration."""
     words = torch.randint(10, 500, (a.batch, 16), generator=torch.Generator().manual_seed(4)).to(a.device)
     if side == "ours":
         vlm = load_vlm(folder("instructblip"), a.device, a.dtype).train()
@@ -392,7 +399,8 @@ def train_zero_init(a, folder: Path, side: str):
 
 
 def train_flamingo(a, folder: Path, side: str):
-    """Gated cross-attention: our idefics bridge (a Flamingo) against IdeficsForVisionText2Text; resampler and gated blocks learn."""
+    """Gated cross-attention: our idefics bridge (a Flamingo) against IdeficsForVisionText2Text; resampler and
+    gated blocks learn."""
     tokens, labels = batch(a, True)
     image = SIZES[a.size][0][5] + 1
     if side == "ours":
@@ -541,9 +549,9 @@ CASES = {  # name → its function, the models it needs, whether memory says any
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measuring
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def timed(a, run) -> tuple[float, float]:
@@ -590,7 +598,7 @@ def main() -> None:
     args.add_argument(
         "--cached",
         action="store_true",
-        help="ours reads the frozen ViT's features from a cache, as train.py --cache does from the second epoch on",
+        help="ours reads the frozen ViT's features from a cache, as train.py --cache does",
     )
     args.add_argument("--no-memory", action="store_true")
     args.add_argument("--models", help="folder that keeps the random models between calls")
@@ -619,7 +627,9 @@ def main() -> None:
         import transformers
 
         print(
-            f"{a.size}, {str(a.dtype)[6:]}, {a.device} ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}, transformers "
+            f"{a.size}, {str(a.dtype)[6:]}, {a.device} "
+            f"({platform.machine()}, {torch.get_num_threads()} threads), "
+            f"torch {torch.__version__}, transformers "
             f"{transformers.__version__}; batch {a.batch}, {a.text} tokens of text, {a.rounds} rounds\n"
         )
         print(f"{'':16s}{'ours':>10s}{'theirs':>10s}   ratio (quartiles)        peak MB: ours   theirs")
@@ -672,7 +682,8 @@ def measure(a, case: str, folder, flags: list[str]) -> dict:
             ).stdout
             row[f"{side}_mb"] = json.loads(said.splitlines()[-1])
     print(
-        f"{case:16s}{1e3 * row['ours_s']:7.0f} ms{1e3 * row['theirs_s']:7.0f} ms   {row['ratio']:5.2f} ({low:.2f} to {high:.2f})"
+        f"{case:16s}{1e3 * row['ours_s']:7.0f} ms{1e3 * row['theirs_s']:7.0f} ms   "
+        f"{row['ratio']:5.2f} ({low:.2f} to {high:.2f})"
         + (f"{row['ours_mb']:20.0f} {row['theirs_mb']:8.0f}" if "ours_mb" in row else ""),
         flush=True,
     )

@@ -155,8 +155,9 @@ def test_scienceqa_prompts_and_both_orders_of_the_answer_are_the_published_ones(
     """LLaVA's converter leaves "Question: " out at the start, and "Answer: ", and appends the picture's
     place."""
     golden = json.loads((GOLDEN / "metrics" / "scienceqa.json").read_text(encoding="utf-8"))
-    problems = {i: data.QA(p["subject"], p["question"], "", choices=p["choices"], correct=p["answer"], hint=p["hint"],
-                           lecture=p["lecture"], solution=p["solution"]) for i, p in golden["problems"].items()}
+    problems = {i: data.QA(p["subject"], p["question"], "", choices=p["choices"], correct=p["answer"],
+                           hint=p["hint"], lecture=p["lecture"], solution=p["solution"])
+                for i, p in golden["problems"].items()}
     compared = 0
     for form in ("QCM-LEA", "QCM-ALE", "QCM-A", "CQM-A"):
         for sample in golden["llava_prompts"][form]:
@@ -212,7 +213,8 @@ def test_a_conversation_begins_with_its_picture_and_goes_into_a_document():
     item = next(i for i in map(world.item, range(2)) if i.id == "000000052846")
     assert item.turns == [{"role": "user", "content": "<image>\nWhere is the plate?"},
                           {"role": "assistant", "content": "The plate is behind the box.\n\nIt is red."}]
-    document = data.Document(shapes_tokenizer()).chat(item.turns, answer=False, template=TEMPLATES["llava_v0"])
+    document = data.Document(shapes_tokenizer()).chat(item.turns, answer=False,
+                                                      template=TEMPLATES["llava_v0"])
     assert document.tokens.count(IMAGE) == 1 and item.image.shape == (28, 40, 3)
 
 

@@ -1,4 +1,5 @@
-"""Claim: published vision-language models load by their own names and compute what their own code computes."""
+"""Claim: published vision-language models load by their own names and compute what their own code
+computes."""
 
 from __future__ import annotations
 
@@ -171,7 +172,8 @@ def test_what_we_export_loads_back_and_what_has_no_class_elsewhere_is_refused(tm
 
 
 def speaking(tmp_path, case: str) -> Path:
-    """A golden model whose vocabulary is as large as that of a small tokenizer: words and head get random rows, config.json knows."""
+    """A golden model whose vocabulary is as large as that of a small tokenizer: words and head get random
+    rows, config.json knows."""
     source = golden(case)[0]
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     for other in tmp_path.glob("model.*.safetensors"):
