@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data import Shapes
-from papers.clip import ClipTask, fit_logistic_regression
+from papers.clip import ClipTask
+from papers.linear_probe import fit_logistic_regression
 from papers.recipe import Ingredients
 from support.worlds.text import shapes_tokenizer
 
