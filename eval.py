@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 import data
-from model import Bridge, Cache, Decoder, ImagePositions, VLM
-from support.formats.files import UserError, nearest, read_json, write_json
+from model import Bridge, Cache, Decoder, ImagePositions, VLM, nearest
+from support.formats.files import UserError, read_json, write_json
 from support.formats.hub import fetch, is_hub_name, print_licence, tower_folder
 from support.formats.pictures import load_processor
 from support.formats.ptb import ptb_tokenize

@@ -34,9 +34,9 @@ class Stage1(nn.Module):
     (S6)  L_itm = CE(m, 1 for (I, Y), 0 for (I⁻, Y) and (I, Y⁻))  mean over the 3B pairs
     (S7)  L_itg = −log p(y_t | y_<t, I)                           mean over real words, labels smoothed by 0.1
 
-    Their unweighted sum is the loss. `image` is pixels (B, 3, S, S) or features (B, N, Di); `tokens` (B, T) are
-    BERT's WordPieces from [CLS] on; `mask` (B, T) bool, False = padding. The authors draw I⁻ and Y⁻ from the
-    batches of all GPUs, we from one's. full=False: without τ and W_lm, all that transformers keeps.
+    Their unweighted sum is the loss. `image` is pixels (B, 3, S, S) or features (B, N, Di); `tokens` (B, T)
+    are BERT's WordPieces from [CLS] on; `mask` (B, T) bool, False = padding. The authors draw I⁻ and Y⁻ from
+    the batches of all GPUs, we from one's. full=False: without τ and W_lm, all that transformers keeps.
     """
 
     def __init__(self, vit: ViT | None, qformer: QFormer, contrast: int = 256, full: bool = True,

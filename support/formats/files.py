@@ -11,7 +11,6 @@ from typing import Iterator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import nearest                           # noqa: F401  (asked for here by the readers of files)
 
 
 class UserError(ValueError):

@@ -27,8 +27,8 @@ import data
 import train
 from eval import (accuracy_by_kind, align, answer_accuracy, evaluate, first_items, generate_texts, mean,
                   open_run, scalar_scores, vision_features)
-from model import VLM
-from support.formats.files import UserError, atomically, nearest, read_json, write_json
+from model import VLM, nearest
+from support.formats.files import UserError, atomically, read_json, write_json
 from support.formats.tokenizers import Tokenizer
 from support.lab.attention import gate_history
 from support.lab.claims_list import ARMS, CLAIMS, COMMON, Arm, Claim, Number, Side

@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from support.formats.files import UserError, nearest
+from model import nearest
+from support.formats.files import UserError
 
 
 class Parser(argparse.ArgumentParser):

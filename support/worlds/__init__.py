@@ -4,8 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from data import Shapes
+from model import nearest
 from support.formats.datasets import FORMATS
-from support.formats.files import UserError, nearest
+from support.formats.files import UserError
 from support.worlds.emoji import Emoji
 from support.worlds.files import Files
 from support.worlds.forms import (ShapesAnswers, ShapesChoices, ShapesPages, ShapesReasons, ShapesWeb,

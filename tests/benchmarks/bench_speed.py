@@ -1,16 +1,15 @@
-"""Ours against the libraries that people would use instead: the same weights, inputs and dtype, in turns, in
-one process.
+"""Ours against the libraries that people would use instead: same weights, inputs and dtype, in turns.
 
     pip install transformers peft
-    python tests/benchmarks/bench_speed.py           every case at SmolLM2-135M + ViT-B/16 size, bfloat16
+    python tests/benchmarks/bench_speed.py                every case at SmolLM2-135M + ViT-B/16 size, bfloat16
     python tests/benchmarks/bench_speed.py train-mlp generate --size tiny --dtype float32 --rounds 9
     python tests/benchmarks/bench_speed.py train-mapl train-flamingo --cached
     python tests/benchmarks/bench_speed.py --size 1b --device cuda      a GPU; also 7b
 
 Weights are random: transformers builds and saves a model, both sides open the folder. A case first checks
-that the two sides compute the same number; then rounds of A B A B. Printed: median seconds of each side, the
-median of the rounds' ratios (above 1: ours is faster) with their quartiles, and the peak of memory of each
-side, a process of its own that does nothing else (on a CPU VmHWM above the bare imports, on a GPU what
+that the two sides compute the same number; then rounds of A B A B. Printed: median seconds of each side,
+the median of the rounds' ratios (above 1: ours is faster) with their quartiles, and the peak of memory of
+each side, a process of its own that does nothing else (on a CPU VmHWM above the bare imports, on a GPU what
 PyTorch allocated). A human's table first, one line of JSON last.
 """
 from __future__ import annotations
@@ -44,7 +43,8 @@ from support.formats.vision import load_vit
 from support.formats.vlm import load_bridge, load_vlm     # noqa: E402
 from support.plumbing.packed import packed                # noqa: E402
 
-# decoder: layers, width, heads, key heads, feed-forward, words; ViT: image, patch, width, layers, heads, …
+# decoder: layers, width, heads, key heads, feed-forward, words
+# ViT: image, patch, width, layers, heads, feed-forward
 SIZES = {
     "tiny": ((4, 128, 4, 2, 384, 512), (48, 16, 128, 4, 4, 512)),
     "135m": ((30, 576, 9, 3, 1536, 49152), (224, 16, 768, 12, 12, 3072)),
@@ -152,8 +152,7 @@ def build(kind: str, size: str, folder: Path) -> None:
 
 
 class Composed(nn.Module):
-    """What one would write with the library where it has no class: its ViT, a torch module as bridge, its
-    LLaMA with inputs_embeds."""
+    """What one would write where the library has no class: its ViT, a torch module and its LLaMA."""
 
     def __init__(self, vit: nn.Module, bridge: nn.Module, lm: nn.Module, layer: int, cls: bool):
         super().__init__()
@@ -186,8 +185,7 @@ class LibraryMAPL(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Cases: a function of (arguments, folder, side) gives what is timed; it returns a number that both sides must
-# agree on
+# Cases: a function of (arguments, folder, side) gives what is timed; both sides return the same number
 # ------------------------------------------------------------------------------------------------------------
 
 def batch(a, image: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,13 +222,15 @@ def frozen_but(model: nn.Module, a, *trained: nn.Module) -> list[nn.Parameter]:
     return [p for part in trained for p in part.parameters()]
 
 
-def step_of(a, parameters, loss_of, look=lambda: ()):
-    """The training step: forward under autocast, backward, clip, AdamW (fused on both sides). look: what
-    train.py computes before autocast."""
+def step_of(a, parameters, loss_of, features=lambda: ()):
+    """The training step: forward under autocast, backward, clip, AdamW (fused on both sides).
+
+    features: what train.py computes before autocast.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step() -> float:
-        seen = look()
+        seen = features()
         with torch.autocast(a.device, a.dtype, enabled=a.dtype != torch.float32):
             loss = loss_of(*seen)
         loss.backward()
@@ -246,15 +246,16 @@ def ours_step(a, vlm: VLM, parameters, **extra):
     pixels = pictures(a)
 
     @torch.no_grad()
-    def look():
+    def features():
         return (vlm.features(pixels.to(a.dtype)),)
-    if a.cached:
-        look = lambda seen=look(): seen
 
     def loss(features):
         total, count = vlm.loss(tokens, labels, features=features, **extra)
         return total / count
-    return step_of(a, parameters, loss, look)
+    if a.cached:
+        cached = features()
+        return step_of(a, parameters, loss, lambda: cached)
+    return step_of(a, parameters, loss, features)
 
 
 def train_mlp(a, folder: Path, side: str):
@@ -329,8 +330,7 @@ def train_mapl(a, folder, side):
 
 
 def train_qformer(a, folder: Path, side: str):
-    """InstructBLIP's Q-Former, which reads the instruction as well, against
-    InstructBlipForConditionalGeneration."""
+    """InstructBLIP's Q-Former reads the instruction, too; against InstructBlipForConditionalGeneration."""
     words = torch.randint(10, 500, (a.batch, 16), generator=torch.Generator().manual_seed(4)).to(a.device)
     if side == "ours":
         vlm = load_vlm(folder("instructblip"), a.device, a.dtype).train()
@@ -399,8 +399,7 @@ def train_zero_init(a, folder: Path, side: str):
 
 
 def train_flamingo(a, folder: Path, side: str):
-    """Gated cross-attention: our idefics bridge (a Flamingo) against IdeficsForVisionText2Text; resampler and
-    gated blocks learn."""
+    """Our idefics bridge (a Flamingo) against IdeficsForVisionText2Text; resampler and gated blocks learn."""
     tokens, labels = batch(a, True)
     image = SIZES[a.size][0][5] + 1
     if side == "ours":
@@ -461,7 +460,7 @@ def vit(a, folder, side):
 
 
 def generate(a, folder, side, texts: int = 1, same: int = 8):
-    """Greedy, texts of 32 tokens, 128 more, with a cache; ours packs its matrices in every call."""
+    """Greedy, texts of 32 tokens, 128 more, with a cache; ours packs its matrices around every call."""
     model, tokens = (
         llama(a, folder, side),
         batch(argparse.Namespace(**{**vars(a), "batch": max(a.batch, texts)}), False)[0][:texts, :32],
@@ -598,7 +597,7 @@ def main() -> None:
     args.add_argument(
         "--cached",
         action="store_true",
-        help="ours reads the frozen ViT's features from a cache, as train.py --cache does",
+        help="ours reads the frozen ViT's features from a cache, as train.py --cache does after one epoch",
     )
     args.add_argument("--no-memory", action="store_true")
     args.add_argument("--models", help="folder that keeps the random models between calls")
@@ -627,10 +626,9 @@ def main() -> None:
         import transformers
 
         print(
-            f"{a.size}, {str(a.dtype)[6:]}, {a.device} "
-            f"({platform.machine()}, {torch.get_num_threads()} threads), "
-            f"torch {torch.__version__}, transformers "
-            f"{transformers.__version__}; batch {a.batch}, {a.text} tokens of text, {a.rounds} rounds\n"
+            f"{a.size}, {str(a.dtype)[6:]}, {a.device} ({platform.machine()}, {torch.get_num_threads()} "
+            f"threads), torch {torch.__version__}, transformers {transformers.__version__}; batch {a.batch}, "
+            f"{a.text} tokens of text, {a.rounds} rounds\n"
         )
         print(f"{'':16s}{'ours':>10s}{'theirs':>10s}   ratio (quartiles)        peak MB: ours   theirs")
         cases = a.cases or [c for c in CASES if c != "tokenize" or "SMOLLM2" in os.environ]

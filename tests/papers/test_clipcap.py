@@ -98,6 +98,7 @@ def test_it_reads_the_pooled_vector_and_nothing_else(name):
     assert vlm(tokens, pixels).shape == (2, 2 + 3, TINY.vocab_size)
 
 
+@pytest.mark.slow
 def test_a_short_run_beats_its_blind_twin(tmp_path):
     """The frozen decoder knows more of a held-out picture by its prefix than by that of an empty picture."""
     train.main("--recipe clipcap_transformer --steps 200 --batch 32 --dtype float32 --eval-items 60 "
