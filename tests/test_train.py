@@ -176,15 +176,14 @@ def test_the_schedule_warms_up_and_falls_to_its_floor():
 
 
 # A miniature run per bridge, on the two bundled towers: about a minute each, and already far from blind.
-MINIATURE = dict(linear=250, mlp=250, frozen=250, mapl=200, qformer=200, zero_init=200, flamingo=250,
-                 idefics=250)
+MINIATURE = dict(mapl=200, qformer=200, zero_init=200)         # steps; the others take 250
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bridge", ALL_BRIDGES)
 def test_a_miniature_run_beats_its_blind_twin(bridge, tmp_path):
-    argv = ["--bridge", bridge, "--steps", str(MINIATURE[bridge]), "--batch", "32", "--log-every", "20"]
-    train.main([*argv, "--eval-items", "100", "--samples", "0", "--out", str(tmp_path)])
+    argv = ["--bridge", bridge, "--steps", str(MINIATURE.get(bridge, 250)), "--batch", "32"]
+    train.main([*argv, "--log-every", "20", "--eval-items", "100", "--samples", "0", "--out", str(tmp_path)])
     assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {r["row"].split(", ")[-1]: r for r in results["rows"]}
