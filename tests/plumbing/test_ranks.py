@@ -172,6 +172,7 @@ def test_several_processes_say_a_mistake_once_and_exit_with_2(folder):
     assert done.stderr.count('unknown bridge "qfomer"') == 1 and "exitcode  : 2" in done.stderr
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_to_the_same_losses(tmp_path, monkeypatch):
     """Traced and differentiated ahead of time, but run by PyTorch's own kernels: no minute of compiling."""
     compile = torch.nn.Module.compile
