@@ -392,11 +392,10 @@ class AnswerTask(Task):
     @torch.no_grad()
     def count_visual_tokens(self) -> int:
         """K: how many positions one image takes in the decoder."""
-        vit, bridge = self.module.vit.config, self.module.bridge
+        bridge = self.module.bridge
         if not bridge.soft_tokens:
             return 1
-        tokens = vit.tokens - (vit.cls and not bridge.reads_cls)
-        features = next(bridge.parameters()).new_zeros(1, tokens, vit.width)
+        features = next(bridge.parameters()).new_zeros(1, *self.module.feature_shape())
         return bridge.prefix(bridge.see(features)).shape[1]
 
     # the batch

@@ -26,8 +26,7 @@ class FeatureCache:
         digest = hashlib.sha256(repr((vit.config, bridge.reads, bridge.reads_cls, *identity)).encode())
         for p in vit.parameters():
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-        tokens = vit.config.tokens - (vit.config.cls and not bridge.reads_cls)
-        self.shape, self.dtype, self.device = (tokens, vit.config.width), p.dtype, p.device
+        self.shape, self.dtype, self.device = vlm.feature_shape(), p.dtype, p.device
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.file = Path(folder) / f"{digest.hexdigest()[:16]}-{rank}.features"

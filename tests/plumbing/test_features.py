@@ -1,6 +1,7 @@
 """Features of the frozen ViT come back from the cache bit for bit, and no picture is computed twice."""
 from __future__ import annotations
 
+import pytest
 import torch
 
 import train
@@ -39,8 +40,9 @@ def test_a_second_run_reads_what_the_first_computed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob("*.features"))) == len(files) + 1
 
 
-def test_rows_come_back_in_the_order_asked_for_and_a_half_written_row_is_dropped(tmp_path):
-    vlm = tiny_vlm("linear")
+@pytest.mark.parametrize("name", ["linear", "mapl", "clipcap"])    # without class token, with it, pooled
+def test_rows_come_back_in_the_order_asked_for_and_a_half_written_row_is_dropped(name, tmp_path):
+    vlm = tiny_vlm(name)
     cache = FeatureCache(tmp_path, vlm, ("shapes", 0))
     pixels = {key: torch.randn(3, 24, 24) for key in "abc"}
 
