@@ -23,6 +23,8 @@ from papers import make_bridge
 from papers.mllama import Mllama
 from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles                   # noqa: E402  (after the path)
 from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig                   # noqa: E402
+from support.formats import load_decoder, load_vit                             # noqa: E402
+from support.worlds.text import shapes_tokenizer                                # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -141,6 +143,14 @@ SMALL = {
 
 def tiny_decoder(seed: int = 0, **changes) -> Decoder:
     return stir(Decoder(DecoderConfig(**{**TINY.__dict__, **changes})), seed)
+
+
+def shapes_vlm(name: str, **options) -> VLM:
+    """An untrained bridge between the bundled towers."""
+    torch.manual_seed(0)
+    decoder = load_decoder(ROOT / "weights/decoder")
+    return VLM(load_vit(ROOT / "weights/vit"), make_bridge(name, decoder.config, 128, **options), decoder,
+               shapes_tokenizer().special["<image>"]).eval()
 
 
 def tiny_vlm(

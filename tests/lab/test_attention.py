@@ -3,7 +3,6 @@ they say."""
 
 from __future__ import annotations
 
-from pathlib import Path
 import json
 
 import numpy as np
@@ -13,17 +12,11 @@ import torch.nn.functional as F
 
 from support.lab.attention import (attention_to_patches, attention_weights, gate_history, overlay_attention,
                                    rollout, rollout_step, run_with_attention)
-from support.worlds.text import shapes_tokenizer
-import eval as evaluation
 from bridges import GatedCrossAttention, PostNormAttention, ResamplerLayer
-from papers import make_bridge
 from conftest import SMALL, small_pictures, small_vlm, tiny_vlm
 from model import Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, split_heads
 from support.formats.files import UserError
-from support.formats.llama import load_decoder
-from support.formats.vision import load_vit
 
-ROOT = Path(evaluation.__file__).parent
 H, T, N = 4, 5, 10  # heads of the decoder, words behind the picture, ViT tokens with the class token
 TOKENS = torch.tensor([[3, IMAGE, 5, 9, 14, 20, 33]])
 PIXELS = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(5))
@@ -278,17 +271,6 @@ def test_a_text_that_ends_with_its_picture_has_no_words_behind_it():
 
 
 # --- words, projection, gates, pictures ---------------------------------------------------------------------
-
-TOKENIZER = shapes_tokenizer()
-
-
-def shapes_vlm(name: str, **options) -> VLM:
-    """An untrained bridge between the bundled towers."""
-    torch.manual_seed(0)
-    decoder = load_decoder(ROOT / "weights/decoder")
-    return VLM(load_vit(ROOT / "weights/vit"), make_bridge(name, decoder.config, 128, **options), decoder,
-               TOKENIZER.special["<image>"]).eval()
-
 
 def test_gates_are_read_back_from_the_log(tmp_path):
     lines = [{"step": 1, "gates": [[0.0, 0.1], [-0.2, 0.3]]}, {"step": 2, "loss": 1.0},

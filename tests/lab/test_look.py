@@ -2,30 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import data
 import eval as evaluation
-from conftest import ROOT
-from model import VLM
-from papers import make_bridge
+from conftest import shapes_vlm
 from support.formats.files import UserError
-from support.formats.llama import load_decoder
-from support.formats.vision import load_vit
 from support.formats.vlm import save_vlm
-from support.worlds.text import shapes_tokenizer
-
-TOKENIZER = shapes_tokenizer()
-
-
-def shapes_vlm(name: str, **options) -> VLM:
-    """An untrained bridge between the bundled towers."""
-    torch.manual_seed(0)
-    decoder = load_decoder(ROOT / "weights/decoder")
-    return VLM(load_vit(ROOT / "weights/vit"), make_bridge(name, decoder.config, 128, **options), decoder,
-               TOKENIZER.special["<image>"]).eval()
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

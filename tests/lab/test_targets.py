@@ -5,25 +5,14 @@ import torch
 
 import data
 import eval as evaluation
-from conftest import ROOT, tiny_vlm
-from model import VLM, ViT, ViTConfig
-from papers import make_bridge
+from conftest import shapes_vlm, tiny_vlm
+from model import ViT, ViTConfig
 from support.formats.files import UserError
-from support.formats.llama import load_decoder
-from support.formats.vision import load_vit
 from support.formats.vlm import save_vlm
 from support.lab.targets import attention_on_target, words_on_target
 from support.worlds.text import shapes_tokenizer
 
 TOKENIZER = shapes_tokenizer()
-
-
-def shapes_vlm(name: str, **options) -> VLM:
-    """An untrained bridge between the bundled towers."""
-    torch.manual_seed(0)
-    decoder = load_decoder(ROOT / "weights/decoder")
-    return VLM(load_vit(ROOT / "weights/vit"), make_bridge(name, decoder.config, 128, **options), decoder,
-               TOKENIZER.special["<image>"]).eval()
 
 
 def target_by_answer(q: data.QA, things: list[data.Thing]) -> data.Thing:

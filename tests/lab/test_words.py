@@ -4,24 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT, tiny_vlm
-from model import VLM
-from papers import make_bridge
+from conftest import shapes_vlm, tiny_vlm
 from support.formats.files import UserError
-from support.formats.llama import load_decoder
-from support.formats.vision import load_vit
 from support.lab.words import joint_projection, nearest_words
 from support.worlds.text import shapes_tokenizer
 
 TOKENIZER = shapes_tokenizer()
-
-
-def shapes_vlm(name: str, **options) -> VLM:
-    """An untrained bridge between the bundled towers."""
-    torch.manual_seed(0)
-    decoder = load_decoder(ROOT / "weights/decoder")
-    return VLM(load_vit(ROOT / "weights/vit"), make_bridge(name, decoder.config, 128, **options), decoder,
-               TOKENIZER.special["<image>"]).eval()
 
 
 def test_a_soft_token_along_an_embedding_has_that_word():
