@@ -56,11 +56,16 @@ class Request:
 def ask_run(run: str, request: Request) -> str:
     """The answer of a run of train.py; without a prompt a caption."""
     vlm, tokenizer, _ = open_run(run, request.device)
-    pixels = data.to_pixels([read_image(request.image)], vlm.vit.config.image_size, vlm.processor)
-    prompt = data.QUESTION.format(request.prompt) if request.prompt else data.CAPTION
-    document = data.Document(tokenizer).image().add(prompt)
+    pixels, document = read_question(vlm, tokenizer, request.image, request.prompt)
     features = vlm.features(pixels.to(request.device))
     return generate_texts(vlm, [document], tokenizer, request.max_new_tokens, request.beams, features)[0]
+
+
+def read_question(vlm: VLM, tokenizer: Tokenizer, image: str, prompt: str) -> tuple[Tensor, data.Document]:
+    """Pixels (1, 3, S, S) of a picture file, and the question about it; without a prompt a caption."""
+    pixels = data.to_pixels([read_image(image)], vlm.vit.config.image_size, vlm.processor)
+    text = data.QUESTION.format(prompt) if prompt else data.CAPTION
+    return pixels, data.Document(tokenizer).image().add(text)
 
 
 def ask_decoder(name: str, folder: Path, request: Request) -> str:

@@ -258,15 +258,16 @@ def overlay_attention(picture: np.ndarray, weights, top: float | None = None, si
 
 
 @torch.no_grad()
-def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, prompt: str, out: Path) -> str:
-    """Where a prompt looks in a picture (1, 3, S, S): words.png, tokens.png in `out`; returns a legend and
-    tables."""
-    document, features = data.Document(tokenizer).image().add(prompt), vlm.features(pixels)
-    words, patches = attention_to_patches(vlm, torch.tensor([document.tokens], device=pixels.device),
-                                          features)
+def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, features: Tensor,
+                   document: data.Document, out: Path) -> str:
+    """Where a document looks in its picture: words.png, tokens.png in `out`; returns a legend and tables.
+
+    pixels: (1, 3, S, S) of the picture; features: (1, N, Di), what the bridge reads of it.
+    """
+    tokens = torch.tensor([document.tokens], device=features.device)
+    words, patches = attention_to_patches(vlm, tokens, features)
     p, prefix = vlm.processor or PROCESSORS["clip"], vlm.bridge.soft_tokens
-    picture = pixels[0].cpu().movedim(0,
-                                      -1) * torch.tensor(p.std) + torch.tensor(p.mean)  # as the ViT sees it
+    picture = pixels[0].movedim(0, -1) * torch.tensor(p.std) + torch.tensor(p.mean)     # as the ViT sees it
     picture = (255 * picture).clip(0, 255).numpy()
     gates = vlm.bridge.gates()
     gates = [None] * len(words) if gates is None else gates.abs().mean(-1)

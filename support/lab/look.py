@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import data
 from eval import generate_texts, open_run
 from support.formats.files import UserError
-from support.formats.pictures import read_image
+from support.lab.ask import read_question
 from support.lab.attention import draw_attention
 from support.plumbing.flags import Parser, add_machine_flags, use_machine
 
@@ -34,8 +33,7 @@ def main(argv: list[str]) -> None:
         raise UserError("look needs --image FILE: the picture to look at.")
     device = use_machine(args)
     vlm, tokenizer, _ = open_run(args.run, device)
-    pixels = data.to_pixels([read_image(args.image)], vlm.vit.config.image_size, vlm.processor).to(device)
-    prompt = data.QUESTION.format(args.prompt) if args.prompt else data.CAPTION
-    document = data.Document(tokenizer).image().add(prompt)
-    print(generate_texts(vlm, [document], tokenizer, 64, features=vlm.features(pixels))[0])
-    print(draw_attention(vlm, tokenizer, pixels, prompt, Path(args.out)))
+    pixels, document = read_question(vlm, tokenizer, args.image, args.prompt)
+    features = vlm.features(pixels.to(device))
+    print(generate_texts(vlm, [document], tokenizer, 64, features=features)[0])
+    print(draw_attention(vlm, tokenizer, pixels, features, document, Path(args.out)))
