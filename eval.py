@@ -14,7 +14,6 @@ Chapters 1 metrics · 2 texts · 3 captions and answers · 4 the table · 5 the 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import importlib
 import math
 import re
@@ -26,17 +25,13 @@ import torch
 from torch import Tensor
 
 import data
-from model import Bridge, Cache, Decoder, ImagePositions, VLM, nearest
-from support.formats.files import UserError, read_json, write_json
-from support.formats.hub import fetch, is_hub_name, print_licence, tower_folder
-from support.formats.pictures import load_processor
+from model import Decoder, VLM
+from support.formats.files import read_json, write_json
 from support.formats.ptb import ptb_tokenize
-from support.formats.tokenizer_files import load_tokenizer
 from support.formats.tokenizers import Tokenizer
-from support.formats.vlm import load_vlm
 from support.formats.vqa import vqa_normalize
+from support.plumbing.beams import beam_search
 from support.plumbing.cli import run_cli
-from support.plumbing.flags import Parser, add_machine_flags, use_machine
 from support.plumbing.packed import packed
 from support.plumbing.samples import JudgedItem, write_samples_page
 from support.worlds import open_data
@@ -194,64 +189,6 @@ def retrieval_recall(i2t, image_of, t2i=None, ks: tuple[int, ...] = (1, 5, 10)) 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Texts
 # ------------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def beam_search(decoder: Decoder, tokens: Tensor | None = None, max_new_tokens: int = 32, beams: int = 4,
-                length_penalty: float = 1.0, stop: tuple[int, ...] = (), *, bridge: Bridge | None = None,
-                visual=None, **prompt) -> Tensor:
-    """The new tokens (B, T_new): `beams` sequences per row are kept, the best log p / length^penalty wins.
-
-    Arguments as in `Decoder.stream`; prompt: embeds in place of tokens, and mask. A sequence that has ended
-    repeats the stop id.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
-    B, T = tokens.shape if tokens is not None else prompt["embeds"].shape[:2]
-    W, V, weight = min(beams, decoder.config.vocab_size), decoder.config.vocab_size, decoder.embed.weight
-    cache = Cache(decoder.config, B, T + max_new_tokens, weight.device, weight.dtype)
-    hidden = decoder.states(tokens, cache=cache, bridge=bridge, visual=visual, **prompt)[-1]
-    logp = decoder.head(hidden[:, -1]).float().log_softmax(-1)
-    total, first = logp.topk(W)                                         # (B, W) the W best first tokens
-    rows = torch.arange(B, device=weight.device).repeat_interleave(W)   # beams of one row stand side by side
-    cache.take(rows)
-    visual = select_rows(visual, rows)
-    written = first.reshape(B * W, 1)
-    stops = torch.tensor(stop, dtype=torch.long, device=weight.device)
-    done = torch.isin(first, stops)                                     # (B, W)
-    length = torch.ones_like(total)
-    for _ in range(max_new_tokens - 1):
-        if bool(done.all()):
-            break
-        hidden = decoder.states(written[:, -1:], cache=cache, bridge=bridge, visual=visual)[-1]
-        logp = decoder.head(hidden[:, -1]).float().log_softmax(-1).view(B, W, V)
-        last = written[:, -1].view(B, W, 1)
-        repeat = torch.full_like(logp, -torch.inf).scatter_(2, last, 0.0)
-        logp = torch.where(done[..., None], repeat, logp)               # an ended beam repeats its stop id
-        longer = length + (~done).float()                               # (B, W)
-        score = (total[..., None] + logp) / longer[..., None] ** length_penalty
-        best = score.flatten(1).topk(W).indices                         # (B, W) in W·V
-        parent, token = best // V, best % V
-        total = (total[..., None] + logp).flatten(1).gather(1, best)
-        length, done = longer.gather(1, parent), done.gather(1, parent) | torch.isin(token, stops)
-        rows = (parent + W * torch.arange(B, device=parent.device)[:, None]).flatten()
-        cache.take(rows)
-        written = torch.cat((written[rows], token.reshape(-1, 1)), dim=1)
-    best = (total / length ** length_penalty).argmax(1)                 # (B,)
-    return written.view(B, W, -1)[torch.arange(B, device=best.device), best]
-
-
-def select_rows(visual, rows: Tensor):
-    """What a bridge remembers, for these rows of the batch: tensors are indexed, containers are walked."""
-    if isinstance(visual, Tensor):
-        return visual[rows]
-    if isinstance(visual, dict):
-        return {k: select_rows(v, rows) for k, v in visual.items()}
-    if isinstance(visual, (list, tuple)):
-        return type(visual)(select_rows(v, rows) for v in visual)
-    if isinstance(visual, ImagePositions):
-        return dataclasses.replace(visual, last=visual.last[rows])
-    return visual
-
 
 @torch.no_grad()
 def generate_ids(model: VLM | Decoder, tokens: Tensor, max_new_tokens: int, beams: int = 1,
@@ -476,7 +413,7 @@ def judge_answer(q: data.QA, answer: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------------------
 
 # The modules of support/lab stand above this file, so it imports none of them. It knows their names, and
-# loads the one that is asked for.
+# loads the one that is asked for; run folders alone ask for the table.
 SUBCOMMANDS = {"compare": "support.lab.compare", "ask": "support.lab.ask", "look": "support.lab.look",
                "targets": "support.lab.targets", "claims": "support.lab.claims"}
 
@@ -485,65 +422,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     if argv and argv[0] in SUBCOMMANDS:
         return importlib.import_module(SUBCOMMANDS[argv[0]]).main(argv[1:])
-    parser = Parser("eval.py", __doc__)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of train.py")
-    table = parser.add_argument_group("the table")
-    table.add_argument("--saved", action="store_true", help="the rows that each run measured at its end")
-    table.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures a row (400)")
-    table.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
-    add_machine_flags(parser)
-    args = parser.parse_args(argv)
-    if not args.runs:
-        raise UserError("give at least one run folder, such as out/mapl-shapes (python train.py writes it), "
-                        f"or a subcommand: {', '.join(SUBCOMMANDS)}.")
-    first = args.runs[0]
-    if not Path(first).exists() and "/" not in first:
-        raise UserError(f'"{first}" is neither a run folder nor a subcommand; {nearest(first, SUBCOMMANDS)}')
-    if args.items < 1 or args.beams < 1:
-        raise UserError("--items and --beams must be at least 1.")
-    if args.saved:
-        tables = saved_tables(args.runs)
-    else:
-        tables = measured_tables(args.runs, args.items, args.beams, use_machine(args))
-    for world, (count, rows) in tables.items():
-        print(f"{world}: {count} pictures a row; accuracy in %, CIDEr, BLEU-4 x 100\n{format_table(rows)}\n")
-
-
-def saved_tables(runs: list[str]) -> dict[str, tuple[int, list[dict]]]:
-    """{world: (pictures per row, rows)} from the results.json of each run, with the last run's baselines."""
-    rows, baselines, count = {}, {}, 0
-    for run in runs:
-        result = read_json(Path(run) / "results.json")
-        count = result["items"]
-        own = [row for row in result["rows"] if ", " in row["row"]]
-        own = [{**row, "row": f"{Path(run).name}, {row['row'].split(', ')[-1]}"} for row in own]
-        rows.setdefault(result["world"], []).extend(own)
-        baselines[result["world"]] = [row for row in result["rows"] if ", " not in row["row"]]
-    return {world: (count, rows[world] + baselines[world]) for world in rows}
-
-
-def measured_tables(runs: list[str], count: int, beams: int,
-                    device: str) -> dict[str, tuple[int, list[dict]]]:
-    """The same, measured now."""
-    rows, baselines = {}, {}
-    for run in runs:
-        vlm, tokenizer, facts = open_run(run, device)
-        world = open_data(facts["settings"]["data"], seed=facts["settings"]["seed"])
-        own, items, _ = table_rows(vlm, tokenizer, world, count, row_label(Path(run).name, facts), beams)
-        rows.setdefault(world.name, []).extend(own)
-        baselines[world.name] = baseline_rows(vlm, tokenizer, world, items)
-    return {world: (count, rows[world] + baselines[world]) for world in rows}
-
-
-def open_run(run: str, device) -> tuple[VLM, Tokenizer, dict]:
-    """A run folder of train.py, or a published model by its folder or hub name, with its config.json."""
-    folder = fetch(run) if is_hub_name(run) else Path(run)
-    vlm = load_vlm(folder, device)
-    facts, vlm.processor = read_json(folder / "config.json"), load_processor(folder)
-    towers = {facts[k]: tower_folder(folder, facts[k]) for k in ("decoder", "vit") if k in facts}
-    for name, path in (towers or {run: folder}).items():        # a published model is its own tower
-        print_licence(name, path, sys.stderr)
-    return vlm, load_tokenizer(towers.get(facts.get("decoder"), folder)), facts
+    importlib.import_module("support.lab.table").main(argv)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ if str(ROOT) not in sys.path:
 
 import data                                                                     # noqa: E402  (after the path)
 import train                                                                    # noqa: E402
-from eval import evaluate, first_items, generate_texts, open_run, scalar_scores         # noqa: E402
+from eval import evaluate, first_items, generate_texts, scalar_scores                   # noqa: E402
 from model import Decoder, VLM, ViT                                             # noqa: E402
 from support.formats.files import read_json, write_json, write_tensors          # noqa: E402
 from support.formats.llama import load_decoder                                  # noqa: E402
 from support.formats.tokenizer_files import load_tokenizer                      # noqa: E402
 from support.formats.tokenizers import Tokenizer                                # noqa: E402
 from support.formats.vision import load_vit                                     # noqa: E402
+from support.formats.vlm import open_run                                        # noqa: E402
 from support.plumbing.log import read_log                                       # noqa: E402
 from support.worlds import open_data                                            # noqa: E402
 

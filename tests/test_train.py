@@ -14,14 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import eval as evaluation
 import train
 from model import IMAGE
 from papers import ALL_BRIDGES
 from support.formats.files import UserError
 from support.formats.llama import load_decoder
 from support.formats.vision import load_vit
-from support.formats.vlm import load_vlm
+from support.formats.vlm import load_vlm, open_run
 from support.plumbing.log import read_log
 from support.plumbing.ranks import Ranks
 from support.worlds.text import shapes_tokenizer
@@ -97,7 +96,7 @@ def test_finetune_trains_the_decoder_and_writes_it_into_the_run(tmp_path):
     module = train.main([*argv, *QUICK])
     fresh = load_decoder(ROOT / "weights/decoder")
     assert not torch.equal(module.decoder.layers[0].mlp.up.weight, fresh.layers[0].mlp.up.weight)
-    vlm, tokenizer, _ = evaluation.open_run(str(tmp_path), "cpu")       # the run needs no other folder
+    vlm, tokenizer, _ = open_run(str(tmp_path), "cpu")       # the run needs no other folder
     assert torch.equal(vlm.decoder.layers[0].mlp.up.weight, module.decoder.layers[0].mlp.up.weight)
     assert tokenizer.encode(" circle") == shapes_tokenizer().encode(" circle")
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from support.formats.blip2 import qformer_file, read_blip2, read_lavis, read_own
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
 from support.formats.flamingo import openflamingo_file, read_idefics
-from support.formats.hub import tower_folder
+from support.formats.hub import fetch, is_hub_name, print_licence, tower_folder
 from support.formats.llama import load_decoder, save_decoder
 from support.formats.llava import read_llava, save_llava, save_llava_linear
 from support.formats.mapl import mapl_file
 from support.formats.mllama import read_mllama
+from support.formats.pictures import load_processor
+from support.formats.tokenizer_files import load_tokenizer
+from support.formats.tokenizers import Tokenizer
 from support.formats.vision import load_vit, save_vit
 
 # model_type in config.json → a function of (config, folder): the empty model, and what it is filled with
@@ -87,6 +91,17 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
     for module, checkpoint, names, optional in fillings:
         fill(module, checkpoint, names, optional, device, dtype or torch.float32)
     return model.eval()
+
+
+def open_run(run: str, device) -> tuple[VLM, Tokenizer, dict]:
+    """A run folder of train.py, or a published model by its folder or hub name, with its config.json."""
+    folder = fetch(run) if is_hub_name(run) else Path(run)
+    vlm = load_vlm(folder, device)
+    facts, vlm.processor = read_json(folder / "config.json"), load_processor(folder)
+    towers = {facts[k]: tower_folder(folder, facts[k]) for k in ("decoder", "vit") if k in facts}
+    for name, path in (towers or {run: folder}).items():        # a published model is its own tower
+        print_licence(name, path, sys.stderr)
+    return vlm, load_tokenizer(towers.get(facts.get("decoder"), folder)), facts
 
 
 def load_run(c: dict, path: Path, device=None, dtype: torch.dtype | None = None) -> VLM:

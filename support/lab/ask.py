@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-from eval import generate_ids, generate_texts, open_run
+from eval import generate_ids, generate_texts
 from model import IMAGE, VLM, ViT
 from papers.mllama_vit import TiledViT, Tiles
 from support.formats.files import UserError, read_json
@@ -29,7 +29,7 @@ from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor, read_image, tile_pixels
 from support.formats.tokenizer_files import load_tokenizer
 from support.formats.tokenizers import Tokenizer
-from support.formats.vlm import LAYOUTS, load_vlm
+from support.formats.vlm import LAYOUTS, load_vlm, open_run
 from support.plumbing.flags import Parser, add_machine_flags, use_machine
 from support.plumbing.packed import packed
 

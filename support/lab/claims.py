@@ -26,10 +26,11 @@ import torch
 import data
 import train
 from eval import (accuracy_by_kind, align, answer_accuracy, evaluate, first_items, generate_texts, mean,
-                  open_run, scalar_scores, vision_features)
+                  scalar_scores, vision_features)
 from model import VLM, nearest
 from support.formats.files import UserError, atomically, read_json, write_json
 from support.formats.tokenizers import Tokenizer
+from support.formats.vlm import open_run
 from support.lab.attention import gate_history
 from support.lab.claims_list import ARMS, CLAIMS, COMMON, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from eval import align, mean, open_run, row_label
+from eval import align, mean, row_label
 from model import VLM, nearest
 from support.formats.benchmarks import save_predictions
 from support.formats.datasets import FORMATS
 from support.formats.files import UserError, atomically, read_json
 from support.formats.hub import fetch, is_hub_name
 from support.formats.tokenizers import Tokenizer
+from support.formats.vlm import open_run
 from support.lab.measures import Cells, EvaluationSet, Settings, chance_cells, measure_cells, open_set
 from support.lab.protocols import Comparison, PROTOCOLS
 from support.plumbing.flags import Parser, add_machine_flags, use_machine

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eval import generate_texts, open_run
+from eval import generate_texts
 from support.formats.files import UserError
+from support.formats.vlm import open_run
 from support.lab.ask import read_question
 from support.lab.attention import draw_attention
 from support.plumbing.flags import Parser, add_machine_flags, use_machine

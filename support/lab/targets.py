@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 import data
-from eval import format_table, generate_texts, open_run, vision_features
+from eval import format_table, generate_texts, vision_features
 from model import VLM
 from support.formats.files import UserError
 from support.formats.tokenizers import Tokenizer
+from support.formats.vlm import open_run
 from support.lab.attention import attention_to_patches
 from support.lab.words import nearest_words
 from support.plumbing.flags import Parser, add_machine_flags, use_machine

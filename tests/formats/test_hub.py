@@ -26,7 +26,7 @@ import train
 from conftest import GOLDEN
 from support.formats.files import UserError
 from support.formats.hub import fetch, is_hub_name, pin_revision, read_licence, tower_folder
-from support.formats.vlm import load_vlm
+from support.formats.vlm import load_vlm, open_run
 
 ROOT, COMMIT, NAME = (
     Path(train.__file__).parent,
@@ -258,7 +258,7 @@ def test_a_run_trains_and_answers_with_its_towers_image_processor(tmp_path, monk
     assert (
         expected.how == "squash" and vlm.processor == expected and len(used) > 3 and set(used) == {expected}
     )
-    again, _, _ = evaluation.open_run(str(tmp_path / "run"), "cpu")
+    again, _, _ = open_run(str(tmp_path / "run"), "cpu")
     assert again.processor == expected
 
 

@@ -19,6 +19,7 @@ from model import IMAGE
 from support.formats.benchmarks import mme_scores, scienceqa_accuracy, scienceqa_choice
 from support.formats.datasets import MME, read_mme
 from support.formats.files import UserError
+from support.formats.vlm import open_run
 from support.lab.compare import compare_runs, format_comparison, overall_means, published_rows
 from support.lab.measures import Settings, measure_cells, open_set
 from support.lab.protocols import Comparison
@@ -38,7 +39,7 @@ def runs(tmp_path_factory):
 
 
 def test_flamingos_zero_shot_shows_two_examples_in_words(runs, monkeypatch):
-    vlm, tokenizer, _ = evaluation.open_run(runs["flamingo"], "cpu")
+    vlm, tokenizer, _ = open_run(runs["flamingo"], "cpu")
     asked = {}
 
     def record(self, keys, documents, items, max_new_tokens=0):

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 import data
-import eval as evaluation
 import train
 from conftest import GOLDEN
 from eval import generate_ids
 from model import IMAGE
 from support.formats.files import UserError
+from support.formats.vlm import open_run
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples, multiple_choice, yes_no_pairs
 from support.worlds import open_data
 from support.worlds.text import shapes_tokenizer
@@ -205,7 +205,7 @@ ITEMS = [data.Shapes("test").item(i) for i in range(6)]
 
 @pytest.mark.parametrize("bridge, beams", [("mapl", 1), ("mapl", 3), ("flamingo", 1), ("flamingo", 3)])
 def test_answers_after_examples_are_the_same_in_a_batch_and_alone(runs, bridge, beams):
-    vlm, tokenizer, _ = evaluation.open_run(runs[bridge], "cpu")
+    vlm, tokenizer, _ = open_run(runs[bridge], "cpu")
     train_split = data.Shapes("train")
     examples = [few_shot_examples(train_split, i, 3)[:n % 4] for n, i in enumerate(ITEMS)]   # 1 to 4 pictures
     documents = [build_prompt(tokenizer, "ours", i, i.qas[0], e) for i, e in zip(ITEMS, examples)]
@@ -225,7 +225,7 @@ def test_answers_after_examples_are_the_same_in_a_batch_and_alone(runs, bridge, 
 
 def test_options_are_ranked_by_the_likelihood_of_their_words(runs):
     """Beside the loss that training uses, one by one; rows of unequal length, with and without a picture."""
-    vlm, tokenizer, _ = evaluation.open_run(runs["mapl"], "cpu")
+    vlm, tokenizer, _ = open_run(runs["mapl"], "cpu")
     items = [ITEMS[0], replace(ITEMS[1], image=None), *ITEMS[2:]]
     documents = [
         build_prompt(tokenizer, "ours", i, i.qas[0]).add(" " + "red " * n, learn=True).end()
