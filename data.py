@@ -156,6 +156,7 @@ class Tokenizer(Protocol):
     """What a document asks of a tokenizer (support/formats/tokenizers.py)."""
     bos: int | None
     eos: int | None
+    stop: tuple[int, ...]           # ids that end a text
     special: dict[str, int]         # text → id of the special tokens
     text_ids: set[int]              # ids of plain text
     template: Template

@@ -227,11 +227,10 @@ def generate_texts(model: VLM | Decoder, documents: list[data.Document], tokeniz
             mask = None if mask.all() else mask.to(device)
             used = rows if pictures is None else [p for i in rows for p in pictures[i]]
             images = {} if features is None else {"features": features[used]}
-            stop = (tokenizer.eos,)
+            stop = tokenizer.stop
             ids = generate_ids(model, tokens.to(device), max_new_tokens, beams, mask, stop, **images)
             for i, line in zip(rows, ids.tolist()):
-                end = line.index(tokenizer.eos) if tokenizer.eos in line else len(line)
-                texts[i] = tokenizer.decode(line[:end]).strip()
+                texts[i] = tokenizer.answer_text(line)
     return texts
 
 

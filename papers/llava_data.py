@@ -139,7 +139,7 @@ def ask_teacher(decoder, tokenizer: Tokenizer, conversations: list[list[dict]], 
                 temperature: float = 0.7, generator: torch.Generator | None = None) -> list[str]:
     """A decoder's reply to each conversation, generated as one batch; "" where a reply has no end."""
     tokens, _, mask = collate([Document(tokenizer).chat(messages) for messages in conversations], left=True)
-    device, stop = decoder.embed.weight.device, () if tokenizer.eos is None else (tokenizer.eos,)
+    device, stop = decoder.embed.weight.device, tokenizer.stop
     new = decoder.generate(tokens.to(device), max_new_tokens, temperature, mask=mask.to(device), stop=stop,
                            generator=generator)
-    return [tokenizer.decode(ids) if not stop or ids[-1] in stop else "" for ids in new.tolist()]
+    return [tokenizer.answer_text(ids) if not stop or ids[-1] in stop else "" for ids in new.tolist()]

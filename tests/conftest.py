@@ -24,6 +24,7 @@ from papers.mllama import Mllama
 from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles                   # noqa: E402  (after the path)
 from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig                   # noqa: E402
 from support.formats import load_decoder, load_vit                             # noqa: E402
+from support.formats.tokenizers import byte_letters                            # noqa: E402
 from support.worlds.text import shapes_tokenizer                                # noqa: E402
 
 
@@ -139,6 +140,37 @@ SMALL = {
     "flamingo": dict(every=2, first=1, latents=3, depth=2, heads=2, head_width=8),
     "idefics": dict(every=2, latents=3, depth=2, resampler_heads=2, resampler_head_width=8),
 }
+
+
+def write_byte_tokenizer(folder: Path, special: tuple[str, ...], post_processor: dict | None = None,
+                         normalizer: dict | None = None, pre_tokenizer: dict | None = None, added: tuple = (),
+                         **settings) -> None:
+    """A published folder's tokenizer.json whose words are the 256 bytes, id = byte; its special tokens follow
+    from 256 on, then `added`, entries of added_tokens. settings: of tokenizer_config.json."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    entries = [{"content": text} for text in special] + list(added)
+    content = {
+        "version": "1.0", "added_tokens": [{"id": 256 + n, **flags, **e} for n, e in enumerate(entries)],
+        "normalizer": normalizer, "post_processor": post_processor, "decoder": {"type": "ByteLevel"},
+        "pre_tokenizer": pre_tokenizer or {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "model": {"type": "BPE", "vocab": {letter: b for b, letter in byte_letters().items()}, "merges": []}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def chain_decoder(vocab_size: int, follow: dict[int, int]) -> Decoder:
+    """A decoder whose next token depends on the last one alone: `follow` maps a token to the next."""
+    model = Decoder(DecoderConfig(vocab_size=vocab_size, width=vocab_size, layers=1, heads=1, kv_heads=1,
+                                  head_width=8, hidden=8, tied=False)).requires_grad_(False).eval()
+    model.embed.weight.copy_(torch.eye(vocab_size))
+    for p in model.layers[0].parameters():
+        if p.ndim == 2:
+            p.zero_()
+    model.lm_head.weight.zero_()
+    for token, after in follow.items():
+        model.lm_head.weight[after, token] = 1
+    return model
 
 
 def tiny_decoder(seed: int = 0, **changes) -> Decoder:

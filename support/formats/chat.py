@@ -10,12 +10,15 @@ from pathlib import Path
 from support.formats.files import UserError
 
 
+SPECIAL = r"<\|\w+\|>|</?s>|<image>|<end_of_utterance>|<fake_token_around_image>"
+
+
 @dataclass(frozen=True)
 class Template:
     """How a family writes a conversation: {} is the text of a message, ⟦ ⟧ enclose what is supervised.
 
-    <s>, </s> and <|…|> in these strings are special tokens. In a message they are plain text, but "<image>"
-    is a picture.
+    What SPECIAL matches in these strings is a special token. In a message it is plain text, but "<image>" is
+    a picture.
     """
     name: str                       # key in TEMPLATES
     system: str
@@ -23,6 +26,7 @@ class Template:
     assistant: str                  # a prompt ends where ⟦ begins
     begin: str = ""
     end: str = ""                   # after the last message
+    image: str = "<image>"          # how a picture is written
     default: str = ""               # system text of a conversation that has none
     mark: str = ""                  # identifies the family in a chat_template or among special tokens
     strip: bool = False             # messages lose the blanks around them
@@ -30,6 +34,12 @@ class Template:
     caption_only: bool = False      # a training document is a picture and its caption, without the question
     ends_with_eos: bool = False     # a training document ends with the tokenizer's eos
     prompt: Template | None = None  # prompts are spelled in another way than documents
+
+    @property
+    def turn_end(self) -> str | None:
+        """The special token that ends an answer; None where only plain text does."""
+        learned = self.assistant.partition("⟦")[2]
+        return next(iter(re.findall(SPECIAL, learned)), None)
 
     def spans(self, messages: str | list[dict], answer: bool = True) -> list[tuple[str, bool, bool]]:
         """(text, learn, special) from left to right; special: the text is a special token or "<image>".
@@ -52,12 +62,15 @@ class Template:
 
         def write(form: str, content: str = "") -> None:
             learn = False
-            for n, part in enumerate(re.split(r"(<\|\w+\|>|</?s>|\{\}|[⟦⟧])", form)):  # odd parts are matches
+            for n, part in enumerate(re.split(rf"({SPECIAL}|\{{\}}|[⟦⟧])", form)):     # odd parts are matches
                 if part in ("⟦", "⟧"):
                     learn = part == "⟦"
                 elif part == "{}":
-                    for k, text in enumerate(re.split("(<image>)", content)):
-                        put(text, learn, k % 2 == 1)
+                    for text in re.split("(<image>)", content):
+                        if text == "<image>":
+                            write(self.image)
+                        else:
+                            put(text, learn, False)
                 else:
                     put(part, learn, n % 2 == 1)
 
@@ -109,6 +122,8 @@ TEMPLATES = {template.name: template for template in (
              default=POLITE.format("human"), mark="###Human",
              prompt=Template("llava_v0", "{}###", "Human: {}###", "Assistant:⟦ {}###⟧",
                              default=POLITE.format("human"))),
+    Template("idefics", "{}\n", "User:{}<end_of_utterance>\n", "Assistant:⟦ {}<end_of_utterance>⟧\n",
+             image="<fake_token_around_image><image><fake_token_around_image>"),
     # LLaMA-Adapter: the user's message is the full prompt (alpaca_prompt)
     Template("alpaca", "{}\n\n", "{}", "⟦{}⟧", ends_with_eos=True),
     # LLaVA's first stage: <image>, caption, end of line, no eos
@@ -125,8 +140,9 @@ def template_of(folder: Path, settings: dict, special: Iterable[str]) -> Templat
 
     chat = json.dumps(settings.get("chat_template") or "").strip('"')
     chat += read("chat_template.jinja") + read("chat_template.json")
-    if not chat and re.search('"model_type": *"llava', read("config.json")):    # the authors publish none
-        return VICUNA
+    kind = re.search('"model_type": *"(llava|idefics)', read("config.json"))
+    if not chat and kind:                               # the authors publish none
+        return {"llava": VICUNA, "idefics": TEMPLATES["idefics"]}[kind[1]]
     chat = chat or " ".join(special)
     return next((t for t in TEMPLATES.values() if t.mark and t.mark in chat), TEMPLATES["plain"])
 

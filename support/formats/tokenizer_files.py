@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from support.formats.chat import template_of
-from support.formats.files import UserError, atomically, read_json
+from support.formats.files import UserError, atomically, read_json, write_json
 from support.formats.tokenizers import (ByteLevel, ClipBPE, GPT2_SPLIT, LLAMA3_SPLIT, SentencePiece,
                                         Tokenizer, WordPiece, byte_letters)
 
@@ -47,6 +47,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                 settings |= {"added": content} if name == "added_tokens.json" else content
         tokenizer = READERS[file.name](file, settings)
         tokenizer.template = template_of(folder, settings, tokenizer.special)
+        tokenizer.ends = read_ends(folder)
         return tokenizer
     except UserError:
         raise
@@ -54,6 +55,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"{file}: with the settings beside it no vocabulary that is known here (byte-level "
                         "BPE, SentencePiece BPE with byte fallback, WordPiece, CLIP's BPE); get the files "
                         "again, or another model.") from None
+
+
+def read_ends(folder: Path) -> frozenset[int]:
+    """The eos ids of generation_config.json and config.json: each has one, a list, or none."""
+    ends = set()
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        content = read_json(file) if file.exists() else {}
+        text = content.get("text_config")
+        for part in (content, text if isinstance(text, dict) else {}):
+            ids = part.get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(i is None or type(i) is int for i in ids):
+                raise UserError(f"{file}: eos_token_id is {json.dumps(part['eos_token_id'])}; "
+                                "it must be a token id, a list of them, or null.")
+            ends |= {i for i in ids if i is not None and i >= 0}        # early LLaMA files write −1 for none
+    return frozenset(ends)
 
 
 def special_tokens(settings: dict, vocab: dict[str, int],
@@ -262,11 +279,14 @@ def split_pattern(pre_tokenizer: dict | None, file: Path) -> str:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The files of a tokenizer, as they are, from one folder into another."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+    """The files of a tokenizer, as they are, from one folder into another, and the ids that end a text."""
+    for name in TOKENIZER_FILES:
         if (source / name).exists():
             with atomically(target / name) as tmp:
                 tmp.write_bytes((source / name).read_bytes())
+    ends = read_ends(source)
+    if ends:                                            # the target has a config.json of its own
+        write_json(target / "generation_config.json", {"eos_token_id": sorted(ends)})
 
 
 READERS = {"tokenizer.json": read_tokenizer_json, "tokenizer.model": read_tokenizer_model,

@@ -48,14 +48,27 @@ class Tokenizer:
     SentencePiece puts a blank in front of a text, some vocabularies only where nothing precedes it. So both
     directions know what precedes: "nothing", a "special" token, or "text" that goes on.
     template: the chat template of the folder that the tokenizer comes from (chat.py).
+    ends: ids that end a text by the configs of that folder.
     """
     template = TEMPLATES["plain"]
+    ends: frozenset[int] = frozenset()
 
     def __init__(self, text_ids, special: dict[str, int], bos: str | None = None, eos: str | None = None,
                  image: str | None = None):
         self.special, self.text_ids = special, set(text_ids).difference(special.values())
         self.bos, self.eos, self.image = special.get(bos), special.get(eos), special.get(image)
         self.vocab_size = max({*self.text_ids, *special.values()}) + 1
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """The ids that end a text: eos, `ends`, and the token that ends a turn in the chat template."""
+        return tuple(sorted({self.eos, self.special.get(self.template.turn_end), *self.ends} - {None}))
+
+    def answer_text(self, ids) -> str:
+        """Text of generated ids, up to the first that ends it."""
+        ids, stop = [*map(int, ids)], self.stop
+        end = next((n for n, i in enumerate(ids) if i in stop), len(ids))
+        return self.decode(ids[:end]).strip()
 
     def add(self, text: str) -> int:
         """The id of a special token; a new one (BLIP-2 adds "[DEC]" to BERT's) gets the next free id."""

@@ -11,7 +11,6 @@ IDEFICS, Llama 3.2 Vision) or a decoder: a folder, or a name on the Hugging Face
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +33,8 @@ from support.plumbing.flags import Parser, add_machine_flags, use_machine
 from support.plumbing.packed import packed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUESTION_FORMS = {      # model_type → how a question about a picture is written
-    "llava": "<image>\n{}", "llava_llama": "<image>\n{}", "mllama": "<image>{}",
-    "idefics": "User:<fake_token_around_image><image><fake_token_around_image>{}<end_of_utterance>\n"
-               "Assistant:",
-    "instructblip": "<image>{}",                # the soft tokens come first, then <s> and the question alone
+QUESTION_FORMS = {      # model_type → a user's message about a picture, for the model's chat template
+    "llava": "<image>\n{}", "llava_llama": "<image>\n{}", "mllama": "<image>{}", "idefics": "<image>{}",
 }
 
 
@@ -101,12 +97,12 @@ def ask_published(folder: Path, request: Request) -> str:
 
 
 def write_answer(model: nn.Module, tokens: Tensor, tokenizer: Tokenizer, request: Request, **images) -> str:
-    stop = () if tokenizer.eos is None else (tokenizer.eos,)
     decoder = model.decoder if isinstance(model, VLM) else model
     long = request.max_new_tokens >= 16         # for fewer, packing costs more than it saves
     with packed(decoder) if long else contextlib.nullcontext():
-        ids = generate_ids(model, tokens, request.max_new_tokens, request.beams, stop=stop, **images)[0]
-    return tokenizer.decode(ids).strip()
+        ids = generate_ids(model, tokens, request.max_new_tokens, request.beams, stop=tokenizer.stop,
+                           **images)[0]
+    return tokenizer.answer_text(ids)
 
 
 def picture_pixels(vit: ViT | TiledViT, folder: Path, file: str) -> Tensor | Tiles:
@@ -131,22 +127,14 @@ def match_caption(stage1: nn.Module, tokenizer: Tokenizer, pixels: Tensor, capti
 def question_tokens(facts: dict, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The ids of a question about a picture in the model's own form; facts: its config.json."""
     kind, document = facts["model_type"], data.Document(tokenizer)
-    form = QUESTION_FORMS[kind]
-    if kind in ("llava", "llava_llama", "mllama"):
-        tokens = document.chat(form.format(prompt)).tokens
-        marks = ("<im_start>", "<im_end>")
-        if facts.get("mm_use_im_start_end") and {*marks} <= tokenizer.special.keys():       # LLaVA v1
-            at = tokens.index(IMAGE)
-            tokens[at:at + 1] = [tokenizer.special[marks[0]], IMAGE, tokenizer.special[marks[1]]]
-        return tokens
-    for part in re.split(r"(<[a-z_]+>|\{\})", form):
-        if part == "{}":
-            document.add(prompt)                # what the user writes stays plain text
-        else:
-            document.add(part, special=part == "<image>" or part in tokenizer.special)
-    if kind == "instructblip":
-        return [IMAGE, *(t for t in document.tokens if t != IMAGE)]
-    return document.tokens
+    if kind == "instructblip":                  # the soft tokens come first, then <s> and the question alone
+        return [IMAGE, *document.add(prompt).tokens]
+    tokens = document.chat(QUESTION_FORMS[kind].format(prompt)).tokens
+    marks = ("<im_start>", "<im_end>")
+    if facts.get("mm_use_im_start_end") and {*marks} <= tokenizer.special.keys():           # LLaVA v1
+        at = tokens.index(IMAGE)
+        tokens[at:at + 1] = [tokenizer.special[marks[0]], IMAGE, tokenizer.special[marks[1]]]
+    return tokens
 
 
 def make_parser() -> Parser:

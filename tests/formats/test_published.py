@@ -178,7 +178,12 @@ def speaking(tmp_path, case: str) -> Path:
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     for other in tmp_path.glob("model.*.safetensors"):
         other.unlink()
-    shutil.copy(GOLDEN / "sentencepiece-llama-style" / "tokenizer.json", tmp_path)
+    content = json.loads((GOLDEN / "sentencepiece-llama-style" / "tokenizer.json").read_text())
+    if "idefics" in case:
+        marks = ("<fake_token_around_image>", "<end_of_utterance>")
+        content["added_tokens"] += [{"id": 640 + n, "content": mark, "special": True}
+                                    for n, mark in enumerate(marks)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     config, V = json.loads((tmp_path / "config.json").read_text()), load_tokenizer(tmp_path).vocab_size
     text = config.get("text_config", config)
     words = text["vocab_size"]

@@ -1,0 +1,108 @@
+"""Published folders name the tokens that end a text in several places; an answer ends at each of them."""
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+from conftest import chain_decoder, write_byte_tokenizer
+from model import IMAGE
+from support.formats import load_decoder, load_tokenizer
+from support.formats.files import UserError
+from support.formats.llama import save_decoder
+from support.formats.tokenizer_files import copy_tokenizer
+
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+BEGIN, END, EOT = 256, 257, 260
+A, B, C, LINE = *b"ABC", ord("\n")
+
+
+def ask(folder, capsys, *flags) -> str:
+    flags = ("--prompt", "hi\n", "--max-new-tokens", "6", "--device", "cpu", *flags)
+    evaluation.main(["ask", str(folder), *flags])
+    return capsys.readouterr().out.strip()
+
+
+def llama_folder(folder, follow, special=LLAMA3, size=262, **settings):
+    write_byte_tokenizer(folder, special, **settings)
+    save_decoder(chain_decoder(size, follow), folder)
+    return folder
+
+
+def set_ends(folder, name, ids):
+    file = folder / name
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**content, "eos_token_id": ids}))
+
+
+@pytest.mark.parametrize("beams", ["1", "3"])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("ids, answer", [([END, EOT], "A"), (END, "A"), (None, "ABCBC"), (-1, "ABCBC")])
+def test_an_answer_ends_at_each_id_that_the_configs_name(file, ids, answer, beams, tmp_path, capsys):
+    """The tokenizer names <|eot_id|> alone, and the model writes A <|end_of_text|> B C B C …"""
+    folder = llama_folder(tmp_path, {LINE: A, A: END, END: B, B: C, C: B}, eos_token="<|eot_id|>")
+    set_ends(folder, file, ids)
+    assert ask(folder, capsys, "--beams", beams) == answer
+
+
+@pytest.mark.parametrize("name", ["eos_token", "special_tokens_map"])
+@pytest.mark.parametrize("token", ["<|eot_id|>", {"content": "<|eot_id|>", "lstrip": False}])
+def test_the_tokenizer_names_its_eos_as_a_text_or_an_object_in_either_file(name, token, tmp_path):
+    write_byte_tokenizer(tmp_path, LLAMA3, **({name: token} if name == "eos_token" else {}))
+    if name != "eos_token":
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": token}))
+    assert load_tokenizer(tmp_path).stop == (EOT,)
+
+
+@pytest.mark.parametrize("ids", ["2", [2, "3"], {"a": 1}, 2.0, True])
+def test_an_end_that_is_no_id_is_one_sentence(ids, tmp_path):
+    write_byte_tokenizer(tmp_path, LLAMA3)
+    set_ends(tmp_path, "generation_config.json", ids)
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id is .* must be a token id"):
+        load_tokenizer(tmp_path)
+
+
+def test_llama_3_as_meta_ships_it_ends_a_turn_with_eot(tmp_path, capsys):
+    """params.json, consolidated.00.pth and tokenizer.model: the folder names no token that ends a text."""
+    (tmp_path / "tokenizer.model").write_text("".join(
+        f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256)))
+    V, eot = 512, 256 + 9                                   # Meta's order of its 256 special tokens
+    head = torch.zeros(V, V)
+    for token, after in {LINE: A, A: eot, eot: B, B: C, C: B}.items():
+        head[after, token] = 1
+    hidden, zeros = -(-int(8 * V / 3) // 8) * 8, torch.zeros
+    tensors = {"tok_embeddings.weight": torch.eye(V), "output.weight": head, "norm.weight": torch.ones(V),
+               "layers.0.attention_norm.weight": torch.ones(V), "layers.0.ffn_norm.weight": torch.ones(V),
+               **{f"layers.0.attention.w{p}.weight": zeros(V, V) for p in "qkvo"},
+               "layers.0.feed_forward.w1.weight": zeros(hidden, V),
+               "layers.0.feed_forward.w2.weight": zeros(V, hidden),
+               "layers.0.feed_forward.w3.weight": zeros(hidden, V)}
+    torch.save(tensors, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text(json.dumps(dict(
+        dim=V, n_layers=1, n_heads=4, n_kv_heads=4, vocab_size=V, multiple_of=8, norm_eps=1e-5,
+        rope_theta=500000.0)))
+    assert ask(tmp_path, capsys) == "A"
+    assert load_tokenizer(tmp_path).stop == (257, eot)
+
+
+def test_idefics_ends_an_utterance_with_its_own_token(tmp_path):
+    special = ("<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>")
+    write_byte_tokenizer(tmp_path, special, bos_token="<s>", eos_token="</s>", image_token="<image>")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics", "eos_token_id": 2}))
+    t = load_tokenizer(tmp_path)
+    assert t.stop == (2, 257, 260) and t.answer_text([A, B, 260, C]) == "AB"
+    prompt = data.Document(t).chat("<image>hello").tokens
+    assert prompt == [256, *b"User:", 258, IMAGE, 258, *b"hello", 260, *b"\nAssistant:"]
+
+
+def test_a_run_keeps_the_ends_of_its_decoder(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    llama_folder(source, {}, eos_token="<|eot_id|>")
+    set_ends(source, "config.json", [END, EOT])
+    copy_tokenizer(source, target)
+    save_decoder(load_decoder(source), target)
+    assert load_tokenizer(target).stop == load_tokenizer(source).stop == (END, EOT)
