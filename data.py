@@ -2,22 +2,15 @@
 
 Papers    LLaVA 2304.08485v2: conversations, supervised on the answers alone
           Flamingo 2204.14198v2: interleaved documents, a stop token after each chunk
-          ScienceQA 2209.09513: multiple choice with lecture and solution · MME 2306.13394: kinds of questions
 Chapters  1 pictures to pixels · 2 documents with loss masks · 3 batches · 4 the `shapes` world
 Run       python data.py shapes:test 3                      prints three items, pictures in out/samples/
           python data.py generate shapes out/instruct 1000  writes a thousand of LLaVA-Instruct's samples
-          python data.py --help
-
-A world has `name`, `size`, `splits`, item(index, turns), pair(index), and four facts: `seen` and `held_out`
-name the splits of seen and unseen compositions. `finite`: it has a length. `says_scenes`: Item.about tells
-the picture in words that the bundled decoder reads (for the oracle). support/worlds/ holds more worlds.
 """
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,9 +19,7 @@ from torch import Tensor
 
 from model import IGNORE, IMAGE
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Pictures to pixels
-# ------------------------------------------------------------------------------------------------------------
+# 1. Pictures to pixels --------------------------------------------------------------------------------------
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -59,8 +50,7 @@ class Processor:
         if self.zoom < 1:
             raise ValueError(f"the crop of {self.size} pixels is larger than what it is cut from.")
         if min(*self.std, self.levels) <= 0:
-            raise ValueError(
-                f"std {self.std} and the grey levels {self.levels} are divisors and must be positive.")
+            raise ValueError(f"std {self.std} and levels {self.levels} are divisors and must be positive.")
 
 
 def center_slice(length: int, keep: int) -> slice:
@@ -105,9 +95,7 @@ def to_pixels(images: list[np.ndarray], size: int | None = None,
     return normalize(np.stack(squares), p)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Documents with loss masks
-# ------------------------------------------------------------------------------------------------------------
+# 2. Documents with loss masks -------------------------------------------------------------------------------
 
 @dataclass
 class QA:
@@ -144,37 +132,21 @@ class Item:
         return self.images or ([] if self.image is None else [self.image])
 
 
-class Template(Protocol):
-    """How a family of models writes a conversation (support/formats/chat.py)."""
-    caption_only: bool              # a document is a picture and its caption, without the question
-    ends_with_eos: bool             # the end-of-text token follows the last answer
-
-    def spans(self, messages: str | list[dict], answer: bool = True) -> list[tuple[str, bool, bool]]: ...
-
-
-class Tokenizer(Protocol):
-    """What a document asks of a tokenizer (support/formats/tokenizers.py)."""
-    bos: int | None
-    eos: int | None
-    stop: tuple[int, ...]           # ids that end a text
-    special: dict[str, int]         # text → id of the special tokens
-    text_ids: set[int]              # ids of plain text
-    template: Template
-
-    def encode(self, text: str, special: bool = False, preceded_by: str = "nothing") -> list[int]: ...
-
-
 QUESTION = "\nQuestion: {} Answer:"                     # an answer begins with a blank
-CAPTION, LIST = "\nCaption:", "\nList:"
+CAPTION = "\nCaption:"
 
 
 class Document:
     """A token sequence with its loss mask: `labels` repeat the supervised tokens and hold IGNORE elsewhere.
 
     >>> Document(tokenizer).image().add("\\nCaption:").add(" a red circle", learn=True).end()
+
+    A tokenizer (support/formats/tokenizers.py) has encode(text), bos and eos (ids or None), special (text →
+    id), text_ids (ids of plain text), and a template (support/formats/chat.py), whose spans(messages, answer)
+    are the arguments of `add` for a conversation.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.tokens: list[int] = [] if tokenizer.bos is None else [tokenizer.bos]
         self.labels: list[int] = [IGNORE] * len(self.tokens)
@@ -199,8 +171,7 @@ class Document:
             before = "text" if self.tokens[-1] in t.text_ids else "special"
         return self.ids(t.encode(text, preceded_by=before), learn)
 
-    def chat(self, messages: str | list[dict], answer: bool = True,
-             template: Template | None = None) -> Document:
+    def chat(self, messages: str | list[dict], answer: bool = True, template=None) -> Document:
         """Append a conversation as the template writes it (default: the tokenizer's).
 
         answer=True makes a prompt that ends where the assistant answers, answer=False a document to train on.
@@ -236,14 +207,14 @@ class Document:
         return shortened
 
 
-def training_document(item: Item, tokenizer: Tokenizer, caption: bool = False,
-                      template: Template | None = None, form: str = "QCM-LEA") -> Document:
+def training_document(item: Item, tokenizer, caption: bool = False, template=None,
+                      choice_text: Callable[[QA], tuple[str, str]] | None = None) -> Document:
     """The document that is trained on for an item. The first of these that the item has decides:
 
     - its conversation, as `template` writes it (None: the tokenizer's template);
     - its interleaved text, with a stop token after each chunk (Flamingo's <EOC>);
     - its first caption, where `caption` asks for it or there are no questions;
-    - all of its questions with their answers, multiple choice in the `form` of scienceqa_text.
+    - all of its questions with their answers; choice_text(q) → (prompt, answer) words those with choices.
     """
     d = Document(tokenizer)
     if item.turns:
@@ -261,59 +232,15 @@ def training_document(item: Item, tokenizer: Tokenizer, caption: bool = False,
     if item.captions and (caption or not item.qas):
         return d.turn(CAPTION, item.captions[0])
     for q in item.qas:
-        if q.choices:
-            prompt, answer = scienceqa_text(q, form)
+        if q.choices and choice_text:
+            prompt, answer = choice_text(q)
             d.turn("\n" + prompt, answer)
         else:
             d.turn(QUESTION.format(q.question), q.answer)
     return d
 
 
-def scienceqa_text(q: QA, form: str = "QCM-LEA") -> tuple[str, str]:
-    """(prompt, answer) of a multiple-choice question, worded as ScienceQA and LLaVA do:
-
-        Question: …\\nContext: …\\nOptions: (A) … (B) …\\nAnswer:     lecture solution The answer is B.
-
-    form: the parts of the prompt (Q question, C context, M choices), a hyphen, the parts of the answer
-    (A letter, L lecture, E solution), in order. "QCM-LEA" is LLaVA's reasoning first, "QCM-ALE" its answer
-    first, "QCM-A" the letter alone. Double blanks are halved once, as in the published code. The published
-    "AL" and "AE" swap lecture and solution; these do not.
-    """
-    prompt_parts, answer_parts = form.split("-")
-    letters = [chr(ord("A") + i) for i in range(len(q.choices))]
-    part = {"Q": f"Question: {q.question}",
-            "C": f"Context: {q.hint.strip() or 'N/A'}",
-            "M": "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, q.choices)),
-            "A": f"The answer is {letters[q.correct]}." + " BECAUSE:" * (answer_parts[0] == "A"),
-            "L": q.lecture,
-            "E": q.solution}
-    prompt = "\n".join(part[p] for p in prompt_parts)
-    answer = " ".join(["Answer:", *(part[p] for p in answer_parts)])
-    prompt, answer = (text.replace("  ", " ").rstrip() for text in (prompt, answer))
-    return prompt + "\nAnswer:", answer.removesuffix("BECAUSE:").rstrip().removeprefix("Answer: ")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Batches
-# ------------------------------------------------------------------------------------------------------------
-
-def pack_documents(documents: list[Document], longest: int, K: int) -> list[list[int]]:
-    """Which documents share a row of at most `longest` positions (a picture takes K): lists of their indices.
-
-    First-fit decreasing: the longest document first, each into the first row with room for it.
-    """
-    size = [sum(K if t == IMAGE else 1 for t in d.tokens) for d in documents]
-    rows, room = [], []
-    for i in sorted(range(len(documents)), key=lambda i: -size[i]):
-        row = next((r for r, free in enumerate(room) if free >= size[i]), None)
-        if row is None:
-            rows.append([])
-            room.append(longest)
-            row = len(rows) - 1
-        rows[row].append(i)
-        room[row] -= size[i]
-    return rows
-
+# 3. Batches -------------------------------------------------------------------------------------------------
 
 def collate(rows: list[Document | list[Document]], left: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Documents → tokens, labels (B, T) int64 and mask (B, T) bool, False = padding.
@@ -336,9 +263,7 @@ def collate(rows: list[Document | list[Document]], left: bool = False) -> tuple[
     return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask if packed else mask > 0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. The `shapes` world: a generator with known truth, unlimited, nothing to download
-# ------------------------------------------------------------------------------------------------------------
+# 4. The `shapes` world: a generator with known truth, unlimited, nothing to download ------------------------
 
 COLORS = {"red": (230, 40, 40), "green": (40, 180, 60), "blue": (60, 90, 245), "yellow": (245, 220, 50),
           "purple": (160, 60, 200), "orange": (245, 140, 30), "cyan": (60, 220, 230),
@@ -348,7 +273,6 @@ SIZES = {"small": 10, "large": 14}                      # side in pixels
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 PLURALS = [(c, f"{c} objects") for c in COLORS] + [(s, s + ("es" if s[-1] == "s" else "s")) for s in SHAPES]
-WORDS = [word for word, _ in PLURALS]
 NUMBERS = ("zero", "one", "two", "three", "four")
 KINDS = ("existence", "count", "color", "position")     # MME's coarse perception tasks
 HELD_OUT = tuple(zip(COLORS, (*SHAPES, "circle", "square")))    # 8 of the 48 pairs of a colour and a shape
@@ -420,18 +344,6 @@ def join_phrases(parts: list[str]) -> str:
 
 def caption_scene(things: list[Thing]) -> str:
     return join_phrases([place_phrase(t) for t in things])
-
-
-STYLES = {                          # ways to describe a scene; the decoder learns to answer from all of them
-    "at": place_phrase,
-    "in": lambda t: f"{with_article(str(t))} in the {t.place}",
-    "place": lambda t: f"{t.place}: {with_article(str(t))}",
-    "terse": lambda t: f"{t} {t.place}",
-}
-
-
-def describe_scene(things: list[Thing], style: str) -> str:
-    return "; ".join(STYLES[style](t) for t in things)
 
 
 def unique(things: list[Thing], candidates: list[Thing], key: Callable[[Thing], object]) -> list[Thing]:
@@ -538,39 +450,8 @@ class Shapes:
         qas = self.questions(things, rng, kinds)
         for q in qas:
             q.answers = [q.answer] * 10
-        captions, about = [caption_scene(order) for order in orders], describe_scene(orders[1], "at")
+        captions, about = [caption_scene(order) for order in orders], "; ".join(map(place_phrase, orders[1]))
         return Item(image, captions, qas, f"{self.split}-{index}", about)
-
-    def pair(self, index: int) -> tuple[np.ndarray, str, list[str]]:
-        """For contrastive training: a picture, a true text, and two false ones (hard_negative)."""
-        rng = self.rng(index)
-        things = self.scene(rng)
-
-        def text(scene: list[Thing]) -> str:
-            return describe_scene([scene[i] for i in rng.permutation(len(scene))], "terse")
-
-        image, true = draw_scene(things, rng), text(things)
-        return image, true, [text(self.hard_negative(things, rng)) for _ in range(2)]
-
-    def hard_negative(self, things: list[Thing], rng: np.random.Generator) -> list[Thing]:
-        """A nearly equal scene: two things swap an attribute, or one thing changes one.
-
-        The attribute is the shape most often, because it is the hardest to see.
-        """
-        while True:
-            attribute = ("color", "shape", "size", "cell")[rng.choice(4, p=(0.2, 0.5, 0.1, 0.2))]
-            new = list(things)
-            if len(things) > 1 and rng.random() < 0.5:
-                i, j = rng.choice(len(things), 2, replace=False)
-                for a, b in ((i, j), (j, i)):
-                    new[a] = replace(things[a], **{attribute: getattr(things[b], attribute)})
-            else:
-                i = int(rng.integers(len(things)))
-                free = [c for c in range(9) if all(t.cell != c for t in things)]
-                values = {"color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "cell": free}
-                new[i] = replace(things[i], **{attribute: choose(values[attribute], rng)})
-            if set(new) != set(things) and all(t.pair in self.allowed for t in new):
-                return new
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from model import Bridge, IGNORE, IMAGE, VLM, nearest
 from papers import ALL_BRIDGES, blip2_stage1, clip, make_bridge, systems
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task, print_recipes
 from papers.systems import SYSTEMS
+from support.formats.benchmarks import scienceqa_text
 from support.formats.chat import TEMPLATES
 from support.formats.files import UserError, at_the_door, read_json, write_json
 from support.formats.hub import pin_revision, print_licence
@@ -55,9 +56,11 @@ from support.plumbing.doctor import gradient_norms, print_first_document, print_
 from support.plumbing.features import FeatureCache
 from support.plumbing.log import append_line, rewind_log
 from support.plumbing.meter import Meter, count_flops, count_positions
+from support.plumbing.packing import pack_documents
 from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.state import TrainState, load_state, save_state
 from support.worlds import open_data, text
+from support.worlds.pairs import contrastive_pair
 
 
 # The recipes: the paper's numbers, then the toy's -----------------------------------------------------------
@@ -379,6 +382,7 @@ class AnswerTask(Task):
         self.template = TEMPLATES[s.template] if s.template else None           # None = as the model knows it
         self.module = VLM(given.vit, given.bridge, given.decoder, self.tokenizer.image)
         self.module.processor = given.processor
+        self.choice_text = functools.partial(scienceqa_text, form=s.form)
         self.trained = RECIPES[s.recipe].trained
         self.vit_learns = "vit" in self.trained         # pixels go into the step, not features
         self.cache = None
@@ -421,7 +425,7 @@ class AnswerTask(Task):
     def document(self, item: data.Item, index: int) -> data.Document:
         """Captions and answers are learned, everything else is context."""
         caption = np.random.default_rng((self.s.seed, 1, index)).random() < self.s.captions
-        d = data.training_document(item, self.tokenizer, caption, self.template, self.s.form)
+        d = data.training_document(item, self.tokenizer, caption, self.template, self.choice_text)
         if (places := d.tokens.count(IMAGE)) > len(item.pictures):
             raise UserError(f"{self.s.data}: the text of item {item.id} has {places} <image> for "
                             f"{len(item.pictures)} pictures; repair it.")
@@ -436,7 +440,7 @@ class AnswerTask(Task):
         cut = sum(d.cut(self.s.longest, K) for d in documents)
         rows = [[i] for i in range(len(documents))]
         if self.s.pack:
-            rows = data.pack_documents(documents, self.s.longest, K)
+            rows = pack_documents(documents, self.s.longest, K)
             tokens, labels, mask = data.collate([[documents[i] for i in row] for row in rows])
         else:
             tokens, labels, mask = data.collate(documents)
@@ -588,7 +592,7 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
         elif recipe.task == "clip":
             own = world.says_scenes                     # its words have a tokenizer of their own
             given.tokenizer = text.shapes_tokenizer() if own else load_tokenizer(resolve_folder(s.lm))
-            given.save = save_clip_run
+            given.save, given.contrastive_pair = save_clip_run, contrastive_pair
         elif s.init:                                    # lm: a second training
             given.decoder = load_decoder(Path(s.init) / "decoder")
         task = TASKS[recipe.task](given)

@@ -116,7 +116,7 @@ class ClipTask(Task):
     def batch(self, step: int) -> list[dict]:
         images, texts, negatives = [], [], []
         for i in range(step * self.given.batch, (step + 1) * self.given.batch):
-            image, text, wrong = self.world.pair(i)
+            image, text, wrong = self.given.contrastive_pair(self.world, i)
             images.append(image)
             texts.append(text)
             negatives += wrong

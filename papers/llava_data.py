@@ -13,7 +13,7 @@ import re
 
 import torch
 
-from data import Document, Tokenizer, collate
+from data import Document, collate
 
 SHARES = {"conversation": 58, "detail": 23, "reasoning": 77}    # thousands of samples in LLaVA-Instruct-158K
 
@@ -135,7 +135,7 @@ def teacher_messages(kind: str, context: str, question: str = "") -> list[dict]:
 
 
 
-def ask_teacher(decoder, tokenizer: Tokenizer, conversations: list[list[dict]], max_new_tokens: int = 512,
+def ask_teacher(decoder, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 512,
                 temperature: float = 0.7, generator: torch.Generator | None = None) -> list[str]:
     """A decoder's reply to each conversation, generated as one batch; "" where a reply has no end."""
     tokens, _, mask = collate([Document(tokenizer).chat(messages) for messages in conversations], left=True)

@@ -93,7 +93,7 @@ class Ingredients:
     seed: int
     batch: int                      # items per update, of all processes together
     steps: int                      # updates of the run
-    world: Any                      # the data set: item(i), and pair(i) for the contrast
+    world: Any                      # the data set: item(i)
     accumulate: int = 1             # pieces per batch
     examples: int = 0               # if not 0: only the first so many items, over and over
     eval_items: int = 400           # held-out items in the final report
@@ -103,6 +103,7 @@ class Ingredients:
     decoder: Decoder | None = None
     bridge: Bridge | None = None
     generate_texts: Callable | None = None              # eval.generate_texts
+    contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
     open_held_out: Callable[[], Any] | None = None      # opens the split that training does not see
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from data import QA
 from model import nearest
 from support.formats.datasets import MME
 from support.formats.files import UserError, atomically, write_json
@@ -63,6 +64,30 @@ def spice(candidates: list[str], references: list[list[str]]) -> tuple[float, li
     """SPICE (Anderson et al., 1607.08822): F1 of scene graphs, which CoreNLP parses; mean over images."""
     total, images = java_scorer("spice", candidates, references)
     return float(total), [float(image["All"]["f"]) for image in images]
+
+
+def scienceqa_text(q: QA, form: str = "QCM-LEA") -> tuple[str, str]:
+    """(prompt, answer) of a multiple-choice question, worded as ScienceQA and LLaVA do:
+
+        Question: …\\nContext: …\\nOptions: (A) … (B) …\\nAnswer:     lecture solution The answer is B.
+
+    form: the parts of the prompt (Q question, C context, M choices), a hyphen, the parts of the answer
+    (A letter, L lecture, E solution), in order. "QCM-LEA" is LLaVA's reasoning first, "QCM-ALE" its answer
+    first, "QCM-A" the letter alone. Double blanks are halved once, as in the published code. The published
+    "AL" and "AE" swap lecture and solution; these do not.
+    """
+    prompt_parts, answer_parts = form.split("-")
+    letters = [chr(ord("A") + i) for i in range(len(q.choices))]
+    part = {"Q": f"Question: {q.question}",
+            "C": f"Context: {q.hint.strip() or 'N/A'}",
+            "M": "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, q.choices)),
+            "A": f"The answer is {letters[q.correct]}." + " BECAUSE:" * (answer_parts[0] == "A"),
+            "L": q.lecture,
+            "E": q.solution}
+    prompt = "\n".join(part[p] for p in prompt_parts)
+    answer = " ".join(["Answer:", *(part[p] for p in answer_parts)])
+    prompt, answer = (text.replace("  ", " ").rstrip() for text in (prompt, answer))
+    return prompt + "\nAnswer:", answer.removesuffix("BECAUSE:").rstrip().removeprefix("Answer: ")
 
 
 def scienceqa_choice(text: str, choices: int, direct: bool = True, guess: random.Random | None = None) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 import data
 from eval import generate_texts, vision_features
 from model import IGNORE, VLM
+from support.formats.benchmarks import scienceqa_text
 from support.formats.files import UserError
 from support.formats.tokenizers import Tokenizer
 
@@ -98,7 +99,7 @@ def word_exchange(protocol: str, item: data.Item, q: data.QA | None, form: str, 
         if not q.choices:
             raise UserError('the protocol "scienceqa" asks multiple choice, and these questions have no '
                             "choices; take another.")
-        text, answer = data.scienceqa_text(q, form)
+        text, answer = scienceqa_text(q, form)
     if protocol == "mme":
         text = text.removesuffix(" Please answer yes or no.")
     return Exchange(pictured, p.first * first + p.question.format(text), p.answer.format(answer))

@@ -1,4 +1,9 @@
-"""worlds: data with known truth, and data sets on disk in the same form; `open_data` opens one by name."""
+"""worlds: data with known truth, and data sets on disk in the same form; `open_data` opens one by name.
+
+A world has `name`, `size`, `splits`, item(index, turns), and four facts: `seen` and `held_out` name the
+splits of seen and unseen compositions. `finite`: it has a length. `says_scenes`: Item.about tells the picture
+in words that the bundled decoder reads (for the oracle).
+"""
 from __future__ import annotations
 
 from pathlib import Path

@@ -217,21 +217,3 @@ class Emoji:
         for q in qas:
             q.answers = [q.answer] * 10
         return Item(image, self.captions(things), qas, f"{self.split}-{index}", self.about(things))
-
-    def pair(self, index: int) -> tuple[np.ndarray, str, list[str]]:
-        """For contrastive training: a picture, a true text, and two false ones.
-
-        A false text names another drawing or another order.
-        """
-        rng = self.rng(index)
-        things = self.scene(rng)
-        image, false = self.draw(things, rng), []
-        while len(false) < 2:
-            i, other = rng.integers(len(things)), self.drawings[rng.integers(len(self.drawings))]
-            if len(things) > 1 and rng.random() < 0.5:
-                wrong = things[1:] + things[:1]
-            else:
-                wrong = [*things[:i], other, *things[i + 1:]]
-            if wrong != things:
-                false.append(self.about(wrong))
-        return image, self.about(things), false

@@ -127,13 +127,3 @@ class Files:
         image = images[0] if images else None
         return Item(image, captions, qas, str(r.id), images=images, turns=conversation,
                     chunks=split_at_pictures(r))
-
-    def pair(self, index: int) -> tuple[np.ndarray, str, list[str]]:
-        """For contrastive training: a picture, one of its captions, and two captions of other pictures."""
-        item = self.item(index, turns=1)
-        if not item.captions:
-            raise UserError(f"{self.name}: item {item.id} has no caption; "
-                            "stage clip needs a data set with captions.")
-        drawn = self.rng(index).integers(0, len(self), 8)
-        others = (c.strip() for i in drawn for c in self.items[i][0].captions[:1])
-        return item.image, item.captions[0], [c for c in others if c not in item.captions][:2]

@@ -6,7 +6,7 @@ from typing import Iterator
 
 import numpy as np
 
-from data import COLORS, COLUMNS, NUMBERS, PLURALS, ROWS, SHAPES, Thing, WORDS, join_phrases, with_article
+from data import COLORS, COLUMNS, NUMBERS, PLURALS, ROWS, SHAPES, Thing, join_phrases, with_article
 from papers.llava_data import write_turns
 
 NAMES = ("{0.shape}", "{0.color} {0.shape}", "{0}", "{0} at the {0.place}")
@@ -60,7 +60,7 @@ def certain_questions(things: list[Thing]) -> Iterator[tuple[str, str, str]]:
 
 def inventory_questions(things: list[Thing]) -> Iterator[tuple[str, str, str]]:
     """Types, existence, counts, and what is left when some things are removed."""
-    count, total = {word: sum(word in t.pair for t in things) for word in WORDS}, len(things)
+    count, total = {word: sum(word in t.pair for t in things) for word, _ in PLURALS}, len(things)
     types = [count_phrase(count[s], s) for s in SHAPES if count[s]]
     yield "types", "What kinds of things are in the picture?", write_sentences(there_is(*types))
     for word, plural in PLURALS:

@@ -11,13 +11,27 @@ import torch
 from torch import Tensor, nn
 
 import data
-from data import (CAPTION, COLORS, Document, KINDS, LIST, NUMBERS, PLACES, PLURALS, QUESTION, SHAPES, SIZES,
-                  STYLES, Shapes, Thing, WORDS, caption_scene, describe_scene)
+from data import (CAPTION, COLORS, Document, KINDS, NUMBERS, PLACES, PLURALS, QUESTION, SHAPES, SIZES, Shapes,
+                  Thing, caption_scene, place_phrase, with_article)
 from model import Bridge, Decoder, DecoderConfig, IGNORE, VLM
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task
 from support.formats.files import write_json
 from support.formats.llama import save_decoder
 from support.formats.tokenizers import ByteLevel, Tokenizer, train_bpe
+
+
+LIST = "\nList:"                                        # what a drill begins with
+WORDS = [word for word, _ in PLURALS]
+STYLES = {                          # ways to describe a scene; the decoder learns to answer from all of them
+    "at": place_phrase,
+    "in": lambda t: f"{with_article(str(t))} in the {t.place}",
+    "place": lambda t: f"{t.place}: {with_article(str(t))}",
+    "terse": lambda t: f"{t} {t.place}",
+}
+
+
+def describe_scene(things: list[Thing], style: str) -> str:
+    return "; ".join(STYLES[style](t) for t in things)
 
 
 @functools.cache

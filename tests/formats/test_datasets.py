@@ -18,13 +18,14 @@ from PIL import Image
 import data
 from support import worlds
 from model import IMAGE
-from support.formats.benchmarks import mme_scores
+from support.formats.benchmarks import mme_scores, scienceqa_text
 from support.formats.chat import TEMPLATES, alpaca_prompt
 from support.formats.datasets import (FORMATS, MME, read_flickr8k, read_interleaved, read_karpathy, read_mme,
                                       split_at_pictures)
 from support.formats.pictures import read_image
 from support.worlds import open_data
 from support.worlds.commands import show_items
+from support.worlds.pairs import contrastive_pair
 from support.worlds.text import shapes_tokenizer
 import train
 from conftest import GOLDEN
@@ -161,7 +162,7 @@ def test_scienceqa_prompts_and_both_orders_of_the_answer_are_the_published_ones(
     compared = 0
     for form in ("QCM-LEA", "QCM-ALE", "QCM-A", "CQM-A"):
         for sample in golden["llava_prompts"][form]:
-            prompt, answer = data.scienceqa_text(problems[sample["id"]], form)
+            prompt, answer = scienceqa_text(problems[sample["id"]], form)
             human = prompt.removesuffix("\nAnswer:").removeprefix("Question: ") + "\n<image>" * (
                 "image" in sample
             )
@@ -173,7 +174,7 @@ def test_scienceqa_prompts_and_both_orders_of_the_answer_are_the_published_ones(
     assert compared == 32
     for shots in golden["fewshot_prompts"]:             # ScienceQA's own code spells line breaks \n
         asked = (*shots["shot_qids"], shots["test_qid"])
-        parts = [data.scienceqa_text(problems[i], shots["prompt_format"]) for i in asked]
+        parts = [scienceqa_text(problems[i], shots["prompt_format"]) for i in asked]
         text = "\n\n".join([f"{prompt} {answer}" for prompt, answer in parts[:-1]] + [parts[-1][0]])
         assert text == shots["prompt"].replace("\\n", "\n")
 
@@ -182,10 +183,10 @@ def test_reasoning_first_ends_with_the_answer_and_answer_first_begins_with_it():
     world = open_data(f"scienceqa:{SETS / 'scienceqa'}:train")
     first = records("scienceqa", SETS / "scienceqa", "train")[0]
     q = world.question(first)
-    prompt, reasoning_first = data.scienceqa_text(q, "QCM-LEA")
+    prompt, reasoning_first = scienceqa_text(q, "QCM-LEA")
     assert prompt == "Question: Which shape is round?\nContext: N/A\nOptions: (A) circle (B) square\nAnswer:"
     assert reasoning_first == "A lecture on shapes.\nSecond line. A circle is round. The answer is A."
-    answer_first = data.scienceqa_text(q, "QCM-ALE")[1]
+    answer_first = scienceqa_text(q, "QCM-ALE")[1]
     assert answer_first == "The answer is A. BECAUSE: A lecture on shapes.\nSecond line. A circle is round."
 
 
@@ -608,12 +609,12 @@ def test_items_of_every_sort_can_be_shown(spec, tmp_path, monkeypatch, capsys):
 
 def test_stage_clip_gets_other_pictures_captions_as_false_ones(tmp_path):
     world = open_data(f"flickr8k:{SETS / 'flickr8k'}")
-    image, text, wrong = world.pair(0)
+    image, text, wrong = contrastive_pair(world, 0)
     assert (
         image.shape == (28, 40, 3) and text in world.items[0][0].captions and not wrong
     )  # there is no other
     with pytest.raises(UserError, match="stage clip needs a data set with captions"):
-        open_data(f"vqav2:{SETS / 'vqav2'}").pair(0)
+        contrastive_pair(open_data(f"vqav2:{SETS / 'vqav2'}"), 0)
 
 
 # --- and they train -----------------------------------------------------------------------------------------

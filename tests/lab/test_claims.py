@@ -3,6 +3,7 @@ it needs say what they promise."""
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 import data
 from model import IMAGE
+from support.formats.benchmarks import scienceqa_text
 from support.formats.pictures import load_processor
 from support.worlds import open_data
 from support.worlds.text import shapes_tokenizer
@@ -172,7 +174,8 @@ def test_a_lesson_in_multiple_choice_reasons_first_or_answers_first():
     item = open_data("shapes-choices").item(0, turns=1)
 
     def learned(form: str) -> str:
-        labels = data.training_document(item, tokenizer, form=form).labels
+        labels = data.training_document(
+            item, tokenizer, choice_text=functools.partial(scienceqa_text, form=form)).labels
         return tokenizer.decode([t for t in labels if t >= 0])
     letter = "ABCD"[item.qas[0].correct]
     assert learned("QCM-LEA").startswith(" Look at each place. There is ")

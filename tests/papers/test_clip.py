@@ -10,6 +10,7 @@ from data import Shapes
 from papers.clip import ClipTask
 from papers.linear_probe import fit_logistic_regression
 from papers.recipe import Ingredients
+from support.worlds.pairs import contrastive_pair
 from support.worlds.text import shapes_tokenizer
 
 
@@ -17,7 +18,7 @@ from support.worlds.text import shapes_tokenizer
 def task() -> ClipTask:
     torch.manual_seed(0)
     given = Ingredients(torch.device("cpu"), seed=0, batch=4, steps=1, world=Shapes("train"),
-                        tokenizer=shapes_tokenizer())
+                        tokenizer=shapes_tokenizer(), contrastive_pair=contrastive_pair)
     return ClipTask(given)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from support.formats.files import UserError
 from support.worlds import open_data
+from support.worlds.pairs import contrastive_pair
 
 
 def own_pictures(folder: Path, count: int = 12) -> Path:
@@ -30,7 +31,7 @@ def test_a_folder_of_own_pictures_shows_each_once_a_pass_and_keeps_every_tenth_f
         "grey 9"
     ]
     assert [train.item(i).captions[0] for i in range(11, 22)] != first  # another order in the second pass
-    image, text, false = train.pair(3)
+    image, text, false = contrastive_pair(train, 3)
     assert image.shape == (20, 30, 3) and text not in false
 
 

