@@ -120,35 +120,35 @@ class Settings:
     out: str = setting("", "run folder; without it out/RECIPE-DATA")
 
     data: str = setting(None, 'KIND[:PATH][:SPLIT]; several: "coco:DIR + interleaved:DIR * 0.2"', "data")
-    share: float = setting(100.0, "percent of the data set to train on, the same items for the same seed")
-    examples: int = setting(0, "only the first N items, over and over")
-    turns: int = setting(5, "questions per picture in one document", least=1)
-    captions: float = setting(None, "share of documents that ask for a caption instead of answers")
+    share: float = setting(100.0, "percent of the data set to train on", above=0, most=100)
+    examples: int = setting(0, "only the first N items, over and over", least=0)
+    turns: int = setting(5, "questions per picture in one document", least=1, most=1000)
+    captions: float = setting(None, "share of documents that ask for a caption", least=0, most=1)
     template: str = setting(None, "how a conversation is written, instead of as the model knows it",
                             choices=tuple(TEMPLATES))
     form: str = setting(None,
                         "multiple choice: QCM-LEA reasoning first, QCM-ALE answer first, QCM-A answer alone")
-    longest: int = setting(2048, "tokens of the longest document, images unfolded; longer ones are cut")
+    longest: int = setting(2048, "longest document, in tokens; longer ones are cut", least=2, most=10**7)
     strict: bool = setting(False, "stop at a broken item of the data set instead of skipping it")
 
-    steps: int = setting(None, "updates", "optimiser (without a flag: the recipe's number)", least=1)
-    batch: int = setting(None, "pictures per update, of all processes together", least=1)
-    accumulate: int = setting(1, "pieces that a batch is split into: less memory, the same loss", least=1)
-    lr: float = setting(None, "peak learning rate")
-    warmup: float = setting(None, "linear warm-up: a share of the steps, or from 1 on so many steps")
+    steps: int = setting(None, "updates", "optimiser (without a flag: the recipe's)", least=1, most=10**9)
+    batch: int = setting(None, "pictures per update, of all processes together", least=1, most=10**5)
+    accumulate: int = setting(1, "pieces of a batch: less memory, the same loss", least=1, most=10**5)
+    lr: float = setting(None, "peak learning rate", above=0, most=1000)
+    warmup: float = setting(None, "share of the steps, or from 1 on so many steps", least=0, most=10**9)
     schedule: str = setting(None, "after the warm-up", choices=("cosine", "constant", "linear"))
-    weight_decay: float = setting(None, "AdamW's weight decay on matrices")
-    beta2: float = setting(None, "AdamW's second beta")
-    clip: float = setting(None, "largest gradient norm; 0 = no clipping")
+    weight_decay: float = setting(None, "AdamW's weight decay on matrices", least=0, most=100)
+    beta2: float = setting(None, "AdamW's second beta", least=0, below=1)
+    clip: float = setting(None, "largest gradient norm; 0 = no clipping", least=0)
     optimizer: str = setting(None, "for matrices of linear layers", choices=("adamw", "muon"))
-    ema: float = setting(0.0, "save and evaluate a running mean of the parameters with this decay, 0.999 say")
-    seed: int = setting(0, "of the initial weights and of the data")
+    ema: float = setting(0.0, "decay of a running mean of the parameters, 0.999 say", least=0, below=1)
+    seed: int = setting(0, "of the initial weights and of the data", least=0)
 
     device: str = setting("auto", "cpu, cuda or auto", "devices, speed and memory")
     dtype: str = setting("auto", "float32, bfloat16 (autocast; trained parameters stay float32) or auto")
     frozen: str = setting("auto", "frozen parts are stored in float32, bfloat16 or auto (bfloat16 on a GPU)")
-    threads: int = setting(0, "CPU threads; 0 = PyTorch's choice")
-    workers: int = setting(0, "processes that read and decode batches ahead of the step")
+    threads: int = setting(0, "CPU threads; 0 = PyTorch's choice", least=0, most=1024)
+    workers: int = setting(0, "processes that read and decode batches ahead of the step", least=0, most=256)
     cache: str = setting("", "folder for the frozen ViT's features, computed once per picture and read back")
     pack: bool = setting(False, "several documents per row, walls between them: no padding (prefix bridges)")
     checkpoint: bool = setting(False, "recompute the decoder's activations: less memory, a third more time")
@@ -156,10 +156,10 @@ class Settings:
     shard: bool = setting(False, "under torchrun: parameters in slices (FSDP2) instead of copies (DDP)")
 
     log_every: int = setting(50, "steps between two lines", "what a run prints and keeps", least=1)
-    check_every: int = setting(0, "steps between two short evaluations; 0 = only at the end")
+    check_every: int = setting(0, "steps between two short evaluations; 0 = only at the end", least=0)
     save_every: int = setting(250, "steps between two states for --resume", least=1)
-    samples: int = setting(5, "pictures with answers to print at the end")
-    eval_items: int = setting(400, "held-out pictures in the final table", least=1)
+    samples: int = setting(5, "pictures with answers to print at the end", least=0, most=10**5)
+    eval_items: int = setting(400, "held-out pictures in the final table", least=1, most=10**6)
 
 
 def main(argv: list[str] | None = None) -> nn.Module:
@@ -632,21 +632,21 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
         print_recipes(RECIPES, SYSTEMS)
         raise SystemExit(0)
     if folder := resume or curves:
-        settings = read_json(Path(folder) / "config.json").get("settings")
-        if settings is None:
-            raise UserError(f'{folder}/config.json: "settings" is missing, so this is no run of train.py; '
-                            "give the folder of one.")
+        settings = read_json(Path(folder) / "config.json").object("settings")
         if curves:
-            draw_curves(Path(folder), RECIPES.get(settings["recipe"], RECIPES["mlp"]).task in PER_TOKEN)
+            task = RECIPES.get(settings.text("recipe"), RECIPES["mlp"]).task
+            draw_curves(Path(folder), task in PER_TOKEN)
             raise SystemExit(0)
         known = {k: v for k, v in settings.items() if k in args}                # a flag may have left since
-        return Settings(**{**known, "out": folder}), True
-    s = Settings(**args)
-    check_settings(s)
+        s = Settings(**{**known, "out": folder})
+        check_settings(s, f"{folder}/config.json: settings.{{}}".format)
+    else:
+        s = Settings(**args)
+        check_settings(s)
     s.recipe = s.recipe or s.bridge or "mlp"
     if s.recipe not in RECIPES and s.recipe not in SYSTEMS:
         raise UserError(f'unknown recipe "{s.recipe}"; {nearest(s.recipe, {**RECIPES, **SYSTEMS})}')
-    return s, False
+    return s, bool(resume)
 
 
 def with_recipe(s: Settings, name: str) -> Settings:

@@ -10,6 +10,7 @@ from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig, nearest
 from papers import (blip2_stage1, clip, clipcap, frozen, idefics, llama_adapter, llava_data, mllama,
                     systems)
+from papers.bounds import check_option
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
 from papers.idefics import Idefics
@@ -25,12 +26,17 @@ ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for br
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 
 
+def arguments(kind: type[Bridge]) -> dict[str, str]:
+    """The options of a class of bridges, each with its annotation."""
+    return {p.name: p.annotation for p in list(inspect.signature(kind).parameters.values())[2:]}
+
+
 def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **options) -> Bridge:
     """A bridge by name; options are the keyword arguments of its class, and reads, reads_cls and (of
     zero_init) version.
 
     An option of another version is accepted and has no effect. Raises ValueError for an unknown name, option
-    or version; the sentence names the nearest known one.
+    or version (the sentence names the nearest known one) and for a value that papers/bounds.py refuses.
     """
     if name not in ALL_BRIDGES:
         raise ValueError(f'unknown bridge "{name}"; {nearest(name, ALL_BRIDGES)}')
@@ -40,12 +46,14 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **o
         *first, last = versions
         raise ValueError(f"{name} has version {', '.join(map(str, first))} and {last}, not {version!r}.")
     kind = versions.get(version, ALL_BRIDGES[name])
-    own = list(inspect.signature(kind).parameters)[2:]
-    others = [key for other in versions.values() for key in list(inspect.signature(other).parameters)[2:]]
-    known = dict.fromkeys([*own, *others, *["version"] * bool(versions), "reads", "reads_cls"])
-    for key in options:
+    own = arguments(kind)
+    known = {key: a for other in (*versions.values(), kind) for key, a in arguments(other).items()}
+    known |= {"version": "int"} if versions else {}
+    known |= {"reads": "" if options.get("reads") == "pooled" else "int", "reads_cls": "bool"}
+    for key, value in options.items():
         if key not in known:
             raise ValueError(f'{name} has no option "{key}"; {nearest(key, known)}')
+        check_option(name, key, value, known[key])
     bridge = kind(decoder, vision_width, **{key: value for key, value in options.items() if key in own})
     for key in ("reads", "reads_cls"):
         if key in options:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Iterator
 from safetensors.torch import save_file
 from torch import Tensor
 
+from papers.bounds import SIZE, check_value
+
+REQUIRED = object()             # stands for: this key has no default
 
 
 class UserError(ValueError):
@@ -41,15 +45,104 @@ def reading_config(where: str, kind: str) -> Iterator[None]:
             raise UserError(f"{where}: the key {e} is missing; {kind} has it.") from None
 
 
-def read_json(path: str | os.PathLike) -> dict:
-    """The content of a JSON file; a missing or broken one is a UserError."""
+class Json(dict):
+    """An object of a JSON file that knows the file and the keys that lead to it.
+
+        c = read_json("config.json")
+        c["model_type"]                                 a UserError names file and key where it is missing,
+        c.int("num_hidden_layers", least=1)             and where it is no whole number or out of bounds
+        c.number("rope_theta", 10000.0, above=0)        a default stands for a key that is missing or null
+        c.object("text_config").text("hidden_act")      the message names the key text_config.hidden_act
+
+    Bounds are those of papers.bounds.check_value: least, most, above, below.
+    """
+
+    def __init__(self, content: dict, file: str | os.PathLike, keys: str = ""):
+        super().__init__(content)
+        self.file, self.keys = file, keys
+
+    def __missing__(self, key: str):
+        raise UserError(f"{self.file}: the key '{self.keys}{key}' is missing.")
+
+    def value(self, key: str, kind: type, default=REQUIRED, **bounds):
+        """The value of a key, of this kind and within the bounds."""
+        if default is not REQUIRED and self.get(key) is None:
+            return default
+        with at_the_door(str(self.file)):
+            return check_value(f"the key '{self.keys}{key}'", self[key], kind, **bounds)
+
+    def int(self, key: str, default=REQUIRED, **bounds) -> int:
+        return self.value(key, int, default, **bounds)
+
+    def number(self, key: str, default=REQUIRED, **bounds) -> float:
+        return self.value(key, float, default, **bounds)
+
+    def size(self, key: str, default=REQUIRED, **bounds) -> int:
+        """A width, a vocabulary, a number of tokens or layers: 1 … 2²⁰."""
+        return self.value(key, int, default, **{**SIZE, **bounds})
+
+    def flag(self, key: str, default=REQUIRED) -> bool:
+        return self.value(key, bool, default)
+
+    def text(self, key: str, default=REQUIRED) -> str:
+        return self.value(key, str, default)
+
+    def object(self, key: str, default=REQUIRED) -> Json:
+        return Json(self.value(key, dict, default), self.file, f"{self.keys}{key}.")
+
+    def list(self, key: str, kind: type, default=REQUIRED, **bounds) -> list:
+        """A list whose every value is of this kind and within the bounds."""
+        values = self.value(key, list, default)
+        with at_the_door(str(self.file)):
+            return [check_value(f"the key '{self.keys}{key}[{n}]'", value, kind, **bounds)
+                    for n, value in enumerate(values)]
+
+    def over(self, defaults: dict) -> Json:
+        """This object with these values where it has no such key."""
+        return Json({**defaults, **self}, self.file, self.keys)
+
+
+def read_json(path: str | os.PathLike) -> Json:
+    """The object in a JSON file; UTF-8 with or without a BOM, UTF-16.
+
+    A file that is missing, cannot be read, is no JSON or holds no object is a UserError; so are a key that
+    stands twice in an object, NaN, Infinity, a number beyond a float, and nesting beyond Python's stack.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; "
                         "a model folder needs config.json beside its weights.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}).") from None
+    except ValueError as e:
         raise UserError(f"{path}: not valid JSON ({e}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {content!r:.40}, not an object {{…}}.")
+    return Json(content, path)
+
+
+def parse_json(text: str | bytes):
+    """json.loads, strict: a ValueError also for what JSON does not have or Python would change in silence."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"the key '{twice}' stands twice in one object")
+    return content
+
+
+def finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no finite number")
+    return float(number)
 
 
 @contextlib.contextmanager

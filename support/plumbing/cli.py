@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -13,9 +12,10 @@ from typing import Callable, Sequence
 import torch
 
 from model import nearest
-from support.formats.files import UserError
+from support.formats.files import UserError, at_the_door, check_value, parse_json
 
 ROOT = Path(__file__).parents[2]
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}     # of a setting
 MATH = (*(ROOT / f"{name}.py" for name in ("model", "bridges", "data")), ROOT / "papers")
 
 
@@ -23,26 +23,35 @@ MATH = (*(ROOT / f"{name}.py" for name in ("model", "bridges", "data")), ROOT / 
 # Flags: a dataclass whose fields are settings
 # ------------------------------------------------------------------------------------------------------------
 
-def setting(default, help: str, group: str = "", choices: Sequence[str] = (), least: int | None = None,
-            **keywords):
+def setting(default, help: str, group: str = "", choices: Sequence[str] = (), least: float | None = None,
+            most: float | None = None, above: float | None = None, below: float | None = None, **keywords):
     """A field of a dataclass that is a flag.
 
     group: begins a new group of the help text with this flag; choices: the values it may have, which its help
-    lists; least: the smallest value; keywords: argparse's.
+    lists; least, most, above, below: its bounds (papers/bounds.py); keywords: argparse's.
     """
     value = {"default_factory": list} if default == [] else {"default": default}
-    facts = dict(help=help, group=group, choices=tuple(choices), least=least, keywords=keywords)
+    bounds = dict(least=least, most=most, above=above, below=below)
+    facts = dict(help=help, group=group, choices=tuple(choices), bounds=bounds, keywords=keywords)
     return dataclasses.field(**value, metadata=facts)
 
 
-def check_settings(s) -> None:
-    """Refuse a value that is not among its field's choices, or below its least."""
+def check_settings(s, named: Callable[[str], str] | None = None) -> None:
+    """Refuse a value of another type than its field's, not among its choices or out of its bounds.
+
+    None is right where it is the default. named: of a run that is resumed, whose fields are all filled in,
+    a field → its name in the message; without it that is its flag.
+    """
     for f in dataclasses.fields(s):
-        value, choices, least = getattr(s, f.name), f.metadata["choices"], f.metadata["least"]
-        if choices and value not in (*choices, f.default):
+        value, choices, name = getattr(s, f.name), f.metadata["choices"], (named or flag_name)(f.name)
+        if value is None and f.default is None and not named:
+            continue
+        with at_the_door():
+            check_value(name, value, TYPES[f.type], **f.metadata["bounds"])
+            for n, text in enumerate(value if f.type == "list" else ()):
+                check_value(f"{name}[{n}]", text, str)
+        if choices and value and value not in choices:
             raise UserError(f'unknown {f.name} "{value}"; {nearest(value, choices)}')
-        if least is not None and value is not None and value < least:
-            raise UserError(f"{flag_name(f.name)} {value}: must be at least {least}.")
 
 
 def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
@@ -63,9 +72,8 @@ def make_parser(settings: type, description: str) -> argparse.ArgumentParser:
         elif f.type == "list":
             group.add_argument(flag, default=[], help=text, **keywords)
         else:
-            kind = {"int": int, "float": float, "str": str}[f.type]
-            metavar = {int: "N", float: "X", str: "…"}[kind]
-            group.add_argument(flag, type=kind, default=f.default, help=text,
+            metavar = {"int": "N", "float": "X", "str": "…"}[f.type]
+            group.add_argument(flag, type=TYPES[f.type], default=f.default, help=text,
                                **{"metavar": metavar, **keywords})
     return parser
 
@@ -105,23 +113,29 @@ def parse_weighted(spec: str) -> list[tuple[str, float]]:
     for part in spec.split(" + "):
         name, star, weight = part.strip().rpartition(" * ")
         try:
-            sets.append((name.strip(), float(weight)) if star else (part.strip(), 1.0))
+            weight = float(weight) if star else 1.0
         except ValueError:
             raise UserError(f'--data "{spec}": the weight "{weight}" is no number; '
                             'write "SPEC + SPEC * 0.2".') from None
+        with at_the_door(f'--data "{spec}"'):
+            check_value(f"the weight of {name or part}", weight, float, above=0, most=1e6)
+        sets.append((name.strip() if star else part.strip(), weight))
     return sets
 
 
 def parse_options(pairs: list[str]) -> dict:
-    """["width=64", "tanh=true"] → {"width": 64, "tanh": True}; what is no JSON stays text."""
+    """["width=64", "tanh=true"] → {"width": 64, "tanh": True}; what is no JSON stays text.
+
+    The types and bounds of a bridge's options are checked by papers.make_bridge.
+    """
     options = {}
     for pair in pairs:
         name, eq, value = pair.partition("=")
         if not eq:
             raise UserError(f"--option {pair}: write name=value, for example --option version=1.")
         try:
-            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
+            options[name] = parse_json(value.lower() if value in ("True", "False") else value)
+        except ValueError:
             options[name] = value
     return options
 

@@ -1,4 +1,4 @@
-"""plumbing/device.py: in which numbers a device computes and stores."""
+"""plumbing/device.py: which device computes, and in which numbers it computes and stores."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,6 +6,16 @@ from pathlib import Path
 import torch
 
 from support.formats.files import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """auto | cpu | cuda | cuda:N | mps → that device; a UserError if this machine does not have it."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in gpus)]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    if name not in ("auto", *here):
+        raise UserError(f'--device "{name}": there is no such device here; known: auto, {", ".join(here)}.')
+    return torch.device(name if name != "auto" else "cuda" if gpus else "cpu")
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import argparse
 import os
-
-import torch
+from typing import Callable
 
 from model import nearest
-from support.formats.files import UserError
+from support.formats.files import UserError, check_value
+from support.plumbing.device import pick_device
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,9 +31,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python {self.prog} --help.")
 
 
+def number(kind: type = int, **bounds) -> Callable[[str], float]:
+    """An argparse type: a number within bounds (papers/bounds.py); the parser names the flag."""
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text
+        try:
+            return check_value("it", value, kind, **bounds)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e).rstrip(".")) from None
+
+    return convert
+
+
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the machine")
-    group.add_argument("--device", default="auto", help="cpu | cuda | auto (auto)")
+    group.add_argument("--device", default="auto", help="cpu | cuda | cuda:N | auto (auto)")
     group.add_argument("--offline", action="store_true", help="no network: hub names from the local cache")
 
 
@@ -41,4 +56,4 @@ def use_machine(args: argparse.Namespace) -> str:
     """Apply --offline, and return the device that --device means."""
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"              # read by hub.fetch and by the hub's own library
-    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    return str(pick_device(args.device))

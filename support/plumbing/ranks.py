@@ -14,6 +14,7 @@ if torch.distributed.is_available():                    # PyTorch can be built w
     from torch.distributed.fsdp import fully_shard
 
 from support.formats.files import UserError
+from support.plumbing.device import pick_device
 
 
 class Step(nn.Module):
@@ -44,10 +45,9 @@ class Ranks:
     def __init__(self, device: str = "auto", compile: bool = False, shard: bool = False):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first, self.compile, self.sharded = self.rank == 0, compile, shard
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        several_gpus = device == "cuda" and self.size > 1
-        self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if several_gpus else device)
+        self.device = pick_device(device)
+        if self.size > 1 and str(self.device) == "cuda":            # each process has a GPU of its own
+            self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         if shard and self.size == 1:
             raise UserError("--shard slices parameters over processes, and this is one; start several: "
                             "torchrun --nproc-per-node 2 train.py …")

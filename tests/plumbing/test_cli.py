@@ -2,21 +2,26 @@
 sentence."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields, replace
 
 import pytest
+import torch
 
 from model import DecoderConfig
+from papers import make_bridge
 from support.formats.files import UserError
 from support.plumbing.cli import (check_settings, make_parser, parse_flags, parse_options, parse_weighted,
                                   run_cli, setting)
+from support.plumbing.device import pick_device
+from train import Settings
 
 
 @dataclass
 class Flags:
     kind: str = setting("plain", "which one", "what", choices=("plain", "fancy"))
     words: list = setting([], "some words", nargs="+", action="extend")
-    share: float = setting(None, "100 % is all", "how much")
+    share: float = setting(None, "100 % is all", "how much", above=0, most=100)
     rounds: int = setting(3, "how often", least=1)
     loud: bool = setting(False, "with noise")
 
@@ -44,7 +49,9 @@ def test_help_has_groups_choices_and_defaults_and_fits_the_page():
 
 @pytest.mark.parametrize("argv, words", [
     (["--kind", "plian"], 'unknown kind "plian"; did you mean "plain"'),
-    (["--rounds", "0"], "--rounds 0: must be at least 1"),
+    (["--rounds", "0"], "--rounds is 0, not a whole number of at least 1"),
+    (["--rounds", str(10**400)], "not a whole number"),
+    *[(["--share", wrong], "--share is") for wrong in ("nan", "inf", "0", "-1", "101", "1e400")],
     (["--rounds", "many"], "--rounds"), (["--round", "2"],
                                          'unknown argument "--round"; did you mean "--rounds"'),
 ], ids=" ".join)
@@ -54,6 +61,29 @@ def test_a_wrong_flag_is_named(argv, words):
     assert words in str(e.value)
 
 
+@pytest.mark.parametrize("field, value", [
+    ("rounds", "3"), ("rounds", 1.5), ("rounds", True), ("rounds", None), ("rounds", [3]), ("share", None),
+    ("share", "all"), ("share", math.nan), ("share", 10**400), ("kind", 1), ("kind", None), ("words", "a"),
+    ("words", [1]), ("words", {}), ("loud", 1), ("loud", "yes")])
+def test_the_settings_of_a_resumed_run_have_types_and_bounds_too(field, value):
+    check_settings(Flags(share=1.0), "config.json: settings.{}".format)
+    with pytest.raises(UserError, match=rf"config.json: settings.{field}(\[0\])? is "):
+        check_settings(replace(Flags(share=1.0), **{field: value}), "config.json: settings.{}".format)
+
+
+def test_every_number_that_is_a_setting_has_bounds():
+    for f in fields(Settings):
+        bounds = {k for k, v in f.metadata["bounds"].items() if v is not None}
+        assert f.type not in ("int", "float") or bounds & {"least", "above"}, f.name
+
+
+@pytest.mark.parametrize("value", ["cuda:9", "mps", "gpu", "", "cuda:-1", "CPU", "cpu:0"])
+def test_a_device_that_is_not_there_is_named(value, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f'--device "{value}": there is no such device here; known: auto'):
+        pick_device(value)
+
+
 def test_options_are_json_or_text():
     assert parse_options(["a=1", "b=true", "c=True", "d=random", "e=[1, 2]"]) == {
         "a": 1, "b": True, "c": True, "d": "random", "e": [1, 2]}
@@ -61,11 +91,24 @@ def test_options_are_json_or_text():
         parse_options(["width"])
 
 
+@pytest.mark.parametrize("option", [
+    "width=abc", "width=1.5", "width=0", "width=-1", "width=1e400", "width=NaN", "width=true", "width=null",
+    "width=[16]", "width=99999999999", "layers=-1", "layers=100000", "constants=", "hidden=-4", "reads=1.5",
+    "reads=abc", "reads_cls=3"])
+def test_an_option_has_a_type_and_bounds(option):
+    name, _, _ = option.partition("=")
+    with pytest.raises(ValueError, match=f"mapl's option {name} is .*, not "):
+        make_bridge("mapl", DecoderConfig(), 20, **parse_options([option]))
+
+
 def test_data_sets_have_weights():
     assert parse_weighted("shapes") == [("shapes", 1.0)]
     assert parse_weighted("coco:DIR + interleaved:DIR * 0.2") == [("coco:DIR", 1.0), ("interleaved:DIR", 0.2)]
     with pytest.raises(UserError, match='the weight "two" is no number'):
         parse_weighted("shapes + shapes * two")
+    for wrong in ("nan", "inf", "-1", "0", "1e400"):
+        with pytest.raises(UserError, match="the weight of shapes is .*, not a number above 0"):
+            parse_weighted(f"emoji + shapes * {wrong}")
 
 
 def test_a_mistake_exits_with_2_and_a_bug_shows_its_traceback(capsys):

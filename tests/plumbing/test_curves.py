@@ -126,5 +126,5 @@ def test_curves_of_a_folder_without_a_run_or_a_log_are_refused_in_one_sentence(t
     with pytest.raises(UserError, match="log.jsonl: no step is logged"):
         train.main(["--curves", str(tmp_path)])
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match='"settings" is missing'):
+    with pytest.raises(UserError, match="config.json: the key 'settings' is missing"):
         train.main(["--curves", str(tmp_path)])

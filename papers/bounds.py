@@ -1,0 +1,49 @@
+"""papers/bounds.py: what a value may be; one check for flags, options of bridges and JSON files.
+
+    check_value("--lr", math.nan, float, above=0)       ValueError: --lr is nan, not a number above 0.
+    OPTIONS                                             the bounds of the bridges' options
+"""
+from __future__ import annotations
+
+LARGEST = {int: 2**63 - 1, float: 3.4e38}               # int64, float32: what is beyond cannot be computed
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
+         dict: "an object"}
+SIZE = dict(least=1, most=2**20)                        # of a width, a vocabulary, a number of tokens
+LAYERS = dict(least=1, most=1000)
+OPTIONS = {             # an option of a bridge → its bounds; every other whole number is a SIZE
+    **dict.fromkeys(("layers", "depth", "every", "cross_every"), LAYERS),
+    **dict.fromkeys(("first", "adapted"), dict(least=0, most=1000)),
+    **dict.fromkeys(("queries", "latents", "vocab", "times"), dict(least=0, most=2**20)),       # 0: has none
+    "reads": dict(least=-1000, most=1000),              # a layer of the ViT, negative from the last one
+    "version": dict(least=0, most=2),
+    "dropout": dict(least=0, below=1),
+    "vision_eps": dict(above=0, most=1),
+}
+
+
+def check_value(name: str, value, kind: type, least: float | None = None, most: float | None = None,
+                above: float | None = None, below: float | None = None):
+    """The value, if it is of its kind (int | float | bool | str | list | dict) and within its bounds.
+
+    A number is finite: NaN and infinities are within no bounds. True is no number, 1 is a float, 1.0 no int.
+    Else a ValueError of one sentence that begins with the name.
+    """
+    right = isinstance(value, (int, float) if kind is float else kind)
+    if kind in LARGEST:
+        right = right and not isinstance(value, bool) and -LARGEST[kind] <= value <= LARGEST[kind]
+        right = right and (least is None or value >= least) and (most is None or value <= most)
+        right = right and (above is None or value > above) and (below is None or value < below)
+    if not right:
+        bounds = {"of at least": least, "above": above, "of at most": most, "below": below}
+        limits = " and ".join(f"{word} {limit:,}" for word, limit in bounds.items() if limit is not None)
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+        raise ValueError(f"{name} is {shown:.60}, not {KINDS[kind]} {limits}".rstrip() + ".")
+    return value
+
+
+def check_option(bridge: str, name: str, value, annotation: str) -> None:
+    """A ValueError unless the value is what the annotation of a bridge's argument says, within OPTIONS."""
+    kind = {k.__name__: k for k in KINDS}.get(annotation.removesuffix(" | None"))
+    if kind and not (value is None and annotation.endswith(" | None")):
+        bounds = OPTIONS.get(name, SIZE if kind is int else {})
+        check_value(f"{bridge}'s option {name}", value, kind, **bounds)
