@@ -202,9 +202,8 @@ class Document:
         """Truncate to at most `longest` positions (a picture takes K); returns whether tokens were lost."""
         sizes = np.cumsum([K if t == IMAGE else 1 for t in self.tokens])
         n = int((sizes <= longest).sum())
-        shortened = n < len(self.tokens)
         self.tokens, self.labels = self.tokens[:n], self.labels[:n]
-        return shortened
+        return n < len(sizes)
 
 
 def training_document(item: Item, tokenizer, caption: bool = False, template=None,
@@ -220,7 +219,8 @@ def training_document(item: Item, tokenizer, caption: bool = False, template=Non
     if item.turns:
         turns = item.turns
         if template is not None and template.caption_only:  # LLaVA's first stage: no question
-            turns = [{"role": "user", "content": "<image>" * len(item.pictures)}, turns[1]]
+            answer = next(t for t in turns if t["role"] == "assistant")
+            turns = [{"role": "user", "content": "<image>" * len(item.pictures)}, answer]
         d.chat(turns, answer=False, template=template)
         return d.end() if template is not None and template.ends_with_eos else d
     if item.chunks:

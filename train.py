@@ -426,9 +426,6 @@ class AnswerTask(Task):
         """Captions and answers are learned, everything else is context."""
         caption = np.random.default_rng((self.s.seed, 1, index)).random() < self.s.captions
         d = data.training_document(item, self.tokenizer, caption, self.template, self.choice_text)
-        if (places := d.tokens.count(IMAGE)) > len(item.pictures):
-            raise UserError(f"{self.s.data}: the text of item {item.id} has {places} <image> for "
-                            f"{len(item.pictures)} pictures; repair it.")
         if all(label == IGNORE for label in d.labels):
             raise UserError(f"{self.s.data}: item {item.id} has nothing to learn: no caption, answer or "
                             "conversation; choose another split.")

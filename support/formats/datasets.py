@@ -5,9 +5,11 @@ BrokenRecord (where, why) for each that cannot; a file that cannot be read at al
 function of a reader makes a Record of one row. From records.py:
 
     load_lists, read_lines      the rows of a JSON file, the lines of a text file
+    read_rows, row_object       the rows of a JSON list or of JSON lines, and the object of a row
     parse_rows                  calls the inner function for every row; an exception becomes a BrokenRecord,
                                 None (a row of another split, or one that is only collected) nothing
     path_inside                 the path of a picture, refused if it leads out of the folder
+    same_id                     7, "7" and 7.0 are one id
 
 map: captions (COCO first) · questions (VQA, TextVQA, VizWiz, ScienceQA, MME) · conversations (LLaVA, Alpaca)
 · interleaved pages (MMC4) · FORMATS, the table of kinds. Sources: each docstring names its paper.
@@ -17,22 +19,49 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from support.formats.chat import alpaca_prompt
-from support.formats.records import (BrokenRecord, Record, checked_text, first_existing, load_lists,
-                                     parse_rows, path_inside, read_lines)
+from support.formats.records import (BrokenRecord, Record, checked_text, find_picture, first_existing,
+                                     load_lists, parse_rows, path_inside, read_lines, read_rows, read_table,
+                                     row_object, same_id)
+
+COCO_PARTS = ("train2014", "val2014", "test2014", "test2015", "val2017", "train2017", "test2017")
+
+
+def coco_pictures(folder: Path) -> Callable[[str, str], str]:
+    """A function (part, file name) → the path of a picture of COCO.
+
+    Where the part has no folder, the picture is looked for under its name in another year's: 2017 gave the
+    pictures of 2014 new names and new parts, COCO_val2014_000000000042.jpg is now train2017/000000000042.jpg.
+    """
+    present = [part for part in COCO_PARTS if (folder / part).is_dir()]
+
+    def find(part: str, name: str) -> str:
+        path = path_inside(folder, f"{part}/{name}" if part else name)
+        number = re.search(r"(?:^|_)(\d{12}\.jpg)$", name)
+        if part in present or part not in COCO_PARTS or not number:
+            return path
+        others = [f"{other}/{number[1]}" if "2017" in other else f"{other}/COCO_{other}_{number[1]}"
+                  for other in present]
+        return next((p for p in (f"{folder}/{other}" for other in others) if os.path.exists(p)), path)
+    return find
 
 
 def read_coco(folder: Path, split: str, names=("captions_{}2014", "captions_{}2017", "captions_{}")):
     """COCO Captions (1504.00325); VizWiz-Captions (2002.08565), without those marked rejected or pre-canned:
-        annotations/captions_{train,val}{2014,2017}.json
-        val2014/COCO_val2014_000000000042.jpg …     val2017/ …
+        annotations/captions_{train,val}{2014,2017}.json     annotations/image_info_test2014.json …
+        val2014/COCO_val2014_000000000042.jpg …     val2017/ …     test2014/ …
         annotations/{train,val,test}.json                    val/VizWiz_val_00000000.jpg …"""
+    if split.startswith("test2") or split.startswith("test-"):
+        names = ("image_info_{}",)                      # nobody has their captions
     file = first_existing(folder / "annotations", *(name.format(split) + ".json" for name in names))
-    part = file.stem.removeprefix("captions_")          # train2014 …, also the folder of the pictures
-    captions_of: dict[int, list[tuple[str, bool]]] = {}             # image id → (caption, rejected)
-    if split == "test":
+    part = file.stem.removeprefix("captions_").removeprefix("image_info_")      # train2014 …
+    find, pictures = coco_pictures(folder), part.replace("-dev", "")            # the folder of the pictures
+    captions_of: dict[int | str, list[tuple[str, bool]]] = {}       # image id → (caption, rejected)
+    if split.startswith("test"):
         images, annotations = load_lists(file, "images"), []
     else:
         images, annotations = load_lists(file, "images", "annotations")
@@ -40,15 +69,16 @@ def read_coco(folder: Path, split: str, names=("captions_{}2014", "captions_{}20
     def collect_caption(n, row):
         caption = checked_text(row["caption"])
         rejected = bool(row.get("is_rejected") or row.get("is_precanned"))
-        captions_of.setdefault(row["image_id"], []).append((caption, rejected))
+        captions_of.setdefault(same_id(row["image_id"]), []).append((caption, rejected))
 
     def image_record(n, row):
-        captions = [] if split == "test" else captions_of.pop(row["id"], None)
+        i = same_id(row["id"])
+        captions = [] if split.startswith("test") else captions_of.pop(i, None)
         if captions is None:
-            raise ValueError(f"image {row['id']} has no caption")
+            raise ValueError(f"image {i} has no caption")
         kept = [caption for caption, rejected in captions if not rejected]
         more = {"captions_all": [caption for caption, _ in captions]} if len(kept) < len(captions) else {}
-        return Record(row["id"], [path_inside(folder / part, row["file_name"])], part, kept, more=more)
+        return Record(i, [find(pictures, row["file_name"])], part, kept, more=more)
 
     yield from parse_rows(f"{file}, annotation", annotations, collect_caption)
     yield from parse_rows(f"{file}, image", images, image_record)
@@ -60,13 +90,16 @@ def read_karpathy(folder: Path, split: str, name="dataset_coco.json", pictures="
     """COCO and Flickr30k in Karpathy's splits (1412.2306); train includes restval, 113,287 images of COCO:
         dataset_coco.json          train2014/COCO_train2014_000000000009.jpg …     val2014/ …
         dataset_flickr30k.json     flickr30k-images/1000092795.jpg …"""
+    find = coco_pictures(folder)
+
     def image(n, row):
         part, sentences, subfolder = row["split"], row["sentences"], row.get("filepath", pictures)
         if part not in ("train", "restval", "val", "test") or not sentences:
             raise ValueError(f'split "{part}" with {len(sentences)} sentences')
         if split == part or (split, part) == ("train", "restval"):
-            path = path_inside(folder, f"{subfolder}/{row['filename']}")
-            return Record(row.get("cocoid", row["filename"]), [path], part, [s["raw"] for s in sentences],
+            path = find(subfolder, row["filename"])
+            i, captions = same_id(row.get("cocoid", row["filename"])), [s["raw"] for s in sentences]
+            return Record(i, [path], part, captions,
                           more={"coco_split": subfolder, "sentids": row.get("sentids")})
 
     return parse_rows(f"{folder / name}, image", load_lists(folder / name, "images"), image)
@@ -79,7 +112,7 @@ def read_flickr8k(folder: Path, split: str):
         Flicker8k_Dataset/1000268201_693b08cb0e.jpg …                      (sic)"""
     file = folder / "Flickr8k_text" / "Flickr8k.token.txt"
     listed = file.with_name(f"Flickr_8k.{split.replace('val', 'dev')}Images.txt")
-    captions_of: dict[str, list[str]] = {name: [] for name in read_lines(listed)}
+    captions_of: dict[str, list[str]] = {name.strip(): [] for name in read_lines(listed) if name.strip()}
 
     def collect_caption(n, line):
         head, _, text = line.partition("\t")
@@ -105,7 +138,8 @@ def read_cc(folder: Path, split: str):
     the code: the filter keeps the rows of a list that you make, and cannot reproduce MAPL's."""
     part = "validation" if split == "val" else "training"
     file = folder / ("Validation_GCC-1.1.0-Validation.tsv" if split == "val" else "Train_GCC-training.tsv")
-    downloaded = set(os.listdir(folder / part)) if (folder / part).is_dir() else ()
+    names = os.listdir(folder / part) if (folder / part).is_dir() else ()
+    downloaded = {os.path.splitext(name)[0]: name for name in names}            # row → 00000000.jpg
     listed, chosen = folder / "cc_clean.txt", set()
 
     def pair(n, line):
@@ -114,8 +148,8 @@ def read_cc(folder: Path, split: str):
         caption, url = line.split("\t") if line.count("\t") == 1 else ("", "")
         if not (caption.strip() and url.strip()):
             raise ValueError(f'"{line:.40}" is not a caption, a tab and a URL')
-        name = f"{n - 1:08d}.jpg"
-        images = [f"{folder / part}/{name}"] if name in downloaded else []
+        name = downloaded.get(f"{n - 1:08d}")
+        images = [f"{folder / part}/{name}"] if name else []
         return Record(n - 1, images, split.replace("clean", "train"), [caption], more={"url": url})
 
     if split == "clean":
@@ -140,24 +174,39 @@ def read_textcaps(folder: Path, split: str):
 
 
 def read_folder(folder: Path, split: str):
-    """Your own pictures:
+    """Your own pictures, with a caption or a list of them a row; several rows of one picture are references:
         captions.jsonl     {"image": "cat.jpg", "text": "a cat"}
-        cat.jpg …"""
-    def image(n, line):
-        row = json.loads(line)
-        if not row["text"].strip():
-            raise ValueError("the text is empty")
-        return Record(f"line {n}", [path_inside(folder, row["image"])], captions=[row["text"]])
+        captions.csv       image,text, then cat.jpg,a cat            also .tsv, or with semicolons
+        cat.jpg …
+    A JSON list (captions.json), and the names of Hugging Face's image folders (metadata.csv, metadata.jsonl:
+    file_name, text), do as well; the path may name the file."""
+    file = first_existing(folder, *(f"{stem}.{ending}" for stem in ("captions", "metadata")
+                                    for ending in ("jsonl", "json", "csv", "tsv", "txt")))
+    pictures, texts = ("image", "file_name", "filename"), ("text", "caption", "captions")
 
-    return parse_rows(f"{folder / 'captions.jsonl'}, line", read_lines(folder / "captions.jsonl"), image)
+    def field(row: dict, names: tuple[str, ...]):
+        return row[next((name for name in names if row.get(name) is not None), names[0])]
+
+    def image(n, row):
+        row = row_object(row)
+        if row.get(None):
+            raise ValueError("it has more fields than line 1 names; quote a text that holds the separator")
+        caption = field(row, texts)
+        captions = caption if isinstance(caption, list) else [caption]
+        return Record(f"line {n}", [path_inside(file.parent, field(row, pictures))], captions=captions)
+
+    if file.suffix.lower() in (".csv", ".tsv", ".txt"):
+        return parse_rows(f"{file}, row", read_table(file, *pictures), image)
+    return parse_rows(f"{file}, line", read_rows(file), image)
 
 
 def read_vqa(folder: Path, split: str, version="v2_"):
     """VQAv2 (1612.00837), and without the "v2_" OK-VQA (1906.00067); ten annotators answer, for test nobody:
-        v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json
+        v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json
         v2_mscoco_{train2014,val2014}_annotations.json
         train2014/COCO_train2014_000000000009.jpg …     val2014/ …     test2015/ …"""
-    part = {"train": "train2014", "val": "val2014", "test": "test2015"}[split]
+    part = split + ("2015" if split.startswith("test") else "2014")
+    find, pictures = coco_pictures(folder), part.replace("-dev", "")
     questions = folder / f"{version}OpenEnded_mscoco_{part}_questions.json"
     annotations = folder / f"{version}mscoco_{part}_annotations.json"
     fields_of: dict[int, dict] = {}                     # question id → the fields that its annotation fills
@@ -165,15 +214,16 @@ def read_vqa(folder: Path, split: str, version="v2_"):
     def collect_answers(n, row):
         more = {"question_type": row["question_type"], "most_common": row.get("multiple_choice_answer")}
         answers = [a["answer"] for a in row["answers"]]
-        fields_of[row["question_id"]] = dict(answers=answers, kind=row["answer_type"], more=more)
+        fields_of[same_id(row["question_id"])] = dict(answers=answers, kind=row["answer_type"], more=more)
 
     def question(n, row):
-        i, path = row["question_id"], f"{folder}/{part}/COCO_{part}_{row['image_id']:012d}.jpg"
-        if split != "test" and i not in fields_of:
+        i = same_id(row["question_id"])
+        path = find(pictures, f"COCO_{pictures}_{int(row['image_id']):012d}.jpg")
+        if not split.startswith("test") and i not in fields_of:
             raise ValueError(f"question {i} has no annotation, or is asked twice")
         return Record(i, [path], part, question=row["question"], **fields_of.pop(i, {}))
 
-    if split != "test":
+    if not split.startswith("test"):
         rows = load_lists(annotations, "annotations")
         yield from parse_rows(f"{annotations}, annotation", rows, collect_answers)
     yield from parse_rows(f"{questions}, question", load_lists(questions, "questions"), question)
@@ -228,7 +278,7 @@ def read_scienceqa(folder: Path, split: str):
         return Record(pid, images, row["split"], kind=row["subject"], question=row["question"],
                       choices=row["choices"], answer=row["answer"], more=more)
 
-    chosen = {pid: problems.get(pid) for pid in load_lists(listed, split)}
+    chosen = {str(pid): problems.get(str(pid)) for pid in load_lists(listed, split)}
     return parse_rows(f"{file}, problem", chosen, problem)
 
 
@@ -239,21 +289,23 @@ MME = {"perception": "existence count position color posters celebrity scene lan
 
 def read_mme(folder: Path, split: str):
     """MME (2306.13394), 14 tasks, two questions a picture; a text file has two lines: question, tab, Yes or
-    No:
+    No (in any case, as its evaluation reads them):
         MME_Benchmark_release_version/existence/0001.txt …     existence/0001.jpg …                 nine tasks
         MME_Benchmark_release_version/artwork/questions_answers_YN/0001.txt …  artwork/images/ … five tasks"""
     top = first_existing(folder, "MME_Benchmark_release_version", ".")
 
     def question(n, file):
-        rows, task = [line.split("\t") for line in read_lines(file)], file.relative_to(top).parts[0]
-        if len(rows) != 2 or any(len(row) != 2 or row[1].strip() not in ("Yes", "No") for row in rows):
+        task = file.relative_to(top).parts[0]
+        parts = [line.rstrip().rpartition("\t") for line in read_lines(file) if line.strip()]
+        rows = [(asked, answer.strip(" .").capitalize()) for asked, _, answer in parts]
+        if len(rows) != 2 or any(not asked.strip() or answer not in ("Yes", "No") for asked, answer in rows):
             raise ValueError("the file must have two lines: a question, a tab, Yes or No")
-        paths = [top / task / subfolder / (file.stem + end)
-                 for subfolder in ("images", ".") for end in (".jpg", ".png")]
-        path = next((p for p in paths if p.exists()), paths[-2])
+        paths = [Path(find_picture(f"{top / task / subfolder}/{file.stem}")) for subfolder in ("images", ".")]
+        path = next((p for p in paths if p.exists()), top / task / f"{file.stem}.jpg")
         group = next(group for group, tasks in MME.items() if task in tasks)
-        return Record(f"{task}/{path.name}/{n - 1}", [str(path)], "test", kind=task, question=rows[n - 1][0],
-                      answers=[rows[n - 1][1].strip()], more={"group": group})
+        asked, answer = rows[n - 1]
+        return Record(f"{task}/{path.name}/{n - 1}", [str(path)], "test", kind=task, question=asked,
+                      answers=[answer], more={"group": group})
 
     for task in MME["perception"] + MME["cognition"]:
         files = [*(top / task).glob("*.txt"), *(top / task / "questions_answers_YN").glob("*.txt")]
@@ -261,39 +313,67 @@ def read_mme(folder: Path, split: str):
             yield from parse_rows(f"{file}, question", [file, file], question)
 
 
+SPEAKERS = {"system": "system", "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+
+def read_turns(turns: list[dict]) -> tuple[tuple[str, str], ...]:
+    """Turns {"from", "value"}, or as OpenAI calls them {"role", "content"}, as (speaker, text).
+
+    A first turn of gpt is left out, as LLaVA's code does, and so is a last one of the human, which nothing
+    answers. A ValueError where the speakers do not take turns.
+    """
+    said = []
+    for turn in turns:
+        speaker, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
+        if speaker not in SPEAKERS:
+            raise ValueError(f'the speaker "{speaker}" is none of {", ".join(SPEAKERS)}')
+        said.append((SPEAKERS[speaker], checked_text(text)))
+    system = said[:1] if said and said[0][0] == "system" else []
+    talk = said[len(system):]
+    talk = talk[1:] if talk and talk[0][0] == "gpt" else talk
+    talk = talk[:-1] if talk and talk[-1][0] == "human" else talk
+    if not talk or [speaker for speaker, _ in talk] != ["human", "gpt"] * (len(talk) // 2):
+        raise ValueError("human and gpt must take turns")
+    if not any(text.strip() for speaker, text in talk if speaker == "gpt"):
+        raise ValueError("all of gpt's turns are empty")
+    return (*system, *talk)
+
+
 def read_llava(path: Path, split: str):
     """LLaVA-Instruct, LCS-558K, CC-595K (2304.08485), LLaVA-1.5's mixture (2310.03744); path: folder or file:
         llava_instruct_150k.json                      coco/train2017/000000033471.jpg …
         blip_laion_cc_sbu_558k.json, chat.json        images/00453/004539375.jpg …
-        llava_v1_5_mix665k.json                       coco/train2017/…, gqa/… (some have no picture)"""
+        llava_v1_5_mix665k.json                       coco/train2017/…, gqa/… (some have no picture)
+    "image" may be a list ("images", too), with an <image> for each in the human's turns. A JSON list or JSON
+    lines, whatever the file is called."""
     file = first_existing(path, "llava_instruct_150k.json", "llava_v1_5_mix665k.json",
-                          "blip_laion_cc_sbu_558k.json", "chat.json")
+                          "blip_laion_cc_sbu_558k.json", "chat.json", "chat.jsonl")
 
     def sample(n, row):
-        turns = tuple((turn["from"], checked_text(turn["value"])) for turn in row["conversations"])
-        image = row.get("image")
-        if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
-            raise ValueError("human and gpt must take turns, and gpt must speak last")
-        if [text.count("<image>") for _, text in turns] != [int(image is not None)] + [0] * (len(turns) - 1):
-            raise ValueError("<image> must stand once in the first turn if the sample has a picture, and "
-                             "nowhere else")
-        images = [] if image is None else [path_inside(file.parent, image, ".", "images", "coco/train2017")]
-        return Record(row.get("id", n), images, turns=turns)
+        row = row_object(row)
+        turns = row["messages"] if "messages" in row else row["conversations"]
+        images = row.get("image") or row.get("images") or []
+        images = images if isinstance(images, list) else [images]
+        paths = [path_inside(file.parent, image, ".", "images", "coco/train2017") for image in images]
+        return Record(n if row.get("id") is None else row["id"], paths, turns=read_turns(turns))
 
-    return parse_rows(f"{file}, sample", load_lists(file), sample)
+    return parse_rows(f"{file}, sample", read_rows(file), sample)
 
 
 def read_alpaca(path: Path, split: str):
     """Alpaca's 52K instructions (Taori et al., 2023), text alone; the path may name the file:
-        alpaca_data.json     [{"instruction": …, "input": … or "", "output": …}, …]"""
-    file = first_existing(path, "alpaca_data.json")
+        alpaca_data.json     [{"instruction": …, "input": … or "" or not there, "output": …}, …]"""
+    file = first_existing(path, "alpaca_data.json", "alpaca_data.jsonl", "alpaca_data_cleaned.json",
+                          "alpaca_gpt4_data.json")
 
     def sample(n, row):
-        more = {key: checked_text(row[key]) for key in ("instruction", "input", "output")}
+        row = row_object(row)
+        texts = {"instruction": row["instruction"], "input": row.get("input") or "", "output": row["output"]}
+        more = {key: checked_text(text) for key, text in texts.items()}
         prompt = alpaca_prompt(more["instruction"], more["input"])
         return Record(n - 1, turns=(("human", prompt), ("gpt", more["output"])), more=more)
 
-    return parse_rows(f"{file}, sample", load_lists(file), sample)
+    return parse_rows(f"{file}, sample", read_rows(file), sample)
 
 
 def read_interleaved(path: Path, split: str):
@@ -332,9 +412,10 @@ def split_at_pictures(r: Record) -> list[tuple[int | None, str]]:
     return [(image, " ".join(part)) for image, part in parts if part or image is not None]
 
 
-OWN = "train val all"               # no split on disk: every tenth record is val, the others are train
+OWN = "train val all"               # no split on disk: every tenth picture is val, the others are train
 FORMATS = {                     # kind: reader, splits (the first is the default), held-out split of the table
-    "coco": (read_coco, "train val train2014 val2014 train2017 val2017", "val"),
+    "coco": (read_coco, "train val train2014 val2014 train2017 val2017 test2014 test2015 test-dev2015 "
+                        "test2017 test-dev2017", "val"),
     "karpathy": (read_karpathy, "train restval val test", "test"),
     "flickr30k": (functools.partial(read_karpathy, name="dataset_flickr30k.json",
                                     pictures="flickr30k-images"), "train val test", "test"),
@@ -342,7 +423,7 @@ FORMATS = {                     # kind: reader, splits (the first is the default
     "cc": (read_cc, "train clean val", "val"),
     "textcaps": (read_textcaps, "train val test", "val"),
     "vizwiz": (functools.partial(read_coco, names=["{}"]), "train val test", "val"),
-    "vqav2": (read_vqa, "train val test", "val"),
+    "vqav2": (read_vqa, "train val test test-dev", "val"),
     "okvqa": (functools.partial(read_vqa, version=""), "train val", "val"),
     "textvqa": (read_textvqa, "train val test", "val"),
     "vizwizvqa": (read_vizwizvqa, "train val test", "val"),

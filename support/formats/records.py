@@ -1,13 +1,17 @@
 """formats/records.py: what the readers of data sets share.
 
 chapters: Record and BrokenRecord, which a reader yields · parse_rows, which makes one or the other of each
-row · helpers that open a file: load_lists (JSON), read_lines (text), path_inside and first_existing (paths).
+row · opening a file: load_lists (JSON), read_lines (text), read_rows (JSON or JSON lines), read_table (CSV) ·
+paths: path_inside, find_picture, picture_key, first_existing.
 """
 from __future__ import annotations
 
 import contextlib
+import csv
+import itertools
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -35,7 +39,7 @@ class Record:
     answers: tuple[str, ...] = ()                       # of ten annotators, or the right one alone
     choices: tuple[str, ...] = ()
     answer: int = -1                                    # index of the right choice
-    turns: tuple[tuple[str, str], ...] = ()             # a conversation: ("human" or "gpt", text)
+    turns: tuple[tuple[str, str], ...] = ()             # a conversation: ("system", "human" or "gpt", text)
     texts: tuple[str, ...] = ()                         # sentences of an interleaved document
     more: dict = field(default_factory=dict)            # other fields, under the format's own names
 
@@ -50,6 +54,22 @@ class Record:
         wrong_choice = self.choices and self.answer not in range(len(self.choices))
         if not isinstance(self.id, (int, str)) or wrong_choice:
             raise ValueError(f"the answer is {self.answer!r:.40} and the id {self.id!r:.40}, which cannot be")
+        if flaw := self.flaw():
+            raise ValueError(flaw)
+
+    def flaw(self) -> str:
+        """Why nothing can be learned from this entry, or not what it says; "" where all is well."""
+        for name in ("captions", "answers", "texts"):
+            texts = getattr(self, name)
+            if texts and not any(map(str.strip, texts)):
+                return f"all of its {name} are empty"
+        if (self.answers or self.choices) and not self.question.strip():
+            return "its question is empty"
+        places = [speaker for speaker, text in self.turns for _ in range(text.count("<image>"))]
+        if self.turns and (len(places) != len(self.images) or set(places) - {"human"}):
+            return (f"<image> stands {len(places)} times for {len(self.images)} pictures, but each picture "
+                    "needs one, in a human turn")
+        return ""
 
 
 TEXT_FIELDS = [(f.name, f.default) for f in fields(Record)          # texts and lists of texts
@@ -66,9 +86,11 @@ def parse_rows(where: str, rows, make) -> Iterator[Record | BrokenRecord]:
     """Yield make(n, row) of every row; n counts from 1, of a dict it is the key.
 
     A row whose make fails becomes a BrokenRecord that names `where` and n. A row whose make returns None is
-    skipped.
+    skipped, and so is an empty line, which counts.
     """
     for n, row in rows.items() if isinstance(rows, dict) else enumerate(rows, 1):
+        if isinstance(row, str) and not row.strip():
+            continue
         try:
             record = make(n, row)
         except KeyError as e:
@@ -112,27 +134,114 @@ def load_lists(file: Path, *names: str, kind=list):
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file. Only \\n and \\r\\n end one: str.splitlines would cut a caption at U+2028."""
+    """Lines of a UTF-8 file, or of a UTF-16 one with BOM.
+
+    Only \\n and \\r\\n end one: str.splitlines would cut a caption at U+2028.
+    """
     n = 0
-    with naming_file(file), open(file, encoding="utf-8-sig", newline="\n") as f:
+    with naming_file(file), open(file, encoding=encoding_of(file), newline="\n") as f:
         for n, line in enumerate(f, 1):
             yield line.rstrip("\r\n")
         if not n:
             raise ValueError("it is empty")
 
 
+def encoding_of(file: Path) -> str:
+    with open(file, "rb") as f:
+        return "utf-16" if f.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def read_rows(file: Path):
+    """The rows of a JSON list, or the lines of a file with a JSON object a line, whatever the file is called.
+
+    `row_object` makes the object of a row.
+    """
+    with naming_file(file), open(file, encoding=encoding_of(file)) as f:
+        start = f.read(1)
+        while start.isspace():
+            start = f.read(1)
+    return load_lists(file) if start == "[" else read_lines(file)
+
+
+def row_object(row):
+    return json.loads(row) if isinstance(row, str) else row
+
+
+def read_table(file: Path, *columns: str) -> Iterator[dict]:
+    """Rows of a table as dicts; commas, semicolons or tabs stand between its columns, which line 1 names.
+
+    columns: one of these names must be among them.
+    """
+    lines = read_lines(file)
+    head = next(lines)
+    mark = max(",;\t", key=head.count)
+    rows = csv.DictReader(itertools.chain([head], lines), delimiter=mark)
+    if not set(columns) & set(rows.fieldnames or ()):
+        raise UserError(f'{file}: its first line is "{head:.60}", but it must name the columns, '
+                        f"among them {columns[0]}.")
+    try:
+        yield from rows
+    except csv.Error as e:
+        raise UserError(f"{file}, line {rows.line_num}: {e}; repair the table.") from None
+
+
+def same_id(value):
+    """An id as a number where it is one: 7, "7" and 7.0 name the same picture."""
+    if isinstance(value, float) and value.is_integer() or isinstance(value, str) and value.isdecimal():
+        return int(value)
+    return value
+
+
 def path_inside(folder: Path, name: str, *roots: str) -> str:
     """folder/name; with roots, in the first of these subfolders that has it.
 
     A name that leads out of the folder is refused: a downloaded list must not choose which of our files are
-    read.
+    read. Whether a link does is checked where a picture is opened (`link_leaves`).
     """
-    if name.startswith("/") or ".." in name.split("/"):
+    name = checked_text(name)
+    if os.path.isabs(name):
+        name = name.removeprefix(f"{folder.absolute()}/")
+    if not name or os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         raise ValueError(f'the picture "{name}" lies outside the folder of the data set')
     paths = [f"{folder / root}/{name}" for root in roots or (".",)]
     if not roots:                              # one candidate: no look at the disk, millions of pictures pass
         return paths[0]
-    return next((p for p in paths if os.path.exists(p)), paths[0])
+    return next((p for p in map(find_picture, paths) if os.path.exists(p)), paths[0])
+
+
+def link_leaves(folder: Path, path: str) -> bool:
+    """Whether the path leads out of the folder by a symbolic link, of the file or of a folder before it."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+ENDINGS = (".jpg", ".jpeg", ".JPG", ".JPEG", ".png", ".PNG", ".webp", ".WEBP", ".gif", ".GIF", ".bmp", ".BMP",
+           ".tif", ".tiff", ".TIF", ".TIFF")
+
+
+def find_picture(path: str) -> str:
+    """The path, or another spelling of it under which there is a file.
+
+    cat.jpg is also cat.JPG or cat.jpeg, a name without an ending gets one, and dir\\cat.jpg is dir/cat.jpg.
+    cat.png is another picture.
+    """
+    if os.path.exists(path):
+        return path
+    stem, ending = os.path.splitext(path.replace("\\", "/"))
+    if ending not in ENDINGS and ending.lower() not in ENDINGS:
+        spellings = [stem + ending, *(stem + ending + e for e in ENDINGS)]
+    else:
+        letter = ending.lower()[1]              # jpg and jpeg, tif and tiff
+        spellings = [stem + ending, *(stem + e for e in ENDINGS if e.lower()[1] == letter)]
+    return next((p for p in spellings if os.path.exists(p)), path)
+
+
+COCO_NAME = re.compile(r"(?:train|val|test|unlabeled)20(?:14|15|17)/(?:COCO_\w+_)?(\d{12})\.jpe?g$", re.I)
+
+
+def picture_key(path: str) -> str:
+    """What is equal for two paths of one picture: COCO's number, which 2014's and 2017's names share."""
+    number = COCO_NAME.search(path)
+    return f"COCO {number[1]}" if number else os.path.normpath(path)
 
 
 def first_existing(path: Path, *names: str) -> Path:

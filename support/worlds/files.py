@@ -1,6 +1,7 @@
 """worlds/files.py: a data set on disk as a world: item(i) is a function of the seed, the split and i."""
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from data import Item, QA
 from support.formats.datasets import FORMATS, OWN, split_at_pictures
 from support.formats.files import UserError
 from support.formats.pictures import read_image
-from support.formats.records import BrokenRecord, LAYOUT, Record
+from support.formats.records import BrokenRecord, LAYOUT, Record, find_picture, link_leaves, picture_key
 
-ROLES = {"human": "user", "gpt": "assistant"}           # the names of LLaVA's files → ours
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}       # the names of LLaVA's files → ours
 
 
 def has_text(r: Record) -> bool:
@@ -21,41 +22,64 @@ def has_text(r: Record) -> bool:
 
 
 def picture_first(text: str) -> str:
-    """The text with its picture moved to the front, as LLaVA's training code does."""
-    return "<image>\n" + text.replace("<image>", "").strip() if "<image>" in text else text
+    """The text with its picture moved to the front, as LLaVA's training code does; several stay in place."""
+    return "<image>\n" + text.replace("<image>", "").strip() if text.count("<image>") == 1 else text
+
+
+def group_by_picture(items: list[list[Record]]) -> list[list[list[Record]]]:
+    """The items in groups that have no picture in common, in the order of their first items.
+
+    Two items are in one group if they show the same picture, or both share one with a third item.
+    """
+    first = [*range(len(items))]                        # item → an earlier one of its group, or itself
+    shown: dict[str, int] = {}                          # picture → the item that shows it first
+
+    def root(i: int) -> int:
+        while first[i] != i:
+            first[i] = i = first[first[i]]
+        return i
+
+    for i, item in enumerate(items):
+        for path in item[0].images:
+            a, b = sorted((root(i), root(shown.setdefault(picture_key(path), i))))
+            first[b] = a
+    groups: dict[int, list[list[Record]]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault(root(i), []).append(item)
+    return [*groups.values()]
+
+
+def own_split(items: list[list[Record]], val: bool) -> list[list[Record]]:
+    """Items of a data set without splits: every tenth picture is for val, of fewer than ten the last."""
+    groups = group_by_picture(items)
+    every = min(10, max(2, len(groups)))
+    return [item for n, group in enumerate(groups) if (n % every == every - 1) == val for item in group]
 
 
 class Files:
     """A data set on disk as a world: item(i) is a function of (seed, split, i); each pass has its own order.
 
-    The questions about one picture make one item (MME's pairs, VQAv2's five). A broken record or picture is
-    skipped with a counted warning, or stops a strict run. share = 0.01 keeps 1 % of the items, the same ones
-    for the same seed.
+    The questions about one picture make one item (MME's pairs, VQAv2's five), and so do its captions. A
+    broken record or picture is skipped with a counted warning, or stops a strict run. share = 0.01 keeps 1 %
+    of the items, the same ones for the same seed. A picture behind a link that leaves the folder is a broken
+    one, unless follow_links.
     """
     size = 64                       # side of the pictures in pixels, for a ViT trained here
     finite, says_scenes = True, False
 
     def __init__(self, kind: str, path: str, split: str, seed: int = 0, strict: bool = False,
-                 share: float = 1.0):
+                 share: float = 1.0, follow_links: bool = False):
         reader, splits, self.held_out = FORMATS[kind]
         self.kind, self.path, self.split, self.seen = kind, path, split, split
-        self.seed, self.strict = seed, strict
+        self.seed, self.strict, self.follow_links = seed, strict, follow_links
+        self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
         self.name, self.broken, self.order = f"{kind}:{path}", {}, (-1, None)
-        groups, absent = {}, 0
-        for n, r in enumerate(reader(Path(path), split)):
-            if isinstance(r, BrokenRecord):
-                self.skip(*r)
-            elif (r.captions or r.texts) and not r.images:          # its picture was not downloaded
-                absent += 1
-            else:
-                groups.setdefault(r.images if r.question and r.images else n, []).append(r)
-        items = [g for g in groups.values() if any(map(has_text, g))] or [*groups.values()]
-        absent += len(groups) - len(items)
-        if absent:
-            print(f"note: {absent:,} records of {self.name} left out: no picture on disk, or no text",
-                  file=sys.stderr)
-        if splits == OWN and split != "all":
-            items = [g for i, g in enumerate(items) if (i % 10 == 9) == (split == "val")] or items[-1:]
+        items = self.collect(reader(Path(path), split))
+        if items and splits == OWN and split != "all":
+            items = own_split(items, split == "val")
+            if not items:
+                raise UserError(f"{path}: all of its items share one picture, so none is left for val; "
+                                "give more pictures.")
         if not items:
             last = "".join(f" (last: {where}: {why})" for where, why in list(self.broken.items())[-1:])
             raise UserError(f"{path}: holds no usable record of {kind}, split {split}{last}; "
@@ -63,6 +87,29 @@ class Files:
         count = max(1, round(share * len(items)))
         chosen = np.random.default_rng((seed, len(items))).permutation(len(items))[:count]
         self.items: list[list[Record]] = [items[i] for i in np.sort(chosen)]
+
+    def collect(self, records) -> list[list[Record]]:
+        """The usable records of a reader: those of a picture together, a conversation or a page alone."""
+        groups, absent = {}, 0
+        for n, r in enumerate(records):
+            if isinstance(r, BrokenRecord):
+                self.skip(*r)
+            elif (r.captions or r.texts) and not r.images:          # its picture was not downloaded
+                absent += 1
+            else:
+                alone = r.turns or r.texts or not r.images
+                groups.setdefault(n if alone else tuple(map(picture_key, r.images)), []).append(r)
+        items = [g for g in groups.values() if any(map(has_text, g))] or [*groups.values()]
+        absent += len(groups) - len(items)
+        if absent:
+            print(f"note: {absent:,} records of {self.name} left out: no picture on disk, or no text",
+                  file=sys.stderr)
+        return items
+
+    @functools.cached_property
+    def pictures(self) -> set[str]:
+        """What is shown, as picture_key names it."""
+        return {picture_key(path) for records in self.items for r in records for path in r.images}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -92,13 +139,19 @@ class Files:
             if self.broken.keys().isdisjoint(paths):
                 try:
                     for path in paths:
-                        images.append(read_image(path))
+                        images.append(self.read_picture(path))
                     return records, images
                 except UserError as e:
                     why = str(e).removeprefix(f"{path}: ").rstrip(".")
                     self.skip(path, f"{why} (record {records[0].id})")
         raise UserError(f"{self.path}: not one picture of split {self.split} could be read "
                         f"(last: {paths[0]}).")
+
+    def read_picture(self, path: str) -> np.ndarray:
+        file = find_picture(path)
+        if not self.follow_links and link_leaves(self.folder, file):
+            raise UserError(f"{path}: a link that leaves {self.folder}; --follow-links reads it.")
+        return read_image(file)
 
     def question(self, r: Record) -> QA:
         """A record's question; its answer is the correct choice or the annotators' most frequent answer."""
@@ -108,13 +161,14 @@ class Files:
             answer = r.choices[r.answer].strip()
             return QA(r.kind or self.kind, r.question, answer, answers, r.choices, r.answer, hint, lecture,
                       solution, source=r)
-        answer = r.more.get("most_common") or max(r.answers, key=r.answers.count, default="")
+        given = [a for a in r.answers if a.strip()]
+        answer = r.more.get("most_common") or max(given, key=given.count, default="")
         return QA(r.kind or self.kind, r.question, answer.strip(), answers, source=r)
 
     def item(self, index: int, turns: int | None = None) -> Item:
         """For training: captions in random order, at most `turns` of the questions that have an answer."""
         records, images = self.read(index)
-        r, captions = records[0], [c.strip() for c in records[0].captions if c.strip()]
+        r, captions = records[0], [c.strip() for r in records for c in r.captions if c.strip()]
         qas = [self.question(q) for q in records if q.question]
         if turns is not None:
             rng = self.rng(index)

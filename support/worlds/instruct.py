@@ -18,7 +18,7 @@ from papers.llava_data import DESCRIBE, SHARES, ask_teacher, read_turns, symboli
 from support.formats.files import UserError, write_json
 from support.formats.hub import fetch
 from support.formats.llama import load_decoder
-from support.formats.records import load_lists, naming_file, parse_rows
+from support.formats.records import find_picture, load_lists, naming_file, parse_rows, same_id
 from support.formats.tokenizer_files import load_tokenizer
 from support.worlds import open_data
 from support.worlds.teacher import rule_teacher
@@ -49,16 +49,16 @@ def coco_boxes(folder: Path, part: str) -> dict[int, list[tuple[str, Box]]]:
         return found
     images, notes, categories = load_lists(file, "images", "annotations", "categories")
     with naming_file(file):
-        sizes = {i["id"]: (i["width"], i["height"]) for i in images}
+        sizes = {same_id(i["id"]): (i["width"], i["height"]) for i in images}
         names = {c["id"]: c["name"] for c in categories}
 
     def note(n, row):
-        (x, y, w, h), (W, H) = row["bbox"], sizes[row["image_id"]]
+        (x, y, w, h), (W, H) = row["bbox"], sizes[same_id(row["image_id"])]
         if not (0 <= x < W and 0 <= y < H and w > 0 < h):
             raise ValueError(f"the box {row['bbox']} is not in its picture of {W} x {H} pixels")
         if not row.get("iscrowd"):
             box = x / W, y / H, min(1, (x + w) / W), min(1, (y + h) / H)
-            found.setdefault(row["image_id"], []).append((names[row["category_id"]], box))
+            found.setdefault(same_id(row["image_id"]), []).append((names[row["category_id"]], box))
 
     if bad := [*parse_rows(f"{file}, annotation", notes, note)]:
         print(f"warning: {len(bad)} boxes skipped (last: {bad[-1].where}: {bad[-1].why})", file=sys.stderr)
@@ -94,7 +94,7 @@ def draw_sample(world, index: int, seed: int) -> Sample:
     file, boxes = None, drawn_boxes(things, item.image)
     if world.finite:
         record = world.read(index)[0][0]
-        file, part = Path(record.images[0]), record.more.get("coco_split") or record.split
+        file, part = Path(find_picture(record.images[0])), record.more.get("coco_split") or record.split
         boxes = coco_boxes(Path(world.path), part).get(record.id, [])
     return Sample(rng, kind, question, item, file, boxes, things)
 
