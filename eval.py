@@ -201,9 +201,7 @@ def generate_ids(model: VLM | Decoder, tokens: Tensor, max_new_tokens: int, beam
         return model.generate(tokens, max_new_tokens=max_new_tokens, mask=mask, stop=stop, **images)
     if isinstance(model, Decoder):
         return beam_search(model, tokens, max_new_tokens, beams, mask=mask, stop=stop)
-    pixels, features = images.pop("pixels", None), images.pop("features", None)
-    features = model.features(pixels) if features is None else features
-    inputs, _ = model.prepare(tokens, features, mask, left=True, **images)
+    inputs, _ = model.prepare(tokens, mask=mask, **images)
     return beam_search(model.decoder, None, max_new_tokens, beams, stop=stop, **inputs)
 
 

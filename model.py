@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +158,7 @@ class ImagePositions:
 
     def columns(self, T: int) -> Tensor:
         """(B, T) of `last` for a chunk of T positions; one generated after the prompt follows all images."""
-        return self.last if T == self.last.shape[1] else self.last[:, -1:].expand(-1, T)
+        return self.last if T == self.last.shape[1] else self.last.amax(1, keepdim=True).expand(-1, T)
 
 
 @dataclass(frozen=True)
@@ -457,39 +457,42 @@ class Decoder(nn.Module):
     # 3. Generation
     # --------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def stream(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
-               top_k: int = 0, top_p: float = 1.0, stop: tuple[int, ...] = (),
-               generator: torch.Generator | None = None, mask: Tensor | None = None,
-               embeds: Tensor | None = None, bridge: Bridge | None = None, visual=None) -> Iterator[Tensor]:
-        """Yields the next token of every row, (B,) int64, until all rows have stopped.
-
-        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the smallest set whose probability
-        reaches p. A row that has emitted a stop id repeats it. Padding, if any, stands on the left.
-        """
-        if max_new_tokens < 1:
+    def read_prompt(self, tokens: Tensor | None, max_new_tokens: int, mask: Tensor | None = None,
+                    embeds: Tensor | None = None, **seams) -> tuple[Tensor, Cache]:
+        """Logits (B, V) of the first new token, and a cache of the prompt with room for all new ones."""
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
-        B, T = tokens.shape if embeds is None else embeds.shape[:2]
-        weight = self.embed.weight
-        cache = Cache(self.config, B, T + max_new_tokens, weight.device, weight.dtype)
-        stops = torch.tensor(stop, dtype=torch.long, device=weight.device)
-        done = torch.zeros(B, dtype=torch.bool, device=weight.device)
-        token = None
-        for _ in range(max_new_tokens):
-            hidden = self.states(tokens, mask, embeds=embeds, cache=cache, bridge=bridge, visual=visual)[-1]
-            chosen = sample(self.head(hidden[:, -1]), temperature, top_k, top_p, generator)     # (B,)
-            token = chosen if token is None else torch.where(done, token, chosen)
-            yield token
-            done = done | torch.isin(token, stops)
-            if len(stop) and bool(done.all()):
-                return
-            tokens, mask, embeds = token[:, None], None, None
+        x = self.embed(tokens) if embeds is None else embeds
+        B, T = x.shape[:2]
+        real = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask.bool()
+        for n in sorted({*real.sum(1).tolist()}):
+            if not 0 < n <= self.config.context:
+                raise ValueError(f"a prompt has {n} tokens, soft tokens of images included; this decoder "
+                                 f"reads 1 to {self.config.context}.")
+        cache = Cache(self.config, B, T + max_new_tokens, x.device, self.embed.weight.dtype)
+        hidden = self.states(embeds=x, mask=None if mask is None else real, cache=cache, **seams)[-1]
+        last = (real * torch.arange(T, device=x.device)).argmax(1)              # (B,) padding may follow
+        return self.head(hidden[torch.arange(B, device=x.device), last]), cache
 
     @torch.no_grad()
     def generate(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
-                 **kw) -> Tensor:
-        """The new tokens only, (B, T_new) int64; arguments as in `stream`."""
-        return torch.stack(list(self.stream(tokens, max_new_tokens, temperature, **kw)), dim=1)
+                 top_k: int = 0, top_p: float = 1.0, stop: tuple[int, ...] = (),
+                 generator: torch.Generator | None = None, mask: Tensor | None = None,
+                 embeds: Tensor | None = None, **seams) -> Tensor:
+        """The new tokens only, (B, T_new) int64, until all rows have stopped.
+
+        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the smallest set whose probability
+        reaches p. A row that has emitted a stop id repeats it. Padding may stand on either side. seams: the
+        bridge and what it sees, as in `states`.
+        """
+        logits, cache = self.read_prompt(tokens, max_new_tokens, mask, embeds, **seams)
+        stops = torch.tensor(stop, dtype=torch.long, device=logits.device)
+        new = [sample(logits, temperature, top_k, top_p, generator)]            # (B,) each
+        while len(new) < max_new_tokens and not (stop and torch.isin(new[-1], stops).all()):
+            logits = self.head(self.states(new[-1][:, None], cache=cache, **seams)[-1][:, -1])
+            chosen = sample(logits, temperature, top_k, top_p, generator)
+            new.append(torch.where(torch.isin(new[-1], stops), new[-1], chosen))
+        return torch.stack(new, dim=1)
 
 
 NO_BRIDGE = Bridge()
@@ -498,6 +501,9 @@ NO_BRIDGE = Bridge()
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
            generator: torch.Generator | None) -> Tensor:
     """(B, V) → (B,): argmax at temperature 0, else a draw from the truncated distribution."""
+    if not (0 <= temperature < math.inf and isinstance(top_k, int) and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: give a temperature from "
+                         "0, a whole top_k from 0, and a top_p above 0 and at most 1.")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -690,27 +696,24 @@ class VLM(nn.Module):
         self.image_token = image_token
         self.processor = None                   # how pictures become pixels (data.Processor); None: as CLIP's
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """(ΣM, 3, S, S) → (ΣM, N, Di): what this bridge reads."""
+    def features(self, pixels: Tensor | None) -> Tensor:
+        """(ΣM, 3, S, S) → (ΣM, N, Di): what this bridge reads; None: of a text without pictures, ΣM = 0."""
+        if pixels is None:
+            pixels = next(self.vit.parameters()).new_zeros(0, 3, *2 * [self.vit.config.image_size])
         return self.vit.features(pixels, self.bridge.reads, self.bridge.reads_cls)
 
-    def feature_shape(self) -> tuple[int, int]:
-        """(N, Di) of the features that this bridge reads of one image."""
-        c = self.vit.config
-        dropped = c.cls and not self.bridge.reads_cls
-        return 1 if self.bridge.reads == "pooled" else c.tokens - dropped, c.width
-
-    def prepare(self, tokens: Tensor, features: Tensor, mask: Tensor | None = None,
-                labels: Tensor | None = None, left: bool | None = None,
+    def prepare(self, tokens: Tensor, features: Tensor | None = None, mask: Tensor | None = None,
+                labels: Tensor | None = None, pixels: Tensor | None = None,
                 bridge_tokens: Tensor | None = None, bridge_mask: Tensor | None = None):
         """Put the images into the text: what the decoder needs, and the labels that moved with the expansion.
 
         tokens (B, T) with one IMAGE per image → dict(embeds (B, T', D), mask, bridge, visual), labels (B,
         T'). An IMAGE becomes the bridge's K soft tokens, or the ordinary token `image_token`, or nothing.
-        Padding stays on the side it came from, on the right where rows of one length expand to several;
-        left=True puts it in front. bridge_tokens (ΣM, T) and bridge_mask go to the bridge's `see`: an
-        instruction for the Q-Former itself.
+        Padding stays on the side it came from, on the right where rows of one length expand to several.
+        `features` (ΣM, N, Di) may stand in for pixels; a text without images needs neither. bridge_tokens
+        (ΣM, T) and bridge_mask go to the bridge's `see`: an instruction for the Q-Former itself.
         """
+        features = self.features(pixels) if features is None else features
         is_image = tokens == IMAGE
         if int(is_image.sum()) != len(features):
             raise ValueError(f"the text has {int(is_image.sum())} image placeholders "
@@ -727,7 +730,7 @@ class VLM(nn.Module):
             labels = None if labels is None else labels.masked_fill(is_image, IGNORE)
             return dict(embeds=self.decoder.embed(words), mask=mask, **inputs), labels
 
-        new = Expansion(tokens, mask, 0 if soft is None else soft.shape[1], left)
+        new = Expansion(tokens, mask, 0 if soft is None else soft.shape[1])
         embeds = new.move(self.decoder.embed(tokens.masked_fill(is_image, 0)), 0)           # (B, T', D)
         if new.K:
             embeds = embeds.to(soft.dtype).index_put(new.soft, soft)
@@ -739,10 +742,9 @@ class VLM(nn.Module):
                 features: Tensor | None = None, return_hidden: bool = False, **text):
         """Logits (B, T', V) over the expanded sequence, and the L+1 hidden states when asked.
 
-        `features` (ΣM, N, Di) may stand in for pixels; text: bridge_tokens and bridge_mask of `prepare`.
+        Arguments as in `prepare`; text: its bridge_tokens and bridge_mask.
         """
-        features = self.features(pixels) if features is None else features
-        inputs, _ = self.prepare(tokens, features, mask, **text)
+        inputs, _ = self.prepare(tokens, features, mask, pixels=pixels, **text)
         return self.decoder(return_hidden=return_hidden, **inputs)
 
     def loss(self, tokens: Tensor, labels: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None,
@@ -752,28 +754,25 @@ class VLM(nn.Module):
         labels (B, T): the token itself where it is supervised, IGNORE elsewhere; the shift happens here.
         Logits are computed at supervised positions only: the vocabulary projection dominates a small decoder.
         """
-        features = self.features(pixels) if features is None else features
-        inputs, labels = self.prepare(tokens, features, mask, labels, **text)
+        inputs, labels = self.prepare(tokens, features, mask, labels, pixels, **text)
         return next_token_loss(self.decoder, labels, **inputs)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, pixels: Tensor | None = None, max_new_tokens: int = 32,
                  temperature: float = 0.0, mask: Tensor | None = None, features: Tensor | None = None,
                  bridge_tokens: Tensor | None = None, bridge_mask: Tensor | None = None, **kw) -> Tensor:
-        """New tokens (B, T_new) int64; kw as in `Decoder.stream`. Padding may stand on either side."""
-        features = self.features(pixels) if features is None else features
-        inputs, _ = self.prepare(tokens, features, mask, left=True, bridge_tokens=bridge_tokens,
-                                 bridge_mask=bridge_mask)
+        """New tokens (B, T_new) int64; kw as in `Decoder.generate`. Padding may stand on either side."""
+        inputs, _ = self.prepare(tokens, features, mask, None, pixels, bridge_tokens, bridge_mask)
         return self.decoder.generate(max_new_tokens=max_new_tokens, temperature=temperature, **inputs, **kw)
 
 
 class Expansion:
     """Where each token of (B, T) stands in (B, T'), when an IMAGE takes K positions and padding none."""
 
-    def __init__(self, tokens: Tensor, mask: Tensor | None, K: int, left: bool | None):
+    def __init__(self, tokens: Tensor, mask: Tensor | None, K: int):
         is_image = tokens == IMAGE
         real = torch.ones_like(is_image) if mask is None else mask.bool()
-        self.K, self.left = K, bool((~real[:, 0]).any()) if left is None else left
+        self.K, self.left = K, bool((~real[:, 0]).any())
         width = torch.where(is_image, K, real.long())           # (B, T) positions that a token becomes
         self.length = width.sum(1)                                              # (B,)
         self.longest = int(self.length.max())                                   # T'

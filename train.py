@@ -399,7 +399,7 @@ class AnswerTask(Task):
         bridge = self.module.bridge
         if not bridge.soft_tokens:
             return 1
-        features = next(bridge.parameters()).new_zeros(1, *self.module.feature_shape())
+        features = next(bridge.parameters()).new_zeros(1, *self.module.features(None).shape[1:])
         return bridge.prefix(bridge.see(features)).shape[1]
 
     # the batch

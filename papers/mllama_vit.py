@@ -139,6 +139,9 @@ class TiledViT(nn.Module):
             raise ValueError("a tower of tiles is read with reads=-1, reads_cls=True, "
                              f"not {layer} and {cls}.")
         shape = (c.tiles, 3, c.image_size, c.image_size)
+        if isinstance(pixels, Tensor) and not len(pixels):              # of a text without pictures
+            aspect = torch.zeros(0, dtype=torch.long, device=pixels.device)
+            pixels = Tiles(pixels.new_zeros(0, *shape), aspect, aspect.new_zeros(0, c.tiles))
         if not isinstance(pixels, Tiles) or pixels.pixels.shape[1:] != shape:
             got = type(pixels).__name__
             if isinstance(pixels, Tiles):

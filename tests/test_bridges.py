@@ -810,8 +810,11 @@ def test_a_text_without_any_image_is_read_like_one_beside_others():
         row = torch.tensor([[3, 4, 5]])
         with torch.no_grad():
             alone = vlm(row, features=images(0))
+            assert torch.equal(vlm(row), alone)                 # nor need it be told that there is none
             beside = vlm(torch.cat((row, torch.tensor([[3, IMG, 4]]))), features=images(1))
         torch.testing.assert_close(beside[0, :3], alone[0], atol=1e-4, rtol=1e-4)
+        for beams in (1, 2):
+            assert generate_ids(vlm, row, 3, beams).shape == (1, 3)
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
@@ -855,7 +858,7 @@ def test_pixels_and_cached_features_are_the_same(name):
     pixels, tokens = torch.randn(2, 3, 24, 24, generator=G()), torch.tensor([[3, IMG, 4], [IMG, 5, 6]])
     with torch.no_grad():
         features = vlm.features(pixels)
-        assert features.shape == (2, *vlm.feature_shape())
+        assert features.shape == (2, *vlm.features(None).shape[1:])
         if vlm.bridge.reads != "pooled":                                # see tests/papers/test_clipcap.py
             assert features.shape == (2, N - (not vlm.bridge.reads_cls), TINY_VIT.width)
             hidden = vlm.vit(pixels, return_hidden=True)[vlm.bridge.reads]

@@ -1,10 +1,12 @@
 """Claim: `Decoder` is the published LLaMA to float32 rounding, however it is run: from one file or shards, in
-new or old layouts, padded or not, with a cache or without, streamed or at once; and a weight file that does
-not fit is refused by name."""
+new or old layouts, padded or not, with a cache or without; and a weight file that does not fit is refused by
+name."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, check_decoder, golden, stir, tiny_decoder
+from eval import generate_ids
 from model import (Cache, Decoder, DecoderConfig, RMSNorm, attend, attend_explicit, causal_mask,
                    rope_frequencies, sample, visible_to_bias)
 from support.formats.files import UserError
@@ -207,19 +210,39 @@ def test_a_row_that_has_stopped_repeats_its_stop_id_and_all_stopped_ends_it(deco
     assert decoder.generate(PROMPT, 12, stop=every).shape[1] <= 3  # all rows have stopped: no further step
 
 
-def test_streaming_yields_what_generate_returns(decoder):
-    for kw in (
-        {},
-        dict(temperature=0.9, top_k=8, top_p=0.8),
-        dict(stop=(int(decoder.generate(PROMPT, 4)[0, 3]),)),
-    ):
-        g = [torch.Generator().manual_seed(3) for _ in range(2)]
-        stream = decoder.stream(PROMPT, 7, generator=g[0], **kw)
-        first = next(stream)                                                    # lazily: a token at a time
-        assert first.shape == (3,)
-        assert torch.equal(
-            torch.stack([first, *stream], 1), decoder.generate(PROMPT, 7, generator=g[1], **kw)
-        )
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_prompt_padded_on_either_side_goes_on_as_it_does_alone(decoder, beams):
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 1, 0, 0]])
+    tokens = torch.randint(61, mask.shape, generator=torch.Generator().manual_seed(8))
+    together = generate_ids(decoder, tokens, 6, beams, mask=mask)           # an integer mask of 0 and 1, too
+    assert torch.equal(together, generate_ids(decoder, tokens, 6, beams, mask=mask.bool()))
+    for row, real, ids in zip(tokens, mask.bool(), together):
+        assert torch.equal(ids[None], generate_ids(decoder, row[None, real], 6, beams))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(temperature=-1.0), "temperature -1.0"), (dict(temperature=math.nan), "temperature nan"),
+    (dict(temperature=math.inf), "temperature inf"), (dict(top_k=-1), "top_k -1"),
+    (dict(top_k=2.5), "top_k 2.5"), (dict(top_k=math.nan), "top_k nan"), (dict(top_p=0.0), "top_p 0.0"),
+    (dict(top_p=-0.1), "top_p -0.1"), (dict(top_p=1.1), "top_p 1.1"), (dict(top_p=math.nan), "top_p nan"),
+    (dict(temperature=0.0, top_p=math.inf), "top_p inf"), (dict(max_new_tokens=0), "max_new_tokens is 0"),
+    (dict(max_new_tokens=math.nan), "max_new_tokens is nan")])
+def test_a_number_of_sampling_outside_its_bounds_is_named(decoder, arguments, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as e:
+        decoder.generate(PROMPT, **{"temperature": 1.0, **arguments})
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_prompt_that_is_empty_or_beyond_the_context_is_refused(beams):
+    decoder = tiny_decoder(context=4)
+    assert generate_ids(decoder, PROMPT[:, :4], 3, beams).shape == (3, 3)
+    padded = torch.tensor([[False] * 3 + [True] * 4] * 3)
+    assert generate_ids(decoder, PROMPT.repeat(1, 2)[:, :7], 3, beams, mask=padded).shape == (3, 3)
+    for tokens, mask, count in ((PROMPT.repeat(1, 2)[:, :5], None, 5), (PROMPT[:, :0], None, 0),
+                                (PROMPT, torch.arange(4) < torch.tensor([[4], [0], [2]]), 0)):
+        with pytest.raises(ValueError, match=f"a prompt has {count} tokens.*reads 1 to 4"):
+            generate_ids(decoder, tokens, 3, beams, mask=mask)
 
 
 def test_the_likeliest_of_one_is_greedy(decoder):

@@ -130,7 +130,7 @@ def write_llava(vlm: VLM, path: Path, projector: dict[str, Tensor]) -> None:
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": image,
-        "image_seq_length": vlm.feature_shape()[0],
+        "image_seq_length": vlm.features(None).shape[1],
         "projector_hidden_act": "gelu",
         "vision_feature_layer": bridge.reads,
         "tie_word_embeddings": c.tied,

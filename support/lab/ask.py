@@ -71,7 +71,11 @@ def ask_decoder(name: str, folder: Path, request: Request) -> str:
     ids = data.Document(tokenizer).chat(request.prompt).tokens
     if IMAGE in ids:
         raise UserError('a decoder alone sees no picture; leave "<image>" out of --prompt.')
-    return write_answer(decoder, torch.tensor([ids], device=request.device), tokenizer, request)
+    answer = write_answer(decoder, torch.tensor([ids], device=request.device), tokenizer, request)
+    if len(ids) + len(tokenizer.encode(answer)) > decoder.config.context:
+        print(f"warning: the answer runs past the {decoder.config.context} positions that this decoder was "
+              "trained on; its end means little.", file=sys.stderr)
+    return answer
 
 
 @torch.no_grad()

@@ -215,8 +215,11 @@ class Comparison:
                  file: Path | None = None, prefix: str = ""):
         self.vlm, self.tokenizer, self.blind, self.beams = vlm, tokenizer, blind, beams
         self.file, self.prefix = file, prefix
-        size = vlm.vit.config.image_size
-        self.features = vlm.features(next(vlm.vit.parameters()).new_zeros(0, 3, size, size)).detach()
+        with torch.no_grad():
+            self.features = vlm.features(None)          # of no picture yet
+        if not isinstance(self.features, Tensor):
+            raise UserError("this model reads a picture in tiles, which the comparison does not cut; ask it "
+                            "about one picture: python eval.py ask MODEL --image FILE --prompt TEXT.")
         self.row_of: dict[int, int] = {}                # hash of a picture → its row of the features
         self.results: dict[str, str | float] = {}
         for line in file.read_bytes().split(b"\n") if file and file.exists() else ():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -13,45 +14,58 @@ from model import Bridge, Cache, Decoder, ImagePositions
 def beam_search(decoder: Decoder, tokens: Tensor | None = None, max_new_tokens: int = 32, beams: int = 4,
                 length_penalty: float = 1.0, stop: tuple[int, ...] = (), *, bridge: Bridge | None = None,
                 visual=None, **prompt) -> Tensor:
-    """The new tokens (B, T_new): `beams` sequences per row are kept, the best log p / length^penalty wins.
+    """The new tokens (B, T_new) of the best text of each row; arguments as in `Decoder.generate`.
 
-    Arguments as in `Decoder.stream`; prompt: embeds in place of tokens, and mask. A sequence that has ended
-    repeats the stop id.
+    symbol   here      meaning
+    W        beams     how many texts of a row grow, and how many ended ones are kept
+    s(y)     total     log p of text y under the decoder, from the prompt on
+    n        n         new tokens of the texts, all equally many
+    α        length_penalty     0: log p decides; 1: log p per token; larger favours longer texts
+
+    (G1)  candidates: the W(1 + number of stop ids) best s(y) + log p(token | y), at least 2 W, of growing y
+    (G2)  one of the best W that ends is an ended text with s / n^α; the W best ended texts are kept
+    (G3)  the W best candidates that do not end grow on: an ended text takes no place of a growing one
+    (G4)  a row is finished when it has W ended texts and its best growing one has s / n^α <= their worst
+
+    At max_new_tokens the growing texts end, too. These are transformers' rules with its defaults
+    (early_stopping=False); (G4) is its heuristic, which for α > 0 can stop before a longer text would win. A
+    row that has ended repeats its stop id.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
-    B, T = tokens.shape if tokens is not None else prompt["embeds"].shape[:2]
-    W, V, weight = min(beams, decoder.config.vocab_size), decoder.config.vocab_size, decoder.embed.weight
-    cache = Cache(decoder.config, B, T + max_new_tokens, weight.device, weight.dtype)
-    hidden = decoder.states(tokens, cache=cache, bridge=bridge, visual=visual, **prompt)[-1]
-    logp = decoder.head(hidden[:, -1]).float().log_softmax(-1)
-    total, first = logp.topk(W)                                         # (B, W) the W best first tokens
-    rows = torch.arange(B, device=weight.device).repeat_interleave(W)   # beams of one row stand side by side
-    cache.take(rows)
-    visual = select_rows(visual, rows)
-    written = first.reshape(B * W, 1)
-    stops = torch.tensor(stop, dtype=torch.long, device=weight.device)
-    done = torch.isin(first, stops)                                     # (B, W)
-    length = torch.ones_like(total)
-    for _ in range(max_new_tokens - 1):
-        if bool(done.all()):
-            break
-        hidden = decoder.states(written[:, -1:], cache=cache, bridge=bridge, visual=visual)[-1]
-        logp = decoder.head(hidden[:, -1]).float().log_softmax(-1).view(B, W, V)
-        last = written[:, -1].view(B, W, 1)
-        repeat = torch.full_like(logp, -torch.inf).scatter_(2, last, 0.0)
-        logp = torch.where(done[..., None], repeat, logp)               # an ended beam repeats its stop id
-        longer = length + (~done).float()                               # (B, W)
-        score = (total[..., None] + logp) / longer[..., None] ** length_penalty
-        best = score.flatten(1).topk(W).indices                         # (B, W) in W·V
+    if not isinstance(beams, int) or beams < 1 or not math.isfinite(length_penalty):
+        raise ValueError(f"beams {beams}, length_penalty {length_penalty}: give 1 beam or more, and a finite "
+                         "number.")
+    logits, cache = decoder.read_prompt(tokens, max_new_tokens, bridge=bridge, visual=visual, **prompt)
+    (B, V), W, device = logits.shape, beams, logits.device
+    row = torch.arange(B, device=device)[:, None]                               # (B, 1)
+    beam_rows = row.expand(B, W).flatten()                  # growing texts of one row stand side by side
+    cache.take(beam_rows)
+    visual, logits = select_rows(visual, beam_rows), logits[beam_rows]
+    stops = torch.tensor(stop, dtype=torch.long, device=device)
+    total = torch.zeros(B, W, device=device).index_fill_(1, torch.arange(1, W, device=device), -torch.inf)
+    growing, ended = (torch.zeros(B, W, 1, dtype=torch.long, device=device) for _ in range(2))  # [0]: prompt
+    ended_score = torch.full((B, W), -torch.inf, device=device)
+    improvable = torch.ones(B, 1, dtype=torch.bool, device=device)
+    for n in range(1, max_new_tokens + 1):
+        logp = total[..., None] + logits.float().log_softmax(-1).view(B, W, V)
+        score, best = logp.flatten(1).topk(min(W * max(2, 1 + len(stop)), W * V))       # (B, C)        (G1)
         parent, token = best // V, best % V
-        total = (total[..., None] + logp).flatten(1).gather(1, best)
-        length, done = longer.gather(1, parent), done.gather(1, parent) | torch.isin(token, stops)
-        rows = (parent + W * torch.arange(B, device=parent.device)[:, None]).flatten()
-        cache.take(rows)
-        written = torch.cat((written[rows], token.reshape(-1, 1)), dim=1)
-    best = (total / length ** length_penalty).argmax(1)                 # (B,)
-    return written.view(B, W, -1)[torch.arange(B, device=best.device), best]
+        text = torch.cat((growing[row, parent], token[..., None]), dim=-1)              # (B, C, 1+n)
+        ends = torch.isin(token, stops) | (n == max_new_tokens)
+        final = (score / n ** length_penalty).masked_fill(~(ends & improvable), -torch.inf)[:, :W]
+        ended = torch.cat((ended, ended[..., -1:]), dim=-1)                             # repeats its stop id
+        ended_score, kept = torch.cat((ended_score, final), dim=1).topk(W)              # (B, W)        (G2)
+        ended = torch.cat((ended, text[:, :W]), dim=1)[row, kept]
+        total, kept = score.masked_fill(ends, -torch.inf).topk(W)                       #               (G3)
+        improvable &= total[:, :1] / n ** length_penalty > ended_score[:, -1:]          #               (G4)
+        if n == max_new_tokens or not bool(improvable.any()):
+            break
+        growing, beam_rows = text[row, kept], (parent.gather(1, kept) + W * row).flatten()
+        cache.take(beam_rows)
+        last = growing[..., -1:].flatten(0, 1)                                          # (B·W, 1)
+        logits = decoder.head(decoder.states(last, cache=cache, bridge=bridge, visual=visual)[-1][:, -1])
+    ids = ended[:, 0, 1:]
+    over = torch.isin(ids, stops).cumsum(1) > torch.isin(ids, stops).long()     # behind the first stop id
+    return ids[:, ~over.all(0)]
 
 
 def select_rows(visual, rows: Tensor):

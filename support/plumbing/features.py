@@ -26,7 +26,7 @@ class FeatureCache:
         digest = hashlib.sha256(repr((vit.config, bridge.reads, bridge.reads_cls, *identity)).encode())
         for p in vit.parameters():
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-        self.shape, self.dtype, self.device = vlm.feature_shape(), p.dtype, p.device
+        self.shape, self.dtype, self.device = tuple(vlm.features(None).shape[1:]), p.dtype, p.device
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.file = Path(folder) / f"{digest.hexdigest()[:16]}-{rank}.features"
