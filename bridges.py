@@ -7,9 +7,8 @@ Chapters 1 linear, mlp (LLaVA 2304.08485v2, LLaVA-1.5 2310.03744v2) · 2 MAPL (2
 The base class `Bridge` and its seams see · prefix · beside · before stand in model.py, where the decoder
 calls them. The relatives of these six, and `make_bridge`, which builds any of them by name, stand in papers/.
 
-Shapes as in model.py: B batch, T text tokens, D decoder width, H heads, E head width, K visual tokens, ΣM
-images of a batch, N ViT tokens, Di ViT width, Q learned queries / prompts / latents. Equation tags like (Q2)
-stand in the docstring and at the end of the line that computes them.
+Shapes as in model.py; ΣM is the number of images of a batch. Equation tags like (Q2) stand in the docstring
+and at the end of the line that computes them.
 """
 from __future__ import annotations
 
@@ -108,7 +107,6 @@ class MAPL(Bridge):
         for block in self.blocks:
             x = block(x)                                                        #              (M3)
         return self.up(x[:, -len(self.const):])                                 # (ΣM, K, D)   (M4)
-
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,8 +230,8 @@ class QFormer(Bridge):
         self.project = nn.Linear(width, decoder.width) if decoder else None
 
     def encode(self, image: Tensor | None, text: Tensor | None = None, mask: str = "itm",
-               text_mask: Tensor | None = None,
-               image_mask: Tensor | None = None, queries: Tensor | None = None) -> list[Tensor]:
+               text_mask: Tensor | None = None, image_mask: Tensor | None = None,
+               queries: Tensor | None = None) -> list[Tensor]:
         """Hidden states (·, Q+T, W): after (Q1), then after each layer.
 
         image (·, N, Di) after `vision_norm`, or None: text alone. text (·, T) ids; mask: itm | itg | itc, see
@@ -266,13 +264,11 @@ class QFormer(Bridge):
 
     def see(self, features: Tensor, where: ImagePositions | None = None, text: Tensor | None = None,
             text_mask: Tensor | None = None) -> Tensor:
-        """Query states (ΣM, Q, W); with `text` the queries also read the instruction (InstructBLIP,
-        2305.06500v2, §2.3)."""
+        """Query states (ΣM, Q, W). With `text` they read the instruction, too (InstructBLIP, §2.3)."""
         return self.encode(self.vision_norm(features), text, "itm", text_mask)[-1][:, :len(self.queries)]
 
     def prefix(self, visual: Tensor) -> Tensor:
         return self.project(visual)                                             # (ΣM, Q, D)   (Q5)
-
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -345,8 +341,7 @@ def check_zero_init(decoder: DecoderConfig, adapted: int, gate_per: str, gate_in
 
 
 def image_of_each_row(image: Tensor, where: ImagePositions | None) -> Tensor:
-    """image (ΣM, 1|Q, D) → (B, 1|Q, D), zero for a row without an image; two images in a row have no
-    place."""
+    """image (ΣM, 1|Q, D) → (B, 1|Q, D), zero for a row without an image; one row takes one image."""
     if where is None:
         return image
     if len(where.order) and int(where.order.max()) > 1:
@@ -376,8 +371,8 @@ class ZeroInitV2(ZeroInit):
         super().__init__(decoder, vision_width, prompts, adapted, tanh, gate_per, gate_init)
         self.queries = nn.Parameter(torch.randn(prompts, width))
         self.vision, self.vision_norm = nn.Linear(vision_width, width), nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp * width, "gelu",
-                                                 1e-5) for _ in range(depth))
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp * width, "gelu", 1e-5)
+                                    for _ in range(depth))
         self.project, self.project_norm = nn.Linear(width, decoder.width), nn.LayerNorm(decoder.width)
 
     def see(self, features: Tensor, where: ImagePositions | None = None) -> Tensor:
@@ -427,8 +422,7 @@ class ResamplerLayer(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Perceiver Resampler (Flamingo §2.1, Appendix A.1.1, Figure 5): any number of features → `latents`
-    vectors.
+    """Perceiver Resampler (Flamingo §2.1, Appendix A.1.1, Figure 5): N features → R latent vectors.
 
     (F1)  x ← x + Attn(q = x, kv = [x_f ; x])
     (F2)  x ← x + FFW(x)
@@ -438,8 +432,7 @@ class Resampler(nn.Module):
     """
 
     def __init__(self, width: int, latents: int, layers: int, heads: int, head_width: int, mult: int,
-                 act: str,
-                 times: int, layer: type[ResamplerLayer] = ResamplerLayer):
+                 act: str, times: int, layer: type[ResamplerLayer] = ResamplerLayer):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(latents, width))
         self.times = nn.Parameter(torch.randn(times, 1, width)) if times else None
@@ -460,8 +453,7 @@ class Resampler(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """GATED XATTN-DENSE (Flamingo §2.2, Figure 4): two gated steps ahead of a frozen layer, identity at the
-    start."""
+    """GATED XATTN-DENSE (Flamingo §2.2, Figure 4): two gated steps ahead of a layer, nothing at the start."""
 
     def __init__(self, width: int, vision_width: int, heads: int, head_width: int, mult: int, act: str,
                  norm_media: bool):
@@ -482,8 +474,7 @@ class GatedCrossAttention(nn.Module):
         return split_heads(self.k(media), self.heads), split_heads(self.v(media), self.heads)
 
     def attention(self, x: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """x (B, T, D), visible (B, T, M·R) bool. A word that sees no image reads exactly 0, where its softmax
-        is uniform."""
+        """x (B, T, D), visible (B, T, M·R). A word that sees no image reads exactly 0: its softmax is uniform."""
         q = split_heads(self.q(self.norm(x)), self.heads)                       # (B, H, T, E)
         y = self.attend(q, k, v, visible_to_bias(visible[:, None], q.dtype))    # (B, H, T, E)
         return self.o(merge_heads(y)) * visible.any(-1, keepdim=True)

@@ -76,10 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
 
 class Attend(nn.Module):
     """`attend` as a module without parameters, so that a hook can see q, k, v and the mask."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False,
-                dropout: float = 0.0) -> Tensor:
-        return attend(q, k, v, bias, causal, dropout)
+    forward = staticmethod(attend)
 
 
 def causal_mask(T: int, device=None) -> Tensor:
@@ -171,7 +168,7 @@ class DecoderConfig:
     head_width: int = 32              # E
     hidden: int = 384                 # width of the SwiGLU feed-forward
     rope_theta: float = 10000.0       # base of the rotary frequencies
-    rope_scaling: dict | None = None  # {"rope_type": linear | llama3, and its numbers}, see rope_frequencies
+    rope_scaling: Callable[[Tensor], Tensor] | None = None      # θ → θ, see rope_frequencies
     norm_eps: float = 1e-5            # ε of RMSNorm; always from the checkpoint, never a default
     tied: bool = True                 # the output projection is the embedding matrix
     attention_bias: bool | str = False    # biases on q, k, v and o, or on those that it names: "qkv" in Qwen2
@@ -195,21 +192,11 @@ def rope_frequencies(config: DecoderConfig, device=None) -> Tensor:
 
     (D3)  θ_i = base^(−2i/E)
 
-    With `rope_scaling` of type linear, all are divided by `factor` (Position Interpolation, 2306.15595v2).
-    With type llama3 so are wavelengths λ = 2π/θ_i above `original/low`, those below `original/high` stay, and
-    the band between is interpolated (Llama 3.1; the rule is in its published code only).
+    `rope_scaling` changes them for a context longer than the one of pretraining (papers/rope_scaling.py).
     """
     i = torch.arange(0, config.head_width, 2, dtype=torch.float32, device=device)
     theta = 1.0 / config.rope_theta ** (i / config.head_width)              # (D3)
-    s = config.rope_scaling
-    if not s:
-        return theta
-    if s.get("rope_type") == "linear":
-        return theta / s["factor"]
-    factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
-    turns = s["original_max_position_embeddings"] * theta / (2 * math.pi)       # of a pair in the old context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)                   # 1: fast, unchanged; 0: ÷ factor
-    return theta * (keep + (1 - keep) / factor)
+    return config.rope_scaling(theta) if config.rope_scaling else theta
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -226,8 +213,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (1910.07467v1, Eq. 4); in float32, cast back, and only then multiplied by the
-    weight.
+    """Root mean square norm (1910.07467v1, Eq. 4): in float32, cast back, then multiplied by the weight.
 
     (D2)  y = x / √(mean x² + ε) · weight
     """
@@ -275,8 +261,7 @@ class Context:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with RoPE (2305.13245v3); the seam `beside` adds its term to the heads
-    before W_o.
+    """Grouped-query self-attention with RoPE (2305.13245v3); `beside` adds its term to the heads before W_o.
 
     (D5)  query head h reads key and value head ⌊h·G/H⌋
     """
@@ -379,8 +364,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        # As nn.Embedding starts. Its own normal_ imports 37 MB more on the meta device, where weights are
-        # loaded.
+        # As nn.Embedding starts; its own normal_ imports 37 MB more on the meta device.
         rows = torch.randn(config.vocab_size + config.extra_tokens, config.width)
         self.embed = nn.Embedding.from_pretrained(rows, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -518,21 +502,12 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 4. ViT: CLIP's, SigLIP's and BLIP-2's towers in one class
+# 4. ViT
 # ----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """What differs between the towers stands in this table, and nowhere else.
-
-                      CLIP            SigLIP        EVA-g (BLIP-2)
-        cls           yes             no            yes
-        pre_norm      yes             no            no
-        patch_bias    no              yes           yes
-        act           quick_gelu      gelu_tanh     gelu
-        norm_eps      1e-5            1e-6          1e-6
-        pool          cls             map           all        (see ViT.pool)
-    """
+    """CLIP's ViT of the bundled size. SigLIP's, BLIP-2's and DINOv2's towers stand in papers/."""
     image_size: int = 48        # S, pixels
     patch: int = 16             # side of a patch, pixels
     width: int = 128            # Di
@@ -544,7 +519,6 @@ class ViTConfig:
     cls: bool = True            # a class token at index 0
     pre_norm: bool = True       # a LayerNorm before the first block
     patch_bias: bool = False    # a bias in the patch embedding
-    pool: str = "cls"   # what `pool` does: cls | map (attention pooling) | all (normalise every token)
 
     def __post_init__(self):
         if self.image_size < self.patch:    # a remainder is fine: SigLIP so400m has 384 pixels, patches of 14
@@ -555,9 +529,16 @@ class ViTConfig:
             raise ValueError(f'unknown activation "{self.act}"; known: {", ".join(ACTIVATIONS)}.')
 
     @property
-    def tokens(self) -> int:
-        """N; the convolution drops a remainder of pixels."""
-        return (self.image_size // self.patch) ** 2 + self.cls
+    def side(self) -> int:                  # patches in a row; the convolution drops a remainder of pixels
+        return self.image_size // self.patch
+
+    @property
+    def first(self) -> int:                 # index of the first patch
+        return int(self.cls)
+
+    @property
+    def tokens(self) -> int:                # N
+        return self.first + self.side**2
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -598,47 +579,29 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x))                                      # (I2)
 
 
-class AttentionPool(nn.Module):
-    """SigLIP's head (2303.15343v4): one learned probe attends to all tokens, then a residual feed-forward."""
-
-    def __init__(self, c: ViTConfig):
-        super().__init__()
-        self.heads, self.act = c.heads, ACTIVATIONS[c.act]
-        self.probe = nn.Parameter(torch.randn(1, 1, c.width))
-        self.q, self.k, self.v, self.o = (nn.Linear(c.width, c.width) for _ in range(4))
-        self.norm = nn.LayerNorm(c.width, eps=c.norm_eps)
-        self.up, self.down = nn.Linear(c.width, c.hidden), nn.Linear(c.hidden, c.width)
-        self.attend = Attend()
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = split_heads(self.q(self.probe).expand(x.shape[0], -1, -1), self.heads)
-        k, v = (split_heads(f(x), self.heads) for f in (self.k, self.v))
-        y = self.o(merge_heads(self.attend(q, k, v)))                           # (B, 1, Di)
-        return (y + self.down(self.act(self.up(self.norm(y)))))[:, 0]
-
-
 class ViT(nn.Module):
     """pixels (B, 3, S, S) → tokens (B, N, Di). The class token, where there is one, stands at index 0.
 
     (I1)  z = [class; W patch_1; …; W patch_N] + positions          (ViT, 2010.11929v2, Eq. 1)
     """
+    family = "clip"             # whose tower; papers/ has siglip, eva (BLIP-2) and dinov2
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         c = self.config = config
         self.patch = nn.Conv2d(3, c.width, c.patch, stride=c.patch, bias=c.patch_bias)
         self.cls = nn.Parameter(torch.randn(c.width) * c.width**-0.5) if c.cls else None
-        self.positions = nn.Parameter(torch.randn(c.tokens, c.width) * c.width**-0.5)
+        self.positions = nn.Parameter(torch.randn(c.cls + c.side**2, c.width) * c.width**-0.5)
         self.pre_norm = nn.LayerNorm(c.width, eps=c.norm_eps) if c.pre_norm else None
-        self.blocks = nn.ModuleList(EncoderBlock(c.width, c.heads, c.hidden, c.act, c.norm_eps)
-                                    for _ in range(c.layers))
+        self.blocks = nn.ModuleList(self.block(c) for _ in range(c.layers))
         self.post_norm = nn.LayerNorm(c.width, eps=c.norm_eps)
-        self.map = AttentionPool(c) if c.pool == "map" else None
+
+    def block(self, c: ViTConfig) -> EncoderBlock:
+        return EncoderBlock(c.width, c.heads, c.hidden, c.act, c.norm_eps)
 
     def positions_for(self, rows: int, columns: int) -> Tensor:
         """(rows·columns + cls, Di): the learned grid, resized bicubically (no antialias) where it must be."""
-        first = int(self.config.cls)
-        side = self.config.image_size // self.config.patch
+        first, side = int(self.config.cls), self.config.side
         if (rows, columns) == (side, side):
             return self.positions
         grid = self.positions[first:].T.reshape(1, -1, side, side)
@@ -646,29 +609,27 @@ class ViT(nn.Module):
                              align_corners=False).to(grid.dtype)
         return torch.cat((self.positions[:first], grid[0].flatten(1).T))
 
-    def forward(self, pixels: Tensor, return_hidden: bool = False, depth: int | None = None):
-        """Last state (B, N, Di) before any final norm, or all L+1: [0] enters block 1, [i] leaves block i.
-
-        depth: run only so many blocks.
-        """
+    def embed(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, N, Di), what enters block 1."""
         patches = self.patch(pixels)                                            # (B, Di, S/p, S/p)
         x = patches.flatten(2).transpose(1, 2)                  # (B, N, Di)  row by row, from top left
         if self.cls is not None:
             x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1)
         x = x + self.positions_for(*patches.shape[2:])                          # (I1)
-        if self.pre_norm is not None:
-            x = self.pre_norm(x)
-        hidden = [x]
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+    def forward(self, pixels: Tensor, return_hidden: bool = False, depth: int | None = None):
+        """Last state (B, N, Di) before any final norm, or all L+1: [0] enters block 1, [i] leaves block i.
+
+        depth: run only so many blocks.
+        """
+        hidden = [self.embed(pixels)]
         for block in self.blocks[:depth]:
             hidden.append(block(hidden[-1]))
         return hidden if return_hidden else hidden[-1]
 
     def pool(self, x: Tensor) -> Tensor:
-        """(B, Di) from the last state: CLIP norms the class token, SigLIP lets a probe attend."""
-        if self.config.pool == "map":
-            return self.map(self.post_norm(x))
-        if self.config.pool == "all":
-            return self.post_norm(self.post_norm(x)[:, 0])                      # BLIP-2 normalises it twice
+        """(B, Di) from the last state: CLIP norms the class token."""
         return self.post_norm(x[:, 0])
 
     def features(self, pixels: Tensor, layer: int | str = -2, cls: bool = False) -> Tensor:
@@ -680,7 +641,7 @@ class ViT(nn.Module):
         if not 0 <= layer <= n:
             raise ValueError(f"this ViT has hidden states 0 to {n}, there is no state {layer}.")
         x = self(pixels, depth=layer)
-        return x if cls or not self.config.cls else x[:, 1:]
+        return x if cls else x[:, self.config.first:]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -725,18 +686,21 @@ class VLM(nn.Module):
         visual = self.bridge.see(features, where, **text)
         soft = self.bridge.prefix(visual)                                       # (ΣM, K, D) or None
         inputs = dict(bridge=self.bridge, visual=visual if soft is None else None)      # a prefix is words
+        labels = None if labels is None else labels.masked_fill(is_image, IGNORE)
         if soft is None and self.image_token is not None:               # the image is an ordinary word
             words = tokens.masked_fill(is_image, self.image_token)
-            labels = None if labels is None else labels.masked_fill(is_image, IGNORE)
             return dict(embeds=self.decoder.embed(words), mask=mask, **inputs), labels
 
         new = Expansion(tokens, mask, 0 if soft is None else soft.shape[1])
         embeds = new.move(self.decoder.embed(tokens.masked_fill(is_image, 0)), 0)           # (B, T', D)
-        if new.K:
-            embeds = embeds.to(soft.dtype).index_put(new.soft, soft)
-        where.last = new.move(seen, 0)                          # a soft token's own entry is never read
-        labels = None if labels is None else new.move(labels, IGNORE)
-        return dict(embeds=embeds, mask=new.mask(mask), **inputs), labels
+        if soft is not None:
+            embeds = embeds.to(soft.dtype).masked_scatter(new.soft[..., None], soft)
+        where.last = new.move(seen, 0)
+        if mask is not None and mask.dtype != torch.bool:       # an image is its placeholder's document's
+            mask = new.move(mask, 0)
+        else:
+            mask = None if bool(new.real.all()) else new.real
+        return dict(embeds=embeds, mask=mask, **inputs), None if labels is None else new.move(labels, IGNORE)
 
     def forward(self, tokens: Tensor, pixels: Tensor | None = None, mask: Tensor | None = None, *,
                 features: Tensor | None = None, return_hidden: bool = False, **text):
@@ -767,36 +731,30 @@ class VLM(nn.Module):
 
 
 class Expansion:
-    """Where each token of (B, T) stands in (B, T'), when an IMAGE takes K positions and padding none."""
+    """Tokens (B, T) at their places in (B, T'), when an IMAGE takes K positions and padding none.
+
+    source  (B, T')   the column in (B, T) that a position comes from
+    real    (B, T')   False = padding, in front of each row (left) or behind it
+    soft    (B, T')   True = one of the K of an image
+    """
 
     def __init__(self, tokens: Tensor, mask: Tensor | None, K: int):
         is_image = tokens == IMAGE
         real = torch.ones_like(is_image) if mask is None else mask.bool()
-        self.K, self.left = K, bool((~real[:, 0]).any())
-        width = torch.where(is_image, K, real.long())           # (B, T) positions that a token becomes
-        self.length = width.sum(1)                                              # (B,)
-        self.longest = int(self.length.max())                                   # T'
-        self.gap = (self.longest - self.length)[:, None] if self.left else 0    # padding in front of each row
-        start = width.cumsum(1) - width + self.gap                      # (B, T) first position of each token
-        self.word = (real & ~is_image).nonzero(as_tuple=True)           # rows and columns of the words
-        self.image = row, column = is_image.nonzero(as_tuple=True)
-        self.word_to = self.word[0], start[self.word]
-        at = start[row, column][:, None] + torch.arange(K, device=tokens.device)            # (ΣM, K)
-        self.soft = row[:, None].expand_as(at), at                      # rows and columns of the soft tokens
+        end = torch.where(is_image, K, real.long()).cumsum(1)   # (B, T) where a token's positions end
+        longest = int(end[:, -1].max())                                         # T'
+        at = torch.arange(longest, device=tokens.device).repeat(len(tokens), 1)             # (B, T')
+        if bool((~real[:, 0]).any()):                                           # padding stands in front
+            at = at - (longest - end[:, -1:])
+        self.real = (at >= 0) & (at < end[:, -1:])
+        self.source = torch.searchsorted(end, at, right=True).clamp(max=tokens.shape[1] - 1)
+        self.soft = is_image.gather(1, self.source) & self.real
 
     def move(self, values: Tensor, fill) -> Tensor:
-        """values (B, T, …) of the words at their new places (B, T', …), `fill` elsewhere."""
-        new = values.new_full((len(values), self.longest, *values.shape[2:]), fill)
-        return new.index_put(self.word_to, values[self.word])
-
-    def mask(self, mask: Tensor | None) -> Tensor | None:
-        """(B, T'): True = a token, or its document's number in packed rows; None without padding."""
-        if mask is not None and mask.dtype != torch.bool:
-            new = self.move(mask, 0)                            # an image is its placeholder's document's
-            return new.index_put(self.soft, mask[self.image][:, None].expand_as(self.soft[1]))
-        position = torch.arange(self.longest, device=self.length.device)
-        real = position >= self.gap if self.left else position < self.length[:, None]       # (B, T')
-        return None if bool(real.all()) else real
+        """values (B, T, …) at their new places (B, T', …), `fill` where there is padding."""
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        padding = ~self.real.view(*self.real.shape, *[1] * (values.ndim - 2))
+        return values[rows, self.source].masked_fill(padding, fill)
 
 
 def next_token_loss(decoder: Decoder, labels: Tensor, **inputs) -> tuple[Tensor, int]:

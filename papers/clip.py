@@ -34,11 +34,12 @@ class TextConfig:
 
 
 class TextTransformer(nn.Module):
-    """CLIP's text tower: a causal pre-norm transformer, read at the end-of-text token."""
+    """CLIP's text tower: a pre-norm transformer, causal, read at the end-of-text token."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, causal: bool = True):
         super().__init__()
         c = self.config = config
+        self.causal = causal
         self.embed = nn.Embedding(c.vocab_size, c.width)
         self.positions = nn.Parameter(torch.randn(c.context, c.width) * 0.01)
         self.blocks = nn.ModuleList(EncoderBlock(c.width, c.heads, c.hidden, c.act, c.norm_eps)
@@ -50,7 +51,7 @@ class TextTransformer(nn.Module):
         """(B, T) → (B, T, width), after the final norm. Padding follows the end token: causality hides it."""
         x = self.embed(tokens) + self.positions[:tokens.shape[1]]
         for block in self.blocks:
-            x = block(x, causal=True)
+            x = block(x, self.causal)
         return self.norm(x)
 
     def pool(self, x: Tensor, tokens: Tensor) -> Tensor:

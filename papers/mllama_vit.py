@@ -43,7 +43,6 @@ class TiledViTConfig(ViTConfig):
     heads: int = 16
     hidden: int = 5120
     act: str = "gelu"
-    pool: str = "tiles"
     inner: int = 1280           # width of the blocks
     global_layers: int = 8      # gated blocks after them
     taps: tuple[int, ...] = (3, 7, 15, 23, 30)      # local blocks, from 0, whose outputs are features too

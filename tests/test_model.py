@@ -17,6 +17,7 @@ from conftest import TINY, check_decoder, golden, stir, tiny_decoder
 from eval import generate_ids
 from model import (Cache, Decoder, DecoderConfig, RMSNorm, attend, attend_explicit, causal_mask,
                    rope_frequencies, sample, visible_to_bias)
+from papers.rope_scaling import Llama3Scaling
 from support.formats.files import UserError
 from support.formats.llama import load_decoder, save_decoder
 
@@ -58,7 +59,7 @@ def test_bfloat16_stays_close_to_float32(name):
 
 def test_llama3_frequencies_are_the_published_values():
     # Llama 3.2 1B: 15 pairs unchanged, three interpolated, the rest divided by 32
-    scaling = dict(
+    scaling = Llama3Scaling(
         factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
     plain = DecoderConfig(head_width=64, rope_theta=5e5)

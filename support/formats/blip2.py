@@ -15,7 +15,7 @@ from support.formats.files import UserError, read_json, write_json, write_tensor
 from support.formats.hub import tower_folder
 from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names
 from support.formats.names import Names, Part, WB, ZerosLike, expand, parameters
-from support.formats.vision import EVA_NAMES, VIT_DEFAULTS, vit_config, vit_file
+from support.formats.vision import EVA_NAMES, VIT_DEFAULTS, empty_vit, vit_config, vit_file
 
 # ----------------------------------------------------------------------------------------------------------
 # 1. Names of tensors, ours → theirs
@@ -181,7 +181,7 @@ def vision_part(c: dict, where: str, layout: str, decoder: DecoderConfig | None,
 
     ours: the prefix of the Q-Former's names. text: whether it reads text, too.
     """
-    vit = ViT(vit_config({**EVA, **c.get("vision_config", {})}, where)[0])
+    vit = empty_vit(*vit_config({**EVA, **c.get("vision_config", {})}, where))
     options = qformer_options(c.get("qformer_config", {}), where, text)
     former = make_bridge("qformer", decoder, vit.config.width, queries=c.get("num_query_tokens", 32),
                          vision_eps=vit.config.norm_eps, **options)
@@ -206,7 +206,7 @@ def read_lavis(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
     inside = any(name.startswith("visual_encoder.") for name in file.where)
     tower = config = family = None
     if inside:
-        config = vit_config({**EVA, **c.get("vision_config", {})}, where)[0]
+        config, family = vit_config({**EVA, **c.get("vision_config", {})}, where)
     elif "vit" in c:
         tower, config, family = tower_beside(path, c["vit"])
     Di = config.width if config else c.get("encoder_width", 1408)
@@ -216,7 +216,7 @@ def read_lavis(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
     names = qformer_names("lavis", len(former.layers), "qformer.")
     matrix, words = names["word_matrix.weight"], names["qformer.words.weight"]
     tied = file.missing(matrix) or file.missing(words) or torch.equal(file.get(matrix), file.get(words))
-    stage = Stage1(ViT(config) if config else None, former, c.get("embed_dim", 256), tied=tied,
+    stage = Stage1(empty_vit(config, family) if config else None, former, c.get("embed_dim", 256), tied=tied,
                    dec=c.get("bos_token_id"))
     optional = (names["word_matrix.bias"], *([matrix] if tied else ()))
     if inside:
@@ -232,7 +232,7 @@ def read_own_stage1(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
     """A run of train.py's recipe blip2-1: stage1.safetensors in our own names, and the folder of the ViT."""
     tower, config, family = tower_beside(path, c["vit"])
     former = make_bridge("qformer", None, config.width, **c["bridge_options"])
-    stage = Stage1(ViT(config), former, c["contrast"], dec=c["dec"])
+    stage = Stage1(empty_vit(config, family), former, c["contrast"], dec=c["dec"])
     file, names = Checkpoint(path / "stage1.safetensors"), {}
     optional = include_vit(file, names, tower, config, family)
     return stage, [Filling(stage, file, names, optional)]

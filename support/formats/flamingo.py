@@ -3,13 +3,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model import Decoder, DecoderConfig, VLM, ViT
+from model import Decoder, DecoderConfig, VLM
 from papers import make_bridge
 from support.formats.checkpoint import BridgeFile, Checkpoint, Filling
 from support.formats.files import UserError
 from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names
 from support.formats.names import Joined, Part, expand, parameters
-from support.formats.vision import VIT_NAMES, vit_config
+from support.formats.vision import VIT_NAMES, empty_vit, vit_config
 
 # ----------------------------------------------------------------------------------------------------------
 # 1. OpenFlamingo
@@ -114,7 +114,7 @@ def read_idefics(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     new_words = c["additional_vocab_size"]
     decoder = Decoder(decoder_config({**c, "vocab_size": c["vocab_size"] + new_words}, where))
     tower = {**v, "model_type": "clip_vision_model", "hidden_size": v["embed_dim"]}
-    vit = ViT(vit_config(tower, where)[0])
+    vit = empty_vit(*vit_config(tower, where))
     bridge = make_bridge(
         "idefics", decoder.config, vit.config.width, every=c["cross_layer_interval"],
         latents=r["resampler_n_latents"] if c["use_resampler"] else 0, depth=r["resampler_depth"],

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 
 from model import Decoder, DecoderConfig, nearest
+from papers.rope_scaling import LinearScaling, Llama3Scaling
 from support.formats.checkpoint import Checkpoint, fill, published_tensors
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
 from support.formats.names import Names, Rotary, WB, expand, parameters
@@ -59,11 +60,7 @@ def meta_names(config: DecoderConfig, prefix: str = "") -> Names:
 # model_types whose config.json has Llama's fields
 LLAMAS = ("llama", "qwen2", "mistral", "llava", "llava_llama", "idefics", "mllama_text_model")
 
-ROPES = {               # rope_type → the numbers it needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+ROPES = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}         # by rope_type
 
 LLAMA_DEFAULTS = dict(  # transformers' LlamaConfig, for a config inside another one that is silent (LLaVA)
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -78,9 +75,8 @@ def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
     """
     refuse_other_functions(c, where)
     ropes = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    kind = rope_type(c)
+    scaling = ROPES[rope_type(c)]
     with reading_config(where, "a Llama config.json"):
-        numbers = {key: ropes[key] for key in ROPES[kind]}
         return DecoderConfig(
             vocab_size=c["vocab_size"],
             width=c["hidden_size"],
@@ -90,7 +86,7 @@ def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
             head_width=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
             hidden=c["intermediate_size"],
             rope_theta=ropes.get("rope_theta") or c.get("rope_theta") or 10000.0,
-            rope_scaling={"rope_type": kind, **numbers} if numbers else None,
+            rope_scaling=scaling and scaling(*(ropes[number.name] for number in fields(scaling))),
             norm_eps=c["rms_norm_eps"],
             tied=c.get("tie_word_embeddings", False),
             attention_bias="qkv" if c.get("model_type") == "qwen2" else c.get("attention_bias", False),
@@ -140,12 +136,11 @@ def meta_decoder_config(path: Path, checkpoint: Checkpoint) -> DecoderConfig:
             torch.equal(checkpoint.get(head), checkpoint.get(embeddings)))
         scaled = p.get("use_scaled_rope")
         # Llama 3.1's scaling; its factor is in no file: 8, 32 in two tied models (llama-models, issue 241)
-        numbers = dict(zip(ROPES["llama3"], (32.0 if tied else 8.0, 1.0, 4.0, 8192)))
+        scaling = Llama3Scaling(32.0 if tied else 8.0, 1.0, 4.0, 8192) if scaled else None
         return DecoderConfig(
             vocab_size=V, width=D, layers=p["n_layers"], heads=H, kv_heads=p.get("n_kv_heads") or H,
             head_width=D // H, hidden=hidden, rope_theta=theta,
-            rope_scaling={"rope_type": "llama3", **numbers} if scaled else None,
-            norm_eps=p["norm_eps"], tied=tied,
+            rope_scaling=scaling, norm_eps=p["norm_eps"], tied=tied,
             context=131072 if scaled else 8192 if theta > 1e4 else 2048)
 
 
@@ -164,7 +159,8 @@ def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
         llama = hf_decoder_config(replace(c, attention_bias=False), **extra)
         return {**llama, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     if c.rope_scaling:
-        extra = {"rope_scaling": c.rope_scaling, **extra}
+        scaling = {"rope_type": c.rope_scaling.rope_type, **asdict(c.rope_scaling)}
+        extra = {"rope_scaling": scaling, **extra}
     if c.extra_tokens:                                  # transformers has no such Llama; we read it back
         extra = {**extra, "extra_tokens": c.extra_tokens}
     return dict(

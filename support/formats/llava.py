@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model import Decoder, VLM, ViT
+from model import Decoder, VLM
 from papers import make_bridge
 from support.formats.checkpoint import Checkpoint, Filling, published_tensors
 from support.formats.files import UserError, read_json, write_json, write_tensors
 from support.formats.hub import tower_folder
 from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names, hf_decoder_config
 from support.formats.names import expand, parameters
-from support.formats.vision import CLIP_DEFAULTS, VIT_NAMES, hf_vit_config, vit_config, vit_file
+from support.formats.vision import (CLIP_DEFAULTS, VIT_NAMES, empty_vit, hf_vit_config, vit_config,
+                                    vit_file)
 
 # mm_projector_type of the authors → our bridge, and its maps in their nn.Sequential
 PROJECTORS = {"linear": ("linear", {"map": "mm_projector"}),
@@ -38,7 +39,7 @@ def read_hf(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
                         "are not supported.")
     tied = {"tie_word_embeddings": c.get("tie_word_embeddings", False)}
     decoder = Decoder(decoder_config({**tied, **LLAMA_DEFAULTS, **c["text_config"]}, where))
-    vit = ViT(vit_config({**CLIP_DEFAULTS, **c["vision_config"]}, where)[0])
+    vit = empty_vit(*vit_config({**CLIP_DEFAULTS, **c["vision_config"]}, where))
     class_token = c.get("vision_feature_select_strategy", "default") == "full"
     bridge = make_bridge("mlp", decoder.config, vit.config.width, reads=layer, reads_cls=class_token)
     tower = file.prefix("vision_tower.vision_model.", "model.vision_tower.vision_model.",
@@ -65,7 +66,7 @@ def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     decoder = Decoder(decoder_config(c, where))
     bridge = make_bridge(name, decoder.config, vit.width, reads=c.get("mm_vision_select_layer", -2),
                          reads_cls=c.get("mm_vision_select_feature", "patch") == "cls_patch")
-    vlm = VLM(ViT(vit), bridge, decoder)
+    vlm = VLM(empty_vit(vit, family), bridge, decoder)
     names = {**decoder_names(decoder.config, ours="decoder."), **parameters(maps, "bridge.", "model.")}
     without_vit = nn.ModuleDict({"bridge": bridge, "decoder": decoder})
     return vlm, [Filling(vlm.vit, *vit_file(tower, vit, family)),
@@ -136,4 +137,4 @@ def write_llava(vlm: VLM, path: Path, projector: dict[str, Tensor]) -> None:
         "tie_word_embeddings": c.tied,
         "vision_feature_select_strategy": "full" if all_tokens else "default",
         "text_config": {**hf_decoder_config(c), "vocab_size": vocab_size},
-        "vision_config": hf_vit_config(vit)})
+        "vision_config": hf_vit_config(vlm.vit)})

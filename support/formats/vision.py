@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from model import ViT, ViTConfig
+from papers.blip2_vit import Blip2ViT, Blip2ViTConfig
 from papers.clip import CLIP, TextConfig, TextTransformer
+from papers.siglip import SiglipConfig, SiglipViT
 from support.formats.checkpoint import Checkpoint, fill, published_tensors
 from support.formats.files import (UserError, at_the_door, read_json, reading_config, write_json,
                                    write_tensors)
@@ -21,17 +23,17 @@ ENCODER_NAMES = parameters(         # a block of CLIP's and SigLIP's towers in t
     {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj",
      "norm1": "layer_norm1", "norm2": "layer_norm2", "up": "mlp.fc1", "down": "mlp.fc2"},
     "blocks.{i}.", "encoder.layers.{i}.")
-VIT_NAMES = {                       # transformers' CLIPVisionModel and SiglipVisionModel; map: SigLIP's head
+VIT_NAMES = {                       # transformers' CLIPVisionModel and SiglipVisionModel; head: SigLIP's
     "cls": "embeddings.class_embedding",
     "positions": "embeddings.position_embedding.weight",
     **parameters({"patch": "embeddings.patch_embedding",
                   "pre_norm": "pre_layrnorm",                       # sic
                   "post_norm": "post_layernorm"}),
     **ENCODER_NAMES,
-    "map.probe": "head.probe",
-    **split_qkv("map.", "head.attention.in_proj_"),
+    "head.probe": "head.probe",
+    **split_qkv("head.", "head.attention.in_proj_"),
     **parameters({"o": "attention.out_proj", "norm": "layernorm", "up": "mlp.fc1", "down": "mlp.fc2"},
-                 "map.", "head."),
+                 "head.", "head."),
 }
 EVA_NAMES = {                       # transformers' Blip2VisionModel: q, k, v fused, positions bare
     **VIT_NAMES,
@@ -74,6 +76,9 @@ VIT_DEFAULTS = {
     "eva": dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16,
                 image_size=224, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6),
 }
+TOWERS = {                          # family → the tower and its config
+    "clip": (ViT, ViTConfig), "openai": (ViT, ViTConfig),
+    "siglip": (SiglipViT, SiglipConfig), "eva": (Blip2ViT, Blip2ViTConfig)}
 FAMILIES = {"clip": "clip", "siglip": "siglip", "blip_2": "eva", "instructblip": "eva"}     # by model_type
 HF_ACT = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}     # theirs → ours
 
@@ -100,28 +105,31 @@ def vit_config(c: dict, where: str = "config.json") -> tuple[ViTConfig, str]:
     if nested is None:                                  # a config of its own says all of its sizes
         defaults = {k: defaults[k] for k in ("hidden_act", "layer_norm_eps")}
     c = {**defaults, **(c if nested is None else nested)}
-    form = {"clip": dict(),
-            "siglip": dict(cls=False, pre_norm=False, patch_bias=True,
-                           pool="map" if c.get("vision_use_head", True) else "all"),
-            "eva": dict(pre_norm=False, patch_bias=True, pool="all")}[family]
+    form = {"head": c.get("vision_use_head", True)} if family == "siglip" else {}
     act = activation(c["hidden_act"], where)
     with reading_config(where, f"a {kind} config.json"):
-        return ViTConfig(image_size=c["image_size"], patch=c["patch_size"], width=c["hidden_size"],
-                         layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
-                         hidden=c["intermediate_size"], act=act, norm_eps=c["layer_norm_eps"], **form), family
+        config = TOWERS[family][1](
+            image_size=c["image_size"], patch=c["patch_size"], width=c["hidden_size"],
+            layers=c["num_hidden_layers"], heads=c["num_attention_heads"], hidden=c["intermediate_size"],
+            act=act, norm_eps=c["layer_norm_eps"], **form)
+    return config, family
 
 
-def hf_vit_config(c: ViTConfig) -> dict:
+def empty_vit(config: ViTConfig, family: str) -> ViT:
+    """The tower of what `vit_config` returns."""
+    return TOWERS[family][0](config)
+
+
+def hf_vit_config(vit: ViT) -> dict:
     """The config.json of a CLIPVisionModel or SiglipVisionModel; a UserError where the tower is neither."""
-    family = "siglip" if not c.cls else "clip" if c.pre_norm and c.pool == "cls" else ""
+    c, architecture = vit.config, {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}.get(vit.family)
     act = {ours: theirs for theirs, ours in HF_ACT.items()}.get(c.act)
-    if not family or act is None:
+    if architecture is None or act is None:
         raise UserError("only CLIP- and SigLIP-style towers can be written; "
                         "a BLIP-2 tower stays in the folder it was loaded from.")
-    architecture = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}[family]
-    head = {} if c.cls else {"vision_use_head": c.pool == "map"}
-    return dict(architectures=[architecture], model_type=f"{family}_vision_model", image_size=c.image_size,
-                patch_size=c.patch, hidden_size=c.width, num_hidden_layers=c.layers,
+    head = {"vision_use_head": c.head} if vit.family == "siglip" else {}
+    return dict(architectures=[architecture], model_type=f"{vit.family}_vision_model",
+                image_size=c.image_size, patch_size=c.patch, hidden_size=c.width, num_hidden_layers=c.layers,
                 num_attention_heads=c.heads, intermediate_size=c.hidden, hidden_act=act,
                 layer_norm_eps=c.norm_eps, num_channels=3, **head)
 
@@ -174,7 +182,7 @@ def load_vit(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
     else:
         config, family = vit_config(read_json(where), str(where))
     with torch.device("meta"), at_the_door(str(where)):
-        vit = ViT(config)
+        vit = empty_vit(config, family)
     fill(vit, *vit_file(path, config, family), device=device, dtype=dtype or torch.float32)
     return vit.eval()
 
@@ -216,7 +224,7 @@ def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = 
 
 def save_vit(vit: ViT, path: str | os.PathLike) -> None:
     """Write a Hugging Face CLIPVisionModel or SiglipVisionModel folder."""
-    config = hf_vit_config(vit.config)                  # first: a tower that is neither writes nothing
+    config = hf_vit_config(vit)                  # first: a tower that is neither writes nothing
     names = expand(VIT_NAMES, vit.config.layers, "vision_model.")
     write_tensors(Path(path) / "model.safetensors", published_tensors(vit, names))
     write_json(Path(path) / "config.json", config)

@@ -19,11 +19,10 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from papers import make_bridge                                                 # noqa: E402  (after the path)
 from conftest import TINY_VIT, stir, tiny_decoder                         # noqa: E402
 from model import IMAGE, VLM, ViT
+from papers.siglip import SiglipConfig, SiglipViT
 from support.formats.vlm import load_vlm, save_vlm                           # noqa: E402
 
-SIGLIP = replace(
-    TINY_VIT, cls=False, pre_norm=False, patch_bias=True, act="gelu_tanh", norm_eps=1e-6, pool="map"
-)
+SIGLIP = SiglipConfig(image_size=24, patch=8, width=20, layers=3, heads=2, hidden=40)
 NARROW = replace(TINY_VIT, width=16)                    # 2 Di ≤ D: what a linear bridge needs
 BUNDLED = Path(__file__).parents[2] / "weights"
 
@@ -33,7 +32,8 @@ def llava(name: str, vit_config, tied: bool, image_token: int | None, **options)
     here."""
     decoder = tiny_decoder(tied=tied)
     bridge = stir(make_bridge(name, decoder.config, vit_config.width, **options), 5)
-    vlm = VLM(stir(ViT(vit_config), 7), bridge, decoder, image_token).eval()
+    tower = SiglipViT if vit_config is SIGLIP else ViT
+    vlm = VLM(stir(tower(vit_config), 7), bridge, decoder, image_token).eval()
     return compare_llava(vlm)
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import check, check_decoder, check_states, golden, stir
 from model import Decoder, DecoderConfig, ViT, ViTConfig, rope_frequencies
+from papers.rope_scaling import LinearScaling, Llama3Scaling
 from support.formats.files import UserError
 from support.formats.llama import decoder_config, load_decoder, meta_decoder_config, save_decoder
-from support.formats.vision import load_clip, load_vit, save_vit, vit_config
+from support.formats.vision import empty_vit, load_clip, load_vit, save_vit, vit_config
 from support.formats.vlm import load_vlm
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +71,7 @@ def published(
 
 SCALING = dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
                rope_type="llama3")
+LLAMA_3_SCALING = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 LLAMA_2 = published("llama", 32000, 4096, 11008, 32, 32, 32, 4096, pretraining_tp=1, rope_scaling=None,
                     tie_word_embeddings=False)
 TINYLLAMA = published("llama", 32000, 2048, 5632, 22, 32, 4, 2048, attention_bias=False, pretraining_tp=1,
@@ -132,7 +135,7 @@ LLAMA_1 = {
     (LLAMA_1, 6_738_415_616, dict(kv_heads=32)),
     (TINYLLAMA, 1_100_048_384, dict(kv_heads=4, head_width=64, context=2048)),
     (SMOLLM2, 134_515_008, dict(rope_theta=1e5, tied=True, head_width=64, context=8192)),
-    (LLAMA_3_2, 1_235_814_400, dict(rope_theta=5e5, tied=True, rope_scaling=SCALING)),
+    (LLAMA_3_2, 1_235_814_400, dict(rope_theta=5e5, tied=True, rope_scaling=LLAMA_3_SCALING)),
     (QWEN2, 494_032_768, dict(rope_theta=1e6, attention_bias="qkv", norm_eps=1e-6, tied=True)),
     (MISTRAL, 7_248_023_552, dict(rope_theta=1e6, kv_heads=8, head_width=128))])
 def test_published_configs_give_the_published_models(published, parameters, fields):
@@ -194,7 +197,7 @@ def test_what_changes_nothing_is_accepted():
 
 
 def test_linear_scaling_divides_positions():
-    half = DecoderConfig(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    half = DecoderConfig(rope_scaling=LinearScaling(2.0))
     assert torch.equal(rope_frequencies(half) * 2, rope_frequencies(DecoderConfig()))
 
 
@@ -357,11 +360,11 @@ def test_published_params_json_give_the_published_models(
     with torch.device("meta"):
         assert sum(p.numel() for p in Decoder(config).parameters()) == published
     assert (
-        (config.rope_scaling or {}).get("factor") == factor
+        getattr(config.rope_scaling, "factor", None) == factor
         and config.context == context
         and config.tied == tied
     )
-    assert config.rope_scaling is None or config.rope_scaling == {**SCALING, "factor": factor}
+    assert config.rope_scaling is None or config.rope_scaling == replace(LLAMA_3_SCALING, factor=factor)
 
 
 def test_a_missing_key_or_model_parallel_file_is_named(tmp_path):
@@ -538,7 +541,7 @@ def test_weights_without_a_config_are_refused_in_words(tmp_path):
 )  # ViT-g
 def test_what_a_dual_encoders_config_leaves_out_has_the_published_default(config, published):
     with torch.device("meta"):
-        assert sum(p.numel() for p in ViT(vit_config(config)[0]).parameters()) == published
+        assert sum(p.numel() for p in empty_vit(*vit_config(config)).parameters()) == published
 
 
 def test_a_clip_config_may_leave_out_every_default(tmp_path):

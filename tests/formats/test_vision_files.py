@@ -169,11 +169,9 @@ def test_resized_positions_are_bicubic_without_antialias():
                 width=1152,
                 heads=16,
                 hidden=4304,
-                act="gelu_tanh",
                 cls=False,
                 pre_norm=False,
                 patch_bias=True,
-                pool="all",
             ),
         ),  # SigLIP so400m@384, no head
         (
@@ -188,7 +186,6 @@ def test_resized_positions_are_bicubic_without_antialias():
                 act="gelu",
                 pre_norm=False,
                 patch_bias=True,
-                pool="all",
             ),
         ),
     ],
