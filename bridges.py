@@ -474,7 +474,7 @@ class GatedCrossAttention(nn.Module):
         return split_heads(self.k(media), self.heads), split_heads(self.v(media), self.heads)
 
     def attention(self, x: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """x (B, T, D), visible (B, T, M·R). A word that sees no image reads exactly 0: its softmax is uniform."""
+        """x (B, T, D), visible (B, T, M·R). Without an image a word reads exactly 0."""
         q = split_heads(self.q(self.norm(x)), self.heads)                       # (B, H, T, E)
         y = self.attend(q, k, v, visible_to_bias(visible[:, None], q.dtype))    # (B, H, T, E)
         return self.o(merge_heads(y)) * visible.any(-1, keepdim=True)

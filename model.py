@@ -174,6 +174,8 @@ class DecoderConfig:
     attention_bias: bool | str = False    # biases on q, k, v and o, or on those that it names: "qkv" in Qwen2
     mlp_bias: bool = False            # biases in the feed-forward
     context: int = 2048               # longest sequence the decoder was trained on
+    qk_norm: type[nn.Module] = nn.Identity      # of queries and keys ahead of RoPE, see papers/qk_norm.py
+    window: int | None = None   # a token sees itself and the window − 1 before it (Mistral 2310.06825v1, §2)
     extra_tokens: int = 0       # ids from V on that are read, never written: rows of the embedding alone
 
     def __post_init__(self):
@@ -274,6 +276,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.width, c.kv_heads * c.head_width, bias="k" in biased)
         self.v = nn.Linear(c.width, c.kv_heads * c.head_width, bias="v" in biased)
         self.o = nn.Linear(c.heads * c.head_width, c.width, bias="o" in biased)
+        self.qk_norm = c.qk_norm(c)
         self.attend = Attend()
 
     def widen(self, x: Tensor) -> Tensor:
@@ -284,8 +287,8 @@ class Attention(nn.Module):
 
     def project(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (·, H, Q, E) of vectors (·, Q, D) that have no position: no RoPE."""
-        k, v = (self.widen(split_heads(f(prompts), self.kv_heads)) for f in (self.k, self.v))
-        return k, v
+        k, v = (split_heads(f(prompts), self.kv_heads) for f in (self.k, self.v))
+        return self.widen(self.qk_norm(k)), self.widen(v)
 
     def qkv(self, x: Tensor) -> Tensor:
         """(B, T, D) → (B, T, (H+2G)·E): the three projections side by side."""
@@ -294,7 +297,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, visual, layer: int, c: Context) -> Tensor:
         H, G = self.heads, self.kv_heads
         qk, v = split_heads(self.qkv(x), H + 2 * G).split((H + G, G), dim=1)
-        q, k = rope(qk, c.cos, c.sin).split((H, G), dim=1)              # (B, H, T, E), (B, G, T, E); v as k
+        q, k = rope(self.qk_norm(qk), c.cos, c.sin).split((H, G), dim=1)     # (B, H|G, T, E); v as k
         if c.cache is not None:
             k, v = c.cache.append(layer, k, v)                                  # (B, G, S, E)
         y = self.attend(q, self.widen(k), self.widen(v), c.bias, c.causal)      # (B, H, T, E)
@@ -347,10 +350,13 @@ def token_positions(B: int, T: int, past: int, real: Tensor | None, document: Te
     return t - t.masked_fill(same, 0).cummax(1).values
 
 
-def visible_keys(T: int, past: int, real: Tensor | None, document: Tensor | None, device) -> Tensor:
-    """(B or 1, 1, T, S) bool, True = may attend: earlier keys that are real and of the same document."""
+def visible_keys(T: int, past: int, real: Tensor | None, document: Tensor | None, window: int | None,
+                 device) -> Tensor:
+    """(B or 1, 1, T, S) bool, True = may attend: earlier keys, real, of the same document, in the window."""
     t, s = torch.arange(past, past + T, device=device), torch.arange(past + T, device=device)
     visible = (s <= t[:, None])[None, None]                                     # (1, 1, T, S)
+    if window is not None:
+        visible = visible & (s > t[:, None] - window)
     if real is not None:
         visible = visible & real[:, None, None] | (s == t[:, None])     # padding sees itself: no empty row
     if document is not None:
@@ -425,9 +431,11 @@ class Decoder(nn.Module):
         dtype = self.layers[0].attention.q.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        causal, bias = real is None and past == 0 and T > 1, None
-        if not causal and (real is not None or T > 1):
-            bias = visible_to_bias(visible_keys(T, past, real, document, x.device), dtype)
+        near = past + T <= (self.config.window or math.inf)             # nothing lies outside the window
+        causal, bias = near and real is None and past == 0 and T > 1, None
+        if not causal and (not near or real is not None or T > 1):
+            visible = visible_keys(T, past, real, document, self.config.window, x.device)
+            bias = visible_to_bias(visible, dtype)
         return Context(angle.cos().to(dtype), angle.sin().to(dtype), bias, causal, cache, bridge)
 
     def forward(self, tokens: Tensor | None = None, mask: Tensor | None = None, *,
@@ -585,6 +593,7 @@ class ViT(nn.Module):
     (I1)  z = [class; W patch_1; …; W patch_N] + positions          (ViT, 2010.11929v2, Eq. 1)
     """
     family = "clip"             # whose tower; papers/ has siglip, eva (BLIP-2) and dinov2
+    antialias = False           # in resizing the positions
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -600,13 +609,13 @@ class ViT(nn.Module):
         return EncoderBlock(c.width, c.heads, c.hidden, c.act, c.norm_eps)
 
     def positions_for(self, rows: int, columns: int) -> Tensor:
-        """(rows·columns + cls, Di): the learned grid, resized bicubically (no antialias) where it must be."""
+        """(rows·columns + cls, Di): the learned grid, resized bicubically where it must be."""
         first, side = int(self.config.cls), self.config.side
         if (rows, columns) == (side, side):
             return self.positions
         grid = self.positions[first:].T.reshape(1, -1, side, side)
-        grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic",
-                             align_corners=False).to(grid.dtype)
+        grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic", align_corners=False,
+                             antialias=self.antialias).to(grid.dtype)
         return torch.cat((self.positions[:first], grid[0].flatten(1).T))
 
     def embed(self, pixels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""RoPE for contexts longer than those of pretraining: Position Interpolation (2306.15595v2), Llama 3.1's rule.
+"""RoPE for contexts longer than those of pretraining: Position Interpolation (2306.15595v2), Llama 3.1.
 
 Each class below is a value of DecoderConfig.rope_scaling. It turns the angles θ (E/2,) of one position, (D3)
 in model.py, into others. Its numbers are named as in a published config.json.

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from model import Decoder, DecoderConfig, nearest
+from papers.qk_norm import QKNorm
 from papers.rope_scaling import LinearScaling, Llama3Scaling
 from support.formats.checkpoint import Checkpoint, fill, published_tensors
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
@@ -22,6 +24,8 @@ DECODER_NAMES = {       # Hugging Face's LlamaModel, below "model."; the output 
     "norm.weight": "norm.weight",
     "layers.{i}.norm1.weight": "layers.{i}.input_layernorm.weight",
     "layers.{i}.norm2.weight": "layers.{i}.post_attention_layernorm.weight",
+    "layers.{i}.attention.qk_norm.q": "layers.{i}.self_attn.q_norm.weight",         # Qwen3
+    "layers.{i}.attention.qk_norm.k": "layers.{i}.self_attn.k_norm.weight",
     **parameters({"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
                  "layers.{i}.attention.", "layers.{i}.self_attn."),
     **parameters({"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
@@ -58,7 +62,8 @@ def meta_names(config: DecoderConfig, prefix: str = "") -> Names:
 # ----------------------------------------------------------------------------------------------------------
 
 # model_types whose config.json has Llama's fields
-LLAMAS = ("llama", "qwen2", "mistral", "llava", "llava_llama", "idefics", "mllama_text_model")
+LLAMAS = ("llama", "qwen2", "qwen3", "mistral", "llava", "llava_llama", "llava_mistral", "llava_qwen",
+          "idefics", "mllama_text_model")
 
 ROPES = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}         # by rope_type
 
@@ -70,10 +75,11 @@ LLAMA_DEFAULTS = dict(  # transformers' LlamaConfig, for a config inside another
 def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
     """A Llama config.json, as published (rope_scaling) or as transformers 5 writes it (rope_parameters).
 
-    Also Qwen2's, whose q, k and v have biases, and Mistral's if no sliding window narrows the context.
+    Also Qwen2's, whose q, k and v have biases, Qwen3's, whose queries and keys are normed, and Mistral's.
     What would make it another function (another family, activation, RoPE scaling) is a UserError.
     """
     refuse_other_functions(c, where)
+    kind = family(c)
     ropes = c.get("rope_parameters") or c.get("rope_scaling") or {}
     scaling = ROPES[rope_type(c)]
     with reading_config(where, "a Llama config.json"):
@@ -83,16 +89,45 @@ def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
             layers=c["num_hidden_layers"],
             heads=c["num_attention_heads"],
             kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-            head_width=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+            head_width=c.get("head_dim") or (
+                128 if kind == "qwen3" else c["hidden_size"] // c["num_attention_heads"]),
             hidden=c["intermediate_size"],
             rope_theta=ropes.get("rope_theta") or c.get("rope_theta") or 10000.0,
             rope_scaling=scaling and scaling(*(ropes[number.name] for number in fields(scaling))),
             norm_eps=c["rms_norm_eps"],
             tied=c.get("tie_word_embeddings", False),
-            attention_bias="qkv" if c.get("model_type") == "qwen2" else c.get("attention_bias", False),
+            attention_bias="qkv" if kind == "qwen2" else c.get("attention_bias", False),
             mlp_bias=c.get("mlp_bias", False),
             context=c.get("max_position_embeddings", 2048),
+            qk_norm=QKNorm if kind == "qwen3" else nn.Identity,
+            window=sliding_window(c, where),
             extra_tokens=c.get("extra_tokens", 0))
+
+
+def family(c: dict) -> str:
+    """Whose decoder it is: llama | mistral | qwen2 | qwen3 and the others of LLAMAS."""
+    kind = (c.get("model_type") or "llama").removeprefix("llava_")
+    return "qwen2" if kind == "qwen" else kind
+
+
+def sliding_window(c: dict, where: str) -> int | None:
+    """How many tokens a token of a Mistral or Qwen sees, itself included; None: its whole past.
+
+    Published Qwen2 files name a window and do not use it. Qwen3's and Qwen2's use one from layer
+    max_window_layers on; layers of two kinds are a UserError.
+    """
+    if family(c) != "mistral" and not c.get("use_sliding_window"):
+        return None
+    window, layers = c.get("sliding_window", 4096), c["num_hidden_layers"]
+    full = 0 if family(c) == "mistral" else min(c.get("max_window_layers", 28), layers)
+    if c.get("layer_types"):
+        full = c["layer_types"].count("full_attention")
+    if window is None or window >= c.get("max_position_embeddings", 2048) or full == layers:
+        return None
+    if full:
+        raise UserError(f"{where}: {full} of the {layers} layers see their whole past and the others "
+                        f"{window} tokens of it; here all layers of a decoder are of one kind.")
+    return window
 
 
 def rope_type(c: dict) -> str:
@@ -106,12 +141,6 @@ def refuse_other_functions(c: dict, where: str) -> None:
     if kind not in LLAMAS:
         raise UserError(f'{where}: model_type "{kind}" is no decoder that is known here; '
                         f"{nearest(kind, LLAMAS)}")
-    windowed = kind == "mistral" or c.get("use_sliding_window")     # Qwen2's files name one and do not use it
-    window = c.get("sliding_window", 4096) if windowed else None
-    context = c.get("max_position_embeddings", 2048)
-    if window and window < context:
-        raise UserError(f'{where}: a sliding window of {window} tokens ("{kind}", context {context}) is not '
-                        "supported; here every token sees its whole past.")
     if c.get("hidden_act", "silu") != "silu":
         raise UserError(f'{where}: activation "{c["hidden_act"]}" is not supported in a decoder; '
                         "known: silu.")
@@ -154,21 +183,29 @@ def require_parts(path: Path, checkpoint: Checkpoint, parts: int, width: int) ->
 
 
 def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
-    """The config.json of a LlamaForCausalLM, or Qwen2ForCausalLM with biases on q, k, v; `extra` is added."""
-    if c.attention_bias == "qkv":
-        llama = hf_decoder_config(replace(c, attention_bias=False), **extra)
-        return {**llama, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    """The config.json of a LlamaForCausalLM, or of the class that has what a Llama has not; `extra` is added.
+
+    These are Qwen2 (biases on q, k and v), Qwen3 (normed queries and keys), Mistral (a sliding window).
+    """
+    name = "Qwen3" if c.qk_norm is QKNorm else "Qwen2" if c.attention_bias == "qkv" else (
+        "Mistral" if c.window else "Llama")
+    if c.window:
+        extra = {"sliding_window": c.window, **extra}
+        if name != "Mistral":
+            extra = {"use_sliding_window": True, "max_window_layers": 0, **extra}
     if c.rope_scaling:
         scaling = {"rope_type": c.rope_scaling.rope_type, **asdict(c.rope_scaling)}
         extra = {"rope_scaling": scaling, **extra}
     if c.extra_tokens:                                  # transformers has no such Llama; we read it back
         extra = {**extra, "extra_tokens": c.extra_tokens}
     return dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=c.vocab_size,
+        architectures=[f"{name}ForCausalLM"], model_type=name.lower(), hidden_act="silu",
+        vocab_size=c.vocab_size,
         hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
         num_key_value_heads=c.kv_heads, head_dim=c.head_width, intermediate_size=c.hidden,
         rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
-        attention_bias=c.attention_bias, mlp_bias=c.mlp_bias, max_position_embeddings=c.context, **extra)
+        attention_bias=c.attention_bias is True, mlp_bias=c.mlp_bias, max_position_embeddings=c.context,
+        **extra)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from support.formats.vision import load_vit, save_vit
 
 # model_type in config.json → a function of (config, folder): the empty model, and what it is filled with
 LAYOUTS = {
-    "llava": read_llava, "llava_llama": read_llava,
+    "llava": read_llava, "llava_llama": read_llava, "llava_mistral": read_llava, "llava_qwen": read_llava,
     "blip-2": read_blip2, "instructblip": read_blip2, "blip2_qformer_lavis": read_lavis,
     "idefics": read_idefics, "mllama": read_mllama,
     "stage1": read_own_stage1,

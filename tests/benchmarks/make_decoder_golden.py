@@ -1,7 +1,7 @@
-"""Writes tests/golden/{qwen2-bias, mistral-plain, llama-rope-linear}: tiny decoders, what transformers makes
-of them.
+"""Writes tests/golden/{qwen2-bias, qwen3-qk-norm, mistral-plain, mistral-window, llama-rope-linear}: tiny
+decoders, what transformers makes of them.
 
-    pip install transformers; python tests/benchmarks/make_decoder_golden.py
+    pip install transformers; python tests/benchmarks/make_decoder_golden.py [CASE …]
 
 Weights are random; norm weights are not 1, biases are not 0. config.json is as the library writes it,
 config.hub.json as published checkpoints look.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -54,6 +57,22 @@ CASES = {  # case → (config class, model class, fields, RoPE, what else a publ
         dict(rope_theta=1000.0),
         dict(sliding_window=None, head_dim=10),
         "no sliding window, as from version 0.2 on; heads × head_dim is not the width",
+    ),
+    "qwen3-qk-norm": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        dict(rms_norm_eps=1e-6, tie_word_embeddings=True, head_dim=10),
+        dict(rope_theta=1000.0),
+        dict(use_sliding_window=False, sliding_window=None, max_window_layers=2),
+        "no biases, an RMSNorm over each head of q and k ahead of RoPE; heads × head_dim is not the width",
+    ),
+    "mistral-window": (
+        MistralConfig,
+        MistralForCausalLM,
+        dict(rms_norm_eps=1e-5, sliding_window=5),
+        dict(rope_theta=1000.0),
+        dict(sliding_window=5),
+        "as version 0.1: a token sees itself and 4 tokens before it, texts are longer",
     ),
     "llama-rope-linear": (
         LlamaConfig,
@@ -106,7 +125,8 @@ def greedy(model, ids) -> tuple[torch.Tensor, float]:
 
 
 def main() -> None:
-    for case, (kind, cls, fields, ropes, published, note) in CASES.items():
+    for case in sys.argv[1:] or CASES:
+        kind, cls, fields, ropes, published, note = CASES[case]
         model, g, folder = (
             make_model(kind, cls, fields, ropes),
             torch.Generator().manual_seed(SEED + 1),

@@ -32,7 +32,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("config", ["config.json", "config.hub.json"])
-@pytest.mark.parametrize("name", ["qwen2-bias", "mistral-plain", "llama-rope-linear"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-bias", "qwen3-qk-norm", "mistral-plain", "mistral-window", "llama-rope-linear"]
+)
 def test_relatives_of_llama_give_the_published_numbers(name, config, tmp_path):
     shutil.copy(golden(name)[0] / "model.safetensors", tmp_path)
     shutil.copy(golden(name)[0] / config, tmp_path / "config.json")
@@ -154,21 +156,13 @@ def test_published_configs_give_the_published_models(published, parameters, fiel
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(model_type="gemma"), 'model_type "gemma" is no decoder.*Known: llama, qwen2, mistral'),
-        (dict(model_type="qwen3"), '"qwen3" is no decoder that is known here; did you mean "qwen2"'),
+        (dict(model_type="gemma"), 'model_type "gemma" is no decoder.*Known: llama, qwen2, qwen3, mistral'),
+        (dict(model_type="qwen3_moe"), '"qwen3_moe" is no decoder that is known here; did you mean "qwen3"'),
         (dict(model_type="phi3"), '"phi3"'),
         (dict(model_type="gpt2"), '"gpt2"'),
         (
-            dict(model_type="mistral", sliding_window=1024),
-            'sliding window of 1024 tokens ."mistral", context 4096',
-        ),
-        (
-            dict(model_type="mistral", max_position_embeddings=32768),
-            "sliding window of 4096",
-        ),  # v0.1's default
-        (
             dict(model_type="qwen2", use_sliding_window=True, sliding_window=2048),
-            'window of 2048 tokens ."qwen2"',
+            "28 of the 32 layers see their whole past and the others 2048 tokens",
         ),
         (dict(hidden_act="gelu"), 'activation "gelu"'),
         (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), '"dynamic" is not supported'),
@@ -194,6 +188,20 @@ def test_what_changes_nothing_is_accepted():
         decoder_config({k: v for k, v in LLAMA_2.items() if k != "model_type"}) == plain
     )  # inside another config
     assert decoder_config({**LLAMA_2, "rope_scaling": {"type": "default"}}) == plain
+
+
+def test_a_window_narrower_than_the_context_is_kept_and_one_that_no_layer_has_is_not():
+    window = lambda **c: decoder_config({**LLAMA_2, **c}).window
+    assert window(model_type="mistral", sliding_window=1024) == 1024
+    assert window(model_type="mistral", max_position_embeddings=32768) == 4096  # version 0.1's default
+    assert window(model_type="mistral", sliding_window=None) is None
+    assert window(model_type="llava_mistral", sliding_window=1024) == 1024
+    swa = dict(model_type="qwen3", use_sliding_window=True, sliding_window=2048, head_dim=128)
+    assert window(**swa, max_window_layers=0) == 2048 and window(**swa, max_window_layers=32) is None
+    assert window(**{**swa, "use_sliding_window": False}) is None
+    assert window(**swa, layer_types=["sliding_attention"] * 32) == 2048
+    with pytest.raises(UserError, match="1 of the 32 layers see their whole past"):
+        window(**swa, layer_types=["full_attention"] + ["sliding_attention"] * 31)
 
 
 def test_linear_scaling_divides_positions():

@@ -20,7 +20,7 @@ def test_the_loss_is_the_hand_example_and_knows_no_other_row():
     assert abs(sigmoid_loss(S).item() - 0.7781) < 1e-4                          # the number in its docstring
     S.requires_grad_()
     sigmoid_loss(S).backward()
-    torch.testing.assert_close(S.grad, torch.tensor([[-0.5, 0.25], [0.25, -0.25]]) / 2)      # ∂ = −z σ(−z S)/B
+    torch.testing.assert_close(S.grad, torch.tensor([[-0.5, 0.25], [0.25, -0.25]]) / 2)  # ∂ = −z σ(−z S)/B
 
 
 def test_at_the_start_a_pair_is_taken_for_no_match():
