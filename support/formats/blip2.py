@@ -10,10 +10,10 @@ from bridges import QFormer
 from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig
 from papers import make_bridge
 from papers.blip2_stage1 import Stage1
-from support.formats.checkpoint import BridgeFile, Checkpoint, Filling, IGNORED
+from support.formats.checkpoint import BridgeFile, Checkpoint, Filling, IGNORED, tie
 from support.formats.files import UserError, read_json, write_json, write_tensors
 from support.formats.hub import tower_folder
-from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names
+from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names, tie_head
 from support.formats.names import Names, Part, WB, ZerosLike, expand, parameters
 from support.formats.vision import EVA_NAMES, VIT_DEFAULTS, empty_vit, vit_config, vit_file
 
@@ -164,9 +164,9 @@ def read_blip2(c: dict, path: Path) -> tuple[VLM | Stage1, list[Filling]]:
     reads_text = layout == "instructblip"
     vit, former, names = vision_part(c, where, layout, decoder.config, "bridge.", reads_text)
     names |= decoder_names(decoder.config, "language_model.model.", "language_model.", "decoder.")
-    vlm = VLM(vit, former, decoder, c.get("image_token_index"))
-    optional = ("language_model.lm_head.",) if decoder.config.tied else ()
-    return vlm, [Filling(vlm, Checkpoint(path), names, optional)]
+    vlm, file = VLM(vit, former, decoder, c.get("image_token_index")), Checkpoint(path)
+    optional = tie_head(decoder.config, names, file, "decoder.")
+    return vlm, [Filling(vlm, file, names, optional)]
 
 
 def read_retrieval(c: dict, path: Path, layout: str) -> tuple[Stage1, list[Filling]]:
@@ -218,7 +218,8 @@ def read_lavis(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
     tied = file.missing(matrix) or file.missing(words) or torch.equal(file.get(matrix), file.get(words))
     stage = Stage1(empty_vit(config, family) if config else None, former, c.get("embed_dim", 256), tied=tied,
                    dec=c.get("bos_token_id"))
-    optional = (names["word_matrix.bias"], *([matrix] if tied else ()))
+    optional = (names["word_matrix.bias"], *(tie(file, names, "qformer.words.weight", "word_matrix.weight")
+                                             if tied else ()))
     if inside:
         names |= {f"vit.post_norm.{w}": f"ln_vision.{w}" for w in WB}
         names |= expand(LAVIS_EVA_NAMES, config.layers, "visual_encoder.", "vit.")

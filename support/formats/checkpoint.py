@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
-import pickle
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from model import Bridge
 from support.formats.files import UserError, read_json
 from support.formats.names import Joined, Names, Part, Source, as_source
+from support.formats.pickles import TensorPickle
 
 # ----------------------------------------------------------------------------------------------------------
 # 1. Files
@@ -31,39 +30,57 @@ PATTERNS = ("model.safetensors", "*.safetensors", "pytorch_model.bin", "consolid
 
 
 def open_tensors(file: Path):
-    """An open file with keys() and get_tensor(name). Of a pickle only the tensors are read; it is mapped."""
+    """An open file with keys(), get_tensor(name) and metadata(); its first bytes tell which kind it is."""
+    head = b""
     try:
-        if file.suffix not in PICKLES:
-            return safe_open(file, framework="pt")
-        print(f"{file}: a pickle; only its tensors are read (torch.load, weights_only=True).",
-              file=sys.stderr)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        content = content.get("model", content)                     # some files keep a config beside "model"
-        tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
-        return SimpleNamespace(keys=tensors.keys, get_tensor=tensors.__getitem__)
-    except (SafetensorError, OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError) as e:
-        kind = "PyTorch" if file.suffix in PICKLES else "safetensors"
-        reason = (str(e) or "empty").splitlines()[0]
+        with open(file, "rb") as f:
+            head = f.read(9)
+        if head.startswith((b"PK", b"\x80")) and head[8:] != b"{":      # a zip archive or a pickle
+            return TensorPickle(file)
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as e:
+        kind, reason = "PyTorch" if file.suffix in PICKLES else "safetensors", str(e).splitlines()[0]
+        if file.stat().st_size == 0:
+            reason = "it is empty"
+        elif head == b"version h":
+            reason = "it is a pointer of Git LFS: run git lfs pull"
         raise UserError(f"{file}: not a readable {kind} file ({reason}); it may be truncated, "
                         "copy or download it again.") from None
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """The files with a model's tensors: the path, or what a folder has by the first of PATTERNS that fits."""
+    """The files with a model's tensors: the path, or what a folder has by the first of PATTERNS that fits.
+
+    A whole file comes before an index of shards, which may be left from another download.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a folder with config.json and *.safetensors.")
     if path.is_file():
         return [path]
     for pattern in PATTERNS:
         index = path / f"{pattern}.index.json"
+        if (path / pattern).is_file():
+            return [path / pattern]
         if index.exists():
-            shards = sorted({path / name for name in read_json(index)["weight_map"].values()})
-            if lost := [shard.name for shard in shards if not shard.exists()]:
-                raise UserError(f"{index}: names the shard {lost[0]}, which is missing; download it again.")
-            return shards
+            return indexed_files(index)
         if files := sorted(path.glob(pattern)):
             return files
     raise UserError(f"{path}: holds no .safetensors file (nor pytorch_model.bin or .pth), so no weights.")
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names; all must lie in its folder."""
+    shards = read_json(index).get("weight_map")
+    names = shards.values() if isinstance(shards, dict) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{index}: "weight_map" must name the file of each tensor; download it again.')
+    for name in sorted(set(names)):
+        if not name or set(name) & set("/\\:") or name.startswith("."):
+            raise UserError(f'{index}: names the shard "{name}", which is not a file of its folder; '
+                            "shards are read from there alone.")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index}: names the shard {name}, which is missing; download it again.")
+    return [index.parent / name for name in sorted(set(names))]
 
 
 class Checkpoint:
@@ -99,10 +116,14 @@ class Checkpoint:
     def get(self, name: str) -> Tensor:
         """One tensor as it is stored; the blocks of model-parallel files are joined.
 
-        The file is opened anew: what was read through a mapping stays in memory as long as that mapping.
+        The file is opened anew: what was read through a mapping stays in memory as long as that mapping. A
+        tensor of anything but finite floating-point numbers is a UserError.
         """
         files = self.where[name]
-        blocks = [(self.files[f] if f.suffix in PICKLES else open_tensors(f)).get_tensor(name) for f in files]
+        pickled = isinstance(self.files[files[0]], TensorPickle)        # it maps each tensor by itself
+        blocks = [(self.files[f] if pickled else open_tensors(f)).get_tensor(name) for f in files]
+        for file, block in zip(files, blocks):
+            require_finite(block, f'{file}: tensor "{name}"')
         if len(blocks) == 1:
             return blocks[0]
         if len(blocks) < len(self.files) or len({b.shape for b in blocks}) > 1:
@@ -133,6 +154,21 @@ class Checkpoint:
         return next((c for c in candidates if any(n.startswith(c) for n in self.where)), candidates[-1])
 
 
+def require_finite(tensor: Tensor, what: str) -> None:
+    """A UserError where a tensor has numbers that no weight can have.
+
+    The sum is finite where all of its terms are, unless it overflows; it is a tenth of the work of looking at
+    each of them.
+    """
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{what} holds numbers of type {kind}; weights are float16, bfloat16, float32 or "
+                        "float64, and quantised ones are not read.")
+    if not math.isfinite(tensor.sum()) and not bool(tensor.isfinite().all()):
+        raise UserError(f"{what} holds {int((~tensor.isfinite()).sum()):,} numbers that are not finite "
+                        "(nan or inf), so the model was damaged when it was saved.")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # 2. Fill
 # ----------------------------------------------------------------------------------------------------------
@@ -157,20 +193,24 @@ def fill(module: nn.Module, checkpoint: Checkpoint, names: Names, optional: tupl
     """Give every parameter of a module (built on the meta device) its tensor; strict in both directions.
 
     names: ours → theirs; a parameter that is not in it has the same name there. A tensor that is missing, has
-    another shape, or that no parameter asks for is a UserError naming it. Tensors whose name starts with
-    `optional` may be left over (the other tower of a dual encoder). dtype None: as stored.
+    another shape, or that no parameter asks for is a UserError naming it. `optional` may be left over (the
+    other tower of a dual encoder): names, or their starts, which end with a dot. dtype None: as stored.
     """
     used = set()
     for ours, parameter in list(module.named_parameters()):
         source = as_source(names.get(ours, ours))
         tensor = tensor_for(parameter, source, checkpoint)
-        tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)       # off the mapped file
+        stored = tensor.dtype
+        tensor = tensor.to(device=device, dtype=dtype or stored, copy=True)             # off the mapped file
+        if torch.finfo(tensor.dtype).max < torch.finfo(stored).max:
+            require_finite(tensor, f'{checkpoint.path}: tensor "{source.names[0]}", as {dtype},')
         owner, _, leaf = ours.rpartition(".")
         filled = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         setattr(module.get_submodule(owner), leaf, filled)
         used.update(source.names)
-    others = (name for name in checkpoint.where if name not in used)
-    extra = [name for name in others if not name.endswith(IGNORED) and not name.startswith(optional)]
+    starts = tuple(name for name in optional if name.endswith("."))
+    extra = [name for name in checkpoint.where if name not in used and name not in optional
+             and not name.endswith(IGNORED) and not name.startswith(starts)]
     if extra:
         raise UserError(f'{checkpoint.path}: {len(extra)} tensors are not part of this model '
                         f'(first: "{extra[0]}"); the config.json beside it may belong to another model.')
@@ -191,6 +231,24 @@ def tensor_for(parameter: nn.Parameter, source: Source | Joined, checkpoint: Che
                         f"{tuple(tensor.shape)}, this model expects {shape}; "
                         "the config.json beside it may belong to another model.")
     return tensor.reshape(shape)
+
+
+def tie(checkpoint: Checkpoint, names: Names, ours: str, other: str) -> tuple[str, ...]:
+    """One matrix that files keep under either of two names, or under both → those that may be left over.
+
+    names[ours] becomes the one that the checkpoint has. Two that differ are a UserError: they are not tied.
+    """
+    kept, left = as_source(names[ours]), as_source(names[other])
+    if any(checkpoint.missing(name) for name in left.names):
+        return ()
+    if any(checkpoint.missing(name) for name in kept.names):
+        names[ours] = names[other]
+        return ()
+    if not torch.equal(kept.build(checkpoint), left.build(checkpoint)):
+        raise UserError(f'{checkpoint.file_of(left.names[0])}: tensor "{left.names[0]}" differs from '
+                        f'"{kept.names[0]}", though the config says that they are one matrix '
+                        "(tie_word_embeddings); correct the config.")
+    return tuple(left.names)
 
 
 def published_tensors(module: nn.Module, names: Names) -> dict[str, Tensor]:

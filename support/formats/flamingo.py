@@ -7,7 +7,7 @@ from model import Decoder, DecoderConfig, VLM
 from papers import make_bridge
 from support.formats.checkpoint import BridgeFile, Checkpoint, Filling
 from support.formats.files import UserError
-from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names
+from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names, tie_head
 from support.formats.names import Joined, Part, expand, parameters
 from support.formats.vision import VIT_NAMES, empty_vit, vit_config
 
@@ -129,5 +129,6 @@ def read_idefics(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
                              ("decoder.lm_head.weight", "lm_head.additional_fc.weight")):
             names[ours] = Joined((names[ours], theirs))
     vlm = VLM(vit, bridge, decoder, c["vocab_size"] + 1 if new_words > 1 else None)
-    optional = ("lm_head.",) if decoder.config.tied else ()
-    return vlm, [Filling(vlm, Checkpoint(path), names, optional)]
+    file = Checkpoint(path)
+    optional = tie_head(decoder.config, names, file, "decoder.")
+    return vlm, [Filling(vlm, file, names, optional)]

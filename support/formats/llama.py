@@ -11,7 +11,7 @@ from torch import nn
 from model import Decoder, DecoderConfig, nearest
 from papers.qk_norm import QKNorm
 from papers.rope_scaling import LinearScaling, Llama3Scaling
-from support.formats.checkpoint import Checkpoint, fill, published_tensors
+from support.formats.checkpoint import Checkpoint, fill, published_tensors, tie
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
 from support.formats.names import Names, Rotary, WB, expand, parameters
 
@@ -37,6 +37,11 @@ def decoder_names(config: DecoderConfig, trunk: str = "model.", head: str = "", 
     """Hugging Face's names of a decoder below `trunk`, with its output projection at head + "lm_head"."""
     names = expand(DECODER_NAMES, config.layers, trunk, ours)
     return {**names, ours + "lm_head.weight": head + "lm_head.weight"}
+
+
+def tie_head(config: DecoderConfig, names: Names, file: Checkpoint, ours: str = "") -> tuple[str, ...]:
+    """What may be left over where embeddings and output projection are one matrix (`tie`)."""
+    return tie(file, names, ours + "embed.weight", ours + "lm_head.weight") if config.tied else ()
 
 
 def meta_names(config: DecoderConfig, prefix: str = "") -> Names:
@@ -224,13 +229,14 @@ def load_decoder(path: str | os.PathLike, device=None, dtype: torch.dtype | None
     if checkpoint and not checkpoint.prefix("model.", ""):     # some folders hold both configs
         config = meta_decoder_config(path, checkpoint)
         names = meta_names(config)
+        optional = (names["lm_head.weight"],) if config.tied else ()
     else:
         where = path / "config.json"
         config = decoder_config(read_json(where), str(where))
         names, checkpoint = decoder_names(config), checkpoint or Checkpoint(path)
+        optional = tie_head(config, names, checkpoint)
     with torch.device("meta"), at_the_door(str(where)):
         decoder = Decoder(config)
-    optional = (names["lm_head.weight"],) if config.tied else ()
     fill(decoder, checkpoint, names, optional, device, dtype or torch.float32)
     return decoder.eval()
 

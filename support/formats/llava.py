@@ -11,7 +11,8 @@ from papers import make_bridge
 from support.formats.checkpoint import Checkpoint, Filling, published_tensors
 from support.formats.files import UserError, read_json, write_json, write_tensors
 from support.formats.hub import tower_folder
-from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names, hf_decoder_config
+from support.formats.llama import (LLAMA_DEFAULTS, decoder_config, decoder_names, hf_decoder_config,
+                                   tie_head)
 from support.formats.names import expand, parameters
 from support.formats.vision import (CLIP_DEFAULTS, VIT_NAMES, empty_vit, hf_vit_config, vit_config,
                                     vit_file)
@@ -50,8 +51,9 @@ def read_hf(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     names = {**expand(VIT_NAMES, vit.config.layers, tower, "vit."),
              **decoder_names(decoder.config, trunk, head, "decoder."),
              **parameters({"up": "linear_1", "down": "linear_2"}, "bridge.", projector)}
+    optional = tie_head(decoder.config, names, file, "decoder.")
     vlm = VLM(vit, bridge, decoder)
-    return vlm, [Filling(vlm, file, names, (head + "lm_head.",) if decoder.config.tied else ())]
+    return vlm, [Filling(vlm, file, names, optional)]
 
 
 def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
@@ -66,11 +68,16 @@ def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     decoder = Decoder(decoder_config(c, where))
     bridge = make_bridge(name, decoder.config, vit.width, reads=c.get("mm_vision_select_layer", -2),
                          reads_cls=c.get("mm_vision_select_feature", "patch") == "cls_patch")
-    vlm = VLM(empty_vit(vit, family), bridge, decoder)
+    vlm, file = VLM(empty_vit(vit, family), bridge, decoder), Checkpoint(path)
     names = {**decoder_names(decoder.config, ours="decoder."), **parameters(maps, "bridge.", "model.")}
+    optional = tie_head(decoder.config, names, file, "decoder.")
+    inside = file.prefix("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.", "")
+    if inside:                                          # the ViT was trained along and lies in the file
+        names |= expand(VIT_NAMES, vit.layers, inside, "vit.")
+        return vlm, [Filling(vlm, file, names, optional)]
     without_vit = nn.ModuleDict({"bridge": bridge, "decoder": decoder})
     return vlm, [Filling(vlm.vit, *vit_file(tower, vit, family)),
-                 Filling(without_vit, Checkpoint(path), names, ("model.vision_tower.",))]
+                 Filling(without_vit, file, names, optional)]
 
 
 def save_llava(vlm: VLM, path: Path) -> None:

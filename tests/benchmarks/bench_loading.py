@@ -39,7 +39,7 @@ def child(folder: str, dtype: str) -> None:
     def watch():
         while not done.wait(0.001):
             most[0] = max(most[0], status()["RssAnon"])
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     start = time.monotonic()
     decoder = load_decoder(folder, dtype=getattr(torch, DTYPES[dtype]))

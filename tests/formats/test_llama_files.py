@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import check, check_decoder, check_states, golden, stir
+from conftest import check, check_decoder, check_states, golden, stir, tiny_decoder
 from model import Decoder, DecoderConfig, ViT, ViTConfig, rope_frequencies
 from papers.rope_scaling import LinearScaling, Llama3Scaling
+from support.formats.checkpoint import Checkpoint
 from support.formats.files import UserError
 from support.formats.llama import decoder_config, load_decoder, meta_decoder_config, save_decoder
 from support.formats.vision import empty_vit, load_clip, load_vit, save_vit, vit_config
@@ -715,7 +717,10 @@ def test_loading_peaks_at_one_copy_of_the_model(tmp_path):
     )
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(**sizes)).to(torch.bfloat16)
-    save_decoder(decoder.to_empty(device="cpu"), tmp_path)
+    decoder = decoder.to_empty(device="cpu")
+    for p in decoder.parameters():
+        p.data.zero_()
+    save_decoder(decoder, tmp_path)
     script = ROOT / "tests/benchmarks/bench_loading.py"
     command = [sys.executable, script, tmp_path, "--dtype", "bf16", "--repeats", "1"]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -725,3 +730,70 @@ def test_loading_peaks_at_one_copy_of_the_model(tmp_path):
     assert row["total"] < 1.2 * row["size"] + 40e6 and math.isclose(
         row["total_ratio"], row["total"] / row["size"]
     )
+
+
+# --- numbers, indexes, tied matrices ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda t: t.fill_(math.nan), "numbers that are not finite"),
+    (lambda t: torch.where(torch.arange(t.numel()).view_as(t) == 3, -math.inf, t), "1 numbers that are not"),
+    (lambda t: t.to(torch.int8), "numbers of type int8"), (lambda t: t.long(), "numbers of type int64"),
+    (lambda t: t > 0, "numbers of type bool"), (lambda t: t.to(torch.complex64), "numbers of type complex64"),
+    (lambda t: t.to(torch.float8_e4m3fn), "type float8_e4m3fn; .*quantised")])
+@pytest.mark.parametrize("layout", ["hf", "meta", "hf, pickled"])
+def test_a_tensor_that_holds_no_finite_floating_point_numbers_is_named(tmp_path, layout, spoil, words):
+    make, load = STRICT[layout.removesuffix(", pickled")]
+    file = make(tmp_path)
+    tensors = load_file(file)
+    name = sorted(n for n, t in tensors.items() if t.numel() > 8)[0]
+    tensors[name] = spoil(tensors[name].clone())
+    save_file(tensors, file)
+    if layout.endswith("pickled"):
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        file.unlink()
+    with pytest.raises(UserError, match=f'tensor "{re.escape(name)}" holds .*{words}'):
+        load(tmp_path)
+
+
+def test_numbers_whose_sum_overflows_are_fine_and_those_beyond_the_dtype_are_not(tmp_path):
+    decoder = tiny_decoder()
+    with torch.no_grad():
+        decoder.embed.weight.fill_(1e38)
+    save_decoder(decoder, tmp_path)
+    assert torch.equal(load_decoder(tmp_path).embed.weight, decoder.embed.weight)
+    with pytest.raises(UserError, match='"model.embed_tokens.weight", as torch.float16, holds .*finite'):
+        load_decoder(tmp_path, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/../../b", "..", "c:\\model", "",
+                                  "a/b"])
+def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    save_decoder(tiny_decoder(), tmp_path)
+    shutil.copy(tmp_path / "config.json", tmp_path / "in")
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    message = f'index.json: names the shard "{re.escape(name)}", which is not a file of its folder'
+    with pytest.raises(UserError, match=message):
+        load_decoder(tmp_path / "in")
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 3}}])
+def test_an_index_without_a_map_of_files_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match='index.json: "weight_map" must name the file of each tensor'):
+        Checkpoint(tmp_path)
+
+
+def test_tied_matrices_under_both_names_must_be_one(tmp_path):
+    save_decoder(tiny_decoder(tied=True), tmp_path)
+    expected, file = load_decoder(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file)
+    assert torch.equal(load_decoder(tmp_path).embed.weight, expected.embed.weight)
+    tensors["lm_head.weight"][0] += 1
+    save_file(tensors, file)
+    with pytest.raises(UserError, match='"lm_head.weight" differs from "model.embed_tokens.weight", though'):
+        load_decoder(tmp_path)
