@@ -16,7 +16,6 @@ from __future__ import annotations
 import collections
 import importlib
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from model import Decoder, VLM
 from support.formats.files import read_json, write_json
 from support.formats.ptb import ptb_tokenize
 from support.formats.tokenizers import Tokenizer
-from support.formats.vqa import vqa_normalize
+from support.formats.vqa import EVALUATORS
 from support.plumbing.beams import beam_search
 from support.plumbing.cli import run_cli
 from support.plumbing.packed import packed
@@ -147,19 +146,18 @@ def cider(candidates: list[str], references: list[list[str]], sigma: float = 6.0
     return mean(scores), scores
 
 
-def vqa_accuracy(prediction: str, answers: list[str]) -> float:
+def vqa_accuracy(prediction: str, answers: list[str], evaluator: str = "vqa") -> float:
     """VQA accuracy, 0 … 1 (Antol et al., 1505.00468; over annotators as in the official evaluation code).
 
     (V1)  acc = mean over annotators j of min(1, number of OTHER annotators who gave the predicted answer / 3)
 
     With ten annotators 0, 1, 2, 3, 4 equal answers score 0, 0.3, 0.6, 0.9, 1. Answers are normalised only
     where the annotators differ (since 2021): if all wrote the same string, the prediction must be that very
-    string, case and all. We tell annotators apart by position, the official code by whole records: where
-    these have no id (VizWiz), it leaves equal ones out together and scores lower.
+    string, case and all. Other evaluators, such as TextVQA's, have other rules (formats/vqa.py: EVALUATORS).
+    We tell annotators apart by position, the official code by whole records: where these have no id (VizWiz),
+    it leaves equal ones out together and scores lower.
     """
-    prediction, *answers = (re.sub(r"[\n\t]", " ", a).strip() for a in (prediction, *answers))
-    if len(set(answers)) > 1:
-        prediction, *answers = (vqa_normalize(a) for a in (prediction, *answers))
+    prediction, answers = EVALUATORS[evaluator](prediction, answers)
     same = [a == prediction for a in answers]
     return mean([min(1.0, (sum(same) - s) / 3) for s in same])              # (V1)  s: annotator j's own
 
@@ -268,16 +266,20 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], blind: bool
     return result
 
 
-def answer_accuracy(q: data.QA, answer: str) -> float:
-    """VQA accuracy (V1), 0 … 1. With ten equal answers it is exact match."""
-    return vqa_accuracy(answer, q.answers or [q.answer] * 10)
+def answer_accuracy(q: data.QA, answer: str, evaluator: str = "") -> float:
+    """VQA accuracy (V1), 0 … 1. With ten equal answers the official one is exact match.
+
+    evaluator: of EVALUATORS; without it that of the data set: TextVQA's questions are all of kind "textvqa".
+    """
+    evaluator = evaluator or (q.kind if q.kind in EVALUATORS else "vqa")
+    return vqa_accuracy(answer, q.answers or [q.answer] * 10, evaluator)
 
 
-def accuracy_by_kind(questions: list[data.QA], answers: list[str]) -> dict:
+def accuracy_by_kind(questions: list[data.QA], answers: list[str], evaluator: str = "") -> dict:
     """VQA accuracy per kind of question, 0 … 1, and under "mean" the mean over kinds."""
     scores: dict[str, list[float]] = {}
     for q, a in zip(questions, answers):
-        scores.setdefault(q.kind, []).append(answer_accuracy(q, a))
+        scores.setdefault(q.kind, []).append(answer_accuracy(q, a, evaluator))
     result = {k: float(np.mean(v)) for k, v in sorted(scores.items())}
     return {**result, "mean": float(np.mean(list(result.values())))} if result else {}
 

@@ -23,7 +23,7 @@ from papers import make_bridge
 from papers.mllama import Mllama
 from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles                   # noqa: E402  (after the path)
 from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig                   # noqa: E402
-from support.formats import load_decoder, load_vit                             # noqa: E402
+from support.formats import load_decoder, load_vit, save_vlm                             # noqa: E402
 from support.formats.tokenizers import byte_letters                            # noqa: E402
 from support.worlds.text import shapes_tokenizer                                # noqa: E402
 
@@ -222,6 +222,14 @@ def small_pictures(n: int = 4, seed: int = 0) -> Tiles:
     mask = torch.arange(3) < 1 + torch.arange(n)[:, None] % 3
     pixels = torch.randn(n, 3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     return Tiles(pixels * mask[..., None, None, None], 1 + torch.arange(n), mask)
+
+
+@pytest.fixture(scope="session")
+def untrained_run(tmp_path_factory) -> str:
+    """A run folder between the bundled towers: its answers are poor, but they are answers."""
+    folder = tmp_path_factory.mktemp("run")
+    save_vlm(shapes_vlm("linear"), folder, vit="weights/vit", decoder="weights/decoder")
+    return str(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -74,8 +74,12 @@ def scienceqa_text(q: QA, form: str = "QCM-LEA") -> tuple[str, str]:
     form: the parts of the prompt (Q question, C context, M choices), a hyphen, the parts of the answer
     (A letter, L lecture, E solution), in order. "QCM-LEA" is LLaVA's reasoning first, "QCM-ALE" its answer
     first, "QCM-A" the letter alone. Double blanks are halved once, as in the published code. The published
-    "AL" and "AE" swap lecture and solution; these do not.
+    "AL" and "AE" swap lecture and solution; these do not. "QCM-LEPA" sets the letter apart, for LLaVA's
+    answer prompter: LECTURE: …\\nSOLUTION: …\\n###\\nANSWER: B.
     """
+    if not re.fullmatch("[QCMLE]+-([ALE]+|LEPA)", form):
+        raise UserError(f'--form "{form}": write the parts of the prompt (of QCM), a hyphen and the parts of '
+                        'the answer (of ALE), such as QCM-LEA; or QCM-LEPA.')
     prompt_parts, answer_parts = form.split("-")
     letters = [chr(ord("A") + i) for i in range(len(q.choices))]
     part = {"Q": f"Question: {q.question}",
@@ -85,7 +89,12 @@ def scienceqa_text(q: QA, form: str = "QCM-LEA") -> tuple[str, str]:
             "L": q.lecture,
             "E": q.solution}
     prompt = "\n".join(part[p] for p in prompt_parts)
-    answer = " ".join(["Answer:", *(part[p] for p in answer_parts)])
+    if answer_parts == "LEPA":
+        reasons = {"LECTURE": q.lecture, "SOLUTION": q.solution}
+        answer = "".join(f"{name}: {text}\n" for name, text in reasons.items() if text.strip())
+        answer += f"###\nANSWER: {letters[q.correct]}."
+    else:
+        answer = " ".join(["Answer:", *(part[p] for p in answer_parts)])
     prompt, answer = (text.replace("  ", " ").rstrip() for text in (prompt, answer))
     return prompt + "\nAnswer:", answer.removesuffix("BECAUSE:").rstrip().removeprefix("Answer: ")
 
@@ -202,16 +211,19 @@ def postprocess_answer(protocol: str, text: str) -> str:
 
 # Benchmark: (name of the id, name of the text) in its file of predictions.
 RESULT_KEYS = {"vqav2": ("question_id", "answer"), "okvqa": ("question_id", "answer"),
-               "vizwiz": ("image", "answer"), "coco": ("image_id", "caption")}
+               "textvqa": ("question_id", "answer"), "vizwiz": ("image", "answer"),
+               "coco": ("image_id", "caption"), "textcaps": ("image_id", "caption")}
 
 
 def save_predictions(kind: str, rows: list[tuple], path: str | Path) -> None:
     """Predictions in the form that the benchmark's own evaluation reads; written atomically.
 
     kind           a row                                       the file
-    vqav2, okvqa   (question id, answer)                       [{"question_id": 9000, "answer": "yes"}, …]
+    vqav2, okvqa,  (question id, answer)                       [{"question_id": 9000, "answer": "yes"}, …]
+    textvqa
     vizwiz         (image name, answer)                        [{"image": "V_val_1.jpg", "answer": "yes"}, …]
     coco           (image id, caption)                         [{"image_id": 9, "caption": "a box"}, …]
+    textcaps       (image id, caption)                         [{"image_id": "0a1b", "caption": "a box"}, …]
     scienceqa      (problem id, index of the choice, text)     {"results": {"4": 0}, "outputs": {"4": "A. …"}}
     mme            (task, image, question, Yes | No, response) a folder: TASK.txt, a line per question, tabs
 
@@ -236,4 +248,6 @@ def save_predictions(kind: str, rows: list[tuple], path: str | Path) -> None:
                           "outputs": {i: text for i, _, text in rows}})
     else:
         id_key, text_key = RESULT_KEYS[kind]
-        write_json(path, [{id_key: int(i) if str(i).isdecimal() else i, text_key: text} for i, text in rows])
+        numbers = kind != "textcaps"            # whose ids are hexadecimal, some of them without a letter
+        write_json(path, [{id_key: int(i) if numbers and str(i).isdecimal() else i, text_key: text}
+                          for i, text in rows])

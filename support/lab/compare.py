@@ -35,8 +35,9 @@ from support.plumbing.flags import Parser, add_machine_flags, use_machine
 from support.worlds import WORLDS
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published.csv"
-OFFICIAL = {"vqav2": "vqav2", "okvqa": "okvqa", "vizwizvqa": "vizwiz", "coco": "coco", "karpathy": "coco",
-            "vizwiz": "coco", "scienceqa": "scienceqa", "mme": "mme"}   # kind of data → `save_predictions`
+OFFICIAL = {"vqav2": "vqav2", "okvqa": "okvqa", "vizwizvqa": "vizwiz", "textvqa": "textvqa", "coco": "coco",
+            "karpathy": "coco", "vizwiz": "coco", "textcaps": "textcaps", "scienceqa": "scienceqa",
+            "mme": "mme"}                       # kind of data → `save_predictions`
 
 
 @dataclass
@@ -113,6 +114,9 @@ def measure_run(run: OpenedRun, blind: bool, datasets: dict[str, EvaluationSet],
         cells, predictions, missing = measure_cells(comparison, dataset, settings, form)
         row["cells"] |= {(dataset.kind, *key): x for key, x in cells.items()}
         notes += [f"{run.name}, {text}" for text in missing]
+        if settings.folder and dataset.kind not in OFFICIAL:
+            notes.append(f"no official file of {dataset.kind}'s predictions is known; their texts are in "
+                         f"{settings.folder}.")
         if settings.folder and dataset.kind in OFFICIAL and not blind:
             for measure, lines in predictions.items():
                 name = f"{run.name}-{dataset.kind}-{measure}{'' if dataset.kind == 'mme' else '.json'}"

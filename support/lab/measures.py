@@ -12,6 +12,7 @@ from eval import accuracy_by_kind, answer_accuracy, caption_scores, chance_score
 from support.formats.benchmarks import mme_scores, postprocess_answer, scienceqa_accuracy, scienceqa_choice
 from support.formats.datasets import MME
 from support.formats.files import UserError
+from support.formats.vqa import textvqa_normalize
 from support.lab.protocols import (Comparison, PROTOCOLS, build_prompt, few_shot_examples, multiple_choice,
                                    yes_no_pairs)
 from support.plumbing.cli import is_error_of_the_math
@@ -74,6 +75,7 @@ class Measure:
     asked: list[tuple[int, data.QA | None]]
     shots: int = 0
     max_new_tokens: int = 12
+    evaluator: str = ""                         # compares open answers; "": the data set's own
 
 
 def build_questions(dataset: EvaluationSet, shots: tuple[int, ...]) -> list[Measure]:
@@ -124,12 +126,30 @@ def question_keys(dataset: EvaluationSet, measure: Measure) -> list[str]:
 def write_answers(comparison: Comparison, dataset: EvaluationSet, measure: Measure, protocol: str,
                   form: str) -> list[str]:
     """What the model writes to each question, as the protocol's rule reads it."""
-    protocol = "scienceqa" if measure.name == "SQA" else protocol
+    if measure.name == "SQA" and not PROTOCOLS[protocol].choices:
+        protocol = "scienceqa"
+    p = PROTOCOLS[protocol]
     documents, items = build_prompts(comparison, dataset, measure, protocol, form)
     keys = question_keys(dataset, measure)
     texts = comparison.texts(keys, documents, items, measure.max_new_tokens)
-    rule = PROTOCOLS[protocol].rules[measure.name == "CIDEr"]
-    return [postprocess_answer(rule, text) for text in texts] if rule else texts
+    if protocol == "scienceqa" and form.endswith("PA"):
+        texts = prompt_answers(comparison, keys, documents, items, texts)
+    if rule := p.rules[measure.name == "CIDEr"]:
+        texts = [postprocess_answer(rule, text) for text in texts]
+    return [*map(textvqa_normalize, texts)] if p.processed and measure.name.endswith("-shot") else texts
+
+
+def prompt_answers(comparison: Comparison, keys: list[str], documents: list[data.Document],
+                   items: list[list[data.Item]], texts: list[str]) -> list[str]:
+    """LLaVA's answer prompter, for a model that was trained on the form QCM-LEPA.
+
+    What it wrote up to "###" is its reasoning; asked again behind "###\nANSWER:" it writes the letter.
+    """
+    reasons = [text.partition("###")[0].strip() for text in texts]
+    for document, reason in zip(documents, reasons):
+        document.add(f" {reason} ###\nANSWER:")
+    answers = comparison.texts([f"{key}, ANSWER" for key in keys], documents, items, 8)
+    return [f"{reason}\n The answer is {answer}" for reason, answer in zip(reasons, answers)]
 
 
 def rank_choices(comparison: Comparison, dataset: EvaluationSet, measure: Measure, protocol: str,
@@ -156,6 +176,7 @@ def measure_cells(comparison: Comparison, dataset: EvaluationSet, settings: Sett
     """
     cells, predictions, notes = {}, {}, []
     for measure in build_questions(dataset, settings.shots):
+        measure = replace(measure, evaluator=PROTOCOLS[settings.protocol].evaluator)
         answer = rank_choices if measure.name == "SQA rank" else write_answers
         try:
             answers = answer(comparison, dataset, measure, settings.protocol, form)
@@ -187,8 +208,9 @@ def score_open_questions(dataset: EvaluationSet, measure: Measure,
                          texts: list[str]) -> tuple[Cells, list[tuple]]:
     questions, cells = [q for _, q in measure.asked], {}
     if all(q.answer for q in questions):
-        official = mean([*map(answer_accuracy, questions, texts)]) if dataset.world.finite else None
-        cells = vqa_cells(measure.name, accuracy_by_kind(questions, texts), official)
+        scores = [answer_accuracy(q, text, measure.evaluator) for q, text in zip(questions, texts)]
+        official = mean(scores) if dataset.world.finite else None
+        cells = vqa_cells(measure.name, accuracy_by_kind(questions, texts, measure.evaluator), official)
     return cells, [*zip(prediction_ids(dataset, measure), texts)]
 
 

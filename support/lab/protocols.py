@@ -35,6 +35,9 @@ class Protocol:
     bare: int = 0                           # zero-shot shows so many examples without their pictures
     rules: tuple[str, str] = ("", "")       # of `postprocess_answer`: for answers, for captions
     chat: bool = False                      # a conversation, as the model's own template writes it
+    choices: tuple[str, str] = ()           # multiple choice: form of scienceqa_text, {}: its prompt
+    processed: bool = False                 # open answers are written as TextVQA's evaluation spells them
+    evaluator: str = ""                     # of EVALUATORS in formats/vqa.py; "": the data set's own
 
 
 PROTOCOLS = {
@@ -43,10 +46,13 @@ PROTOCOLS = {
                      rules=("mapl", "mapl")),
     "flamingo": Protocol("Question: {} Answer:", "Output:", bare=2, rules=("flamingo", "flamingo")),
     "openflamingo": Protocol("Question:{} Short answer:", "Output:", answer="{}", between="\n", bare=2,
-                             rules=("openflamingo-vqa", "openflamingo-caption")),
-    "blip2": Protocol("Question: {} Short answer:", "a photo of", rules=("blip2", "blip2")),
+                             rules=("openflamingo-vqa", "openflamingo-caption"), evaluator="openflamingo"),
+    "blip2": Protocol("Question: {} Short answer:", "a photo of", rules=("blip2", "blip2"),
+                      evaluator="lavis"),
     "llava": Protocol("{}\nAnswer the question using a single word or phrase.",
-                      "Describe the image concisely.", answer="{}", rules=("llava", "llava"), chat=True),
+                      "Describe the image concisely.", answer="{}", rules=("llava", "llava"), chat=True,
+                      choices=("CQM-A", "{}\nAnswer with the option's letter from the given choices "
+                                        "directly."), processed=True),
     "scienceqa": Protocol("\n{}", data.CAPTION),                        # {}: the problem, see scienceqa_text
     "mme": Protocol(data.QUESTION.format("{} Please answer yes or no."), data.CAPTION),
 }
@@ -94,7 +100,11 @@ def word_exchange(protocol: str, item: data.Item, q: data.QA | None, form: str, 
     p, pictured = PROTOCOLS[protocol], item.image is not None
     if q is None:
         return Exchange(pictured, p.caption, p.answer.format(next(iter(item.captions), "")))
-    text, answer = q.question, q.answer
+    text, answer, question = q.question, q.answer, p.question
+    if q.choices and p.choices:
+        form, question = p.choices
+        text, answer = scienceqa_text(q, form)
+        text = text.removesuffix("\nAnswer:")
     if protocol == "scienceqa":
         if not q.choices:
             raise UserError('the protocol "scienceqa" asks multiple choice, and these questions have no '
@@ -102,7 +112,7 @@ def word_exchange(protocol: str, item: data.Item, q: data.QA | None, form: str, 
         text, answer = scienceqa_text(q, form)
     if protocol == "mme":
         text = text.removesuffix(" Please answer yes or no.")
-    return Exchange(pictured, p.first * first + p.question.format(text), p.answer.format(answer))
+    return Exchange(pictured, p.first * first + question.format(text), p.answer.format(answer))
 
 
 def few_shot_generator(seed: int, item: data.Item) -> np.random.Generator:

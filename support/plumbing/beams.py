@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from model import Bridge, Cache, Decoder, ImagePositions
+from model import Bridge, Decoder, ImagePositions
 
 
 @torch.no_grad()

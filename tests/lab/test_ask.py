@@ -3,29 +3,11 @@ tests/formats/test_published.py)."""
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import data
 import eval as evaluation
-from conftest import ROOT
-from model import VLM
-from papers import make_bridge
 from support.formats.files import UserError
-from support.formats.llama import load_decoder
-from support.formats.vision import load_vit
-from support.formats.vlm import save_vlm
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """An untrained run between the bundled towers: its answers are poor, but they are answers."""
-    torch.manual_seed(0)
-    decoder, vit = load_decoder(ROOT / "weights/decoder"), load_vit(ROOT / "weights/vit")
-    vlm = VLM(vit, make_bridge("linear", decoder.config, 128), decoder)
-    folder = tmp_path_factory.mktemp("run")
-    save_vlm(vlm, folder, vit="weights/vit", decoder="weights/decoder")
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +18,8 @@ def picture(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", [[], ["--prompt", "what color is the ring?"], ["--beams", "3"]])
-def test_a_run_answers_about_a_picture_file_or_captions_it(run, picture, flags, capsys):
-    evaluation.main(["ask", run, "--image", picture, *flags])
+def test_a_run_answers_about_a_picture_file_or_captions_it(untrained_run, picture, flags, capsys):
+    evaluation.main(["ask", untrained_run, "--image", picture, *flags])
     assert capsys.readouterr().out.strip()
 
 
@@ -46,7 +28,8 @@ def test_a_decoder_answers_without_a_picture(capsys):
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_a_mistake_is_one_sentence(run, picture, tmp_path):
+def test_a_mistake_is_one_sentence(untrained_run, picture, tmp_path):
+    run = untrained_run
     text, wide = tmp_path / "text.png", tmp_path / "wide.png"
     text.write_text("this is no picture")
     Image.fromarray(np.zeros((1, 20_001, 3), np.uint8)).save(wide)
