@@ -103,6 +103,10 @@ class Siglip(nn.Module):
 
     def __init__(self, vit: SiglipViT, text: SiglipText):
         super().__init__()
+        if vit.head is None or text.head.out_features != vit.config.width:
+            raise ValueError(f"a text of width {text.head.out_features} and an image tower of width "
+                             f"{vit.config.width}, {'with' if vit.head else 'without'} a pooling head, "
+                             "do not make a pair.")
         self.vit, self.text = vit, text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))

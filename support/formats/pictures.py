@@ -57,12 +57,13 @@ PROCESSORS = {
     "clip": Processor(),
     "llava_pad": Processor("pad", 336),                 # LLaVA-1.5, stage 2 and inference; stage 1 has CLIP's
     "siglip": Processor("squash", mean=(0.5,) * 3, std=(0.5,) * 3),
+    "dinov2": Processor("crop", 224, 256 / 224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
     "blip": Processor("squash"),                        # BLIP-2 and InstructBLIP; IDEFICS's is the same
     "mllama": Processor("tiles", 560, resample=2),      # Llama-3.2-Vision
 }
 # image_processor_type without its ending, or how the model_type of a tower begins → preset
 PROCESSOR_KINDS = {
-    "clip": "clip", "bit": "clip", "llava": "clip", "siglip": "siglip",
+    "clip": "clip", "bit": "clip", "llava": "clip", "siglip": "siglip", "dinov2": "dinov2",
     "blip": "blip", "instructblip": "blip", "idefics": "blip", "mllama": "mllama",
 }
 

@@ -1,4 +1,4 @@
-"""support/formats/vision.py: CLIP's, SigLIP's and BLIP-2's vision towers, CLIP's text tower."""
+"""support/formats/vision.py: CLIP, SigLIP with their text towers; BLIP-2's and DINOv2's vision towers."""
 from __future__ import annotations
 
 import os
@@ -9,11 +9,12 @@ import torch
 from model import ViT, ViTConfig
 from papers.blip2_vit import Blip2ViT, Blip2ViTConfig
 from papers.clip import CLIP, TextConfig, TextTransformer
-from papers.siglip import SiglipConfig, SiglipViT
+from papers.dinov2 import DINOv2, DINOv2Config
+from papers.siglip import Siglip, SiglipConfig, SiglipText, SiglipViT
 from support.formats.checkpoint import Checkpoint, fill, published_tensors
 from support.formats.files import (UserError, at_the_door, read_json, reading_config, write_json,
                                    write_tensors)
-from support.formats.names import Names, expand, parameters, split_qkv
+from support.formats.names import WB, Names, Part, expand, parameters, split_qkv
 
 # ----------------------------------------------------------------------------------------------------------
 # 1. Names of tensors, ours → theirs
@@ -41,6 +42,22 @@ EVA_NAMES = {                       # transformers' Blip2VisionModel: q, k, v fu
     **split_qkv("blocks.{i}.", "encoder.layers.{i}.self_attn.qkv."),
     **parameters({"o": "self_attn.projection"}, "blocks.{i}.", "encoder.layers.{i}."),
 }
+DINOV2_NAMES = {                    # transformers' Dinov2Model, with registers and without
+    "cls": "embeddings.cls_token",
+    "positions": "embeddings.position_embeddings",
+    "registers": "embeddings.register_tokens",
+    **parameters({"patch": "embeddings.patch_embeddings.projection", "post_norm": "layernorm"}),
+    **parameters({"q": "attention.attention.query", "k": "attention.attention.key",
+                  "v": "attention.attention.value", "o": "attention.output.dense",
+                  "norm1": "norm1", "norm2": "norm2", "up": "mlp.fc1", "down": "mlp.fc2"},
+                 "blocks.{i}.", "encoder.layer.{i}."),
+    **{f"blocks.{{i}}.scale{n}": f"encoder.layer.{{i}}.layer_scale{n}.lambda1" for n in (1, 2)},
+}
+SWIGLU_NAMES = {                    # its giant tower: W_gate over W_up in one matrix
+    **{f"blocks.{{i}}.{ours}.{w}": Part(f"encoder.layer.{{i}}.mlp.weights_in.{w}", n, 2)
+       for n, ours in enumerate(("gate", "up")) for w in WB},
+    **parameters({"down": "mlp.weights_out"}, "blocks.{i}.", "encoder.layer.{i}."),
+}
 OPENAI_NAMES = {                    # CLIP's authors' image tower (github.com/openai/CLIP), below "visual."
     "cls": "class_embedding",
     "positions": "positional_embedding",
@@ -53,10 +70,10 @@ OPENAI_NAMES = {                    # CLIP's authors' image tower (github.com/op
 OPENAI_OTHERS = (                   # and what else its file holds: the text tower, the projections, sizes
     "visual.proj", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection",
     "logit_scale", "input_resolution", "context_length", "vocab_size")
-TEXT_NAMES = {                      # transformers' CLIPTextModel
+TEXT_NAMES = {                      # transformers' CLIPTextModel and SiglipTextModel; head: SigLIP's
     "embed.weight": "embeddings.token_embedding.weight",
     "positions": "embeddings.position_embedding.weight",
-    **parameters({"norm": "final_layer_norm"}),
+    **parameters({"norm": "final_layer_norm", "head": "head"}),
     **ENCODER_NAMES,
 }
 
@@ -70,16 +87,22 @@ CLIP_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=
 CLIP_TEXT_DEFAULTS = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
                           num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu",
                           layer_norm_eps=1e-5)
+SIGLIP_TEXT_DEFAULTS = dict(vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                            num_attention_heads=12, max_position_embeddings=64,
+                            hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
 VIT_DEFAULTS = {
     "clip": dict(CLIP_DEFAULTS, hidden_act="quick_gelu", layer_norm_eps=1e-5),
     "siglip": dict(CLIP_DEFAULTS, patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
     "eva": dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16,
                 image_size=224, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6),
+    "dinov2": dict(CLIP_DEFAULTS, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6),
 }
 TOWERS = {                          # family → the tower and its config
     "clip": (ViT, ViTConfig), "openai": (ViT, ViTConfig),
-    "siglip": (SiglipViT, SiglipConfig), "eva": (Blip2ViT, Blip2ViTConfig)}
-FAMILIES = {"clip": "clip", "siglip": "siglip", "blip_2": "eva", "instructblip": "eva"}     # by model_type
+    "siglip": (SiglipViT, SiglipConfig), "eva": (Blip2ViT, Blip2ViTConfig), "dinov2": (DINOv2, DINOv2Config)}
+FAMILIES = {                        # by model_type
+    "clip": "clip", "siglip": "siglip", "blip_2": "eva", "instructblip": "eva", "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2"}
 HF_ACT = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}     # theirs → ours
 
 
@@ -93,7 +116,7 @@ def activation(name: str, where: str) -> str:
 def vit_config(c: dict, where: str = "config.json") -> tuple[ViTConfig, str]:
     """(our config, family) from a vision config.json, alone or in a dual encoder's.
 
-    family: clip | siglip | eva. An unknown model_type, activation or a missing key is a UserError.
+    family: clip | siglip | eva | dinov2. An unknown model_type, activation or a missing key is a UserError.
     """
     nested = c.get("vision_config")
     kind = (nested or c).get("model_type") or c.get("model_type", "")
@@ -106,6 +129,8 @@ def vit_config(c: dict, where: str = "config.json") -> tuple[ViTConfig, str]:
         defaults = {k: defaults[k] for k in ("hidden_act", "layer_norm_eps")}
     c = {**defaults, **(c if nested is None else nested)}
     form = {"head": c.get("vision_use_head", True)} if family == "siglip" else {}
+    if family == "dinov2":
+        c, form = dinov2_fields(c, where, kind)
     act = activation(c["hidden_act"], where)
     with reading_config(where, f"a {kind} config.json"):
         config = TOWERS[family][1](
@@ -113,6 +138,17 @@ def vit_config(c: dict, where: str = "config.json") -> tuple[ViTConfig, str]:
             layers=c["num_hidden_layers"], heads=c["num_attention_heads"], hidden=c["intermediate_size"],
             act=act, norm_eps=c["layer_norm_eps"], **form)
     return config, family
+
+
+def dinov2_fields(c: dict, where: str, kind: str) -> tuple[dict, dict]:
+    """A Dinov2Config with the width of its feed-forward, and what no other tower has."""
+    if not c.get("qkv_bias", True):
+        raise UserError(f"{where}: qkv_bias is false, but a DINOv2 here has biases on q, k and v.")
+    hidden, swiglu = int(c["hidden_size"] * c.get("mlp_ratio", 4)), c.get("use_swiglu_ffn", False)
+    if swiglu:                                          # ⅔ of it: 3 matrices, not 2; up to a multiple of 8
+        hidden = -(-int(hidden * 2 / 3) // 8) * 8
+    registers = c.get("num_register_tokens", 4) if kind == "dinov2_with_registers" else 0
+    return {**c, "intermediate_size": hidden}, {"swiglu": swiglu, "registers": registers}
 
 
 def empty_vit(config: ViTConfig, family: str) -> ViT:
@@ -126,7 +162,7 @@ def hf_vit_config(vit: ViT) -> dict:
     act = {ours: theirs for theirs, ours in HF_ACT.items()}.get(c.act)
     if architecture is None or act is None:
         raise UserError("only CLIP- and SigLIP-style towers can be written; "
-                        "a BLIP-2 tower stays in the folder it was loaded from.")
+                        "another tower stays in the folder it was loaded from.")
     head = {"vision_use_head": c.head} if vit.family == "siglip" else {}
     return dict(architectures=[architecture], model_type=f"{vit.family}_vision_model",
                 image_size=c.image_size, patch_size=c.patch, hidden_size=c.width, num_hidden_layers=c.layers,
@@ -152,9 +188,8 @@ def openai_vit_config(checkpoint: Checkpoint, heads: int | None = None) -> ViTCo
                          heads=heads or width // 64, hidden=checkpoint.shape(blocks + "0.mlp.c_fc.weight")[0])
 
 
-def clip_text_config(c: dict, where: str) -> TextConfig:
-    """CLIP's text_config in transformers' words."""
-    c = {**CLIP_TEXT_DEFAULTS, **c}
+def text_config(c: dict, where: str) -> TextConfig:
+    """CLIP's or SigLIP's text_config in transformers' words."""
     end = c.get("eos_token_id", 2)                      # OpenAI's files say 2, which is wrong …
     with at_the_door(where):
         return TextConfig(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
@@ -169,7 +204,7 @@ def clip_text_config(c: dict, where: str) -> TextConfig:
 
 def load_vit(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None,
              heads: int | None = None) -> ViT:
-    """A CLIP, SigLIP or BLIP-2 vision folder, alone or inside a dual encoder → ViT in eval mode.
+    """A CLIP, SigLIP, BLIP-2 or DINOv2 vision folder, alone or inside a dual encoder → ViT in eval mode.
 
     Or CLIP as its authors store it (visual.*, clip.visual.*): a file, or a folder without a config.json.
     heads: how many, where they are not 64 wide. dtype None = float32. Whatever does not fit is a UserError.
@@ -195,26 +230,37 @@ def vit_file(path: str | os.PathLike, config: ViTConfig,
         root = checkpoint.prefix("clip.visual.", "visual.").removesuffix("visual.")
         names = expand(OPENAI_NAMES, config.layers, root + "visual.")
         return checkpoint, names, tuple(root + name for name in OPENAI_OTHERS)
+    if family == "dinov2":
+        prefix = checkpoint.prefix("dinov2.", "dinov2_with_registers.", "")
+        names = expand(DINOV2_NAMES | (SWIGLU_NAMES if config.swiglu else {}), config.layers, prefix)
+        return checkpoint, names, (prefix + "embeddings.mask_token", "classifier.")
     prefix = checkpoint.prefix("vision_model.", "")
     names = expand(EVA_NAMES if family == "eva" else VIT_NAMES, config.layers, prefix)
     others = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
     return checkpoint, names, others if prefix else ()
 
 
-def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> CLIP:
-    """A Hugging Face CLIPModel folder → both towers; clip(pixels, tokens) → scaled cosine similarities.
+def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> CLIP | Siglip:
+    """A Hugging Face CLIPModel or SiglipModel folder → both towers; clip(pixels, tokens) → (images, texts).
 
-    dtype None = float32. Whatever does not fit is a UserError.
+    CLIP's numbers are scaled cosine similarities, SigLIP's the logits of a match. dtype None = float32.
+    Whatever does not fit is a UserError.
     """
     where = f"{path}/config.json"
     c = read_json(where)
     config, family = vit_config(c, where)
-    if "text_config" not in c or family != "clip":
-        raise UserError(f"{where}: has no text_config of CLIP's, so this is no CLIPModel; "
+    defaults = {"clip": CLIP_TEXT_DEFAULTS, "siglip": SIGLIP_TEXT_DEFAULTS}.get(family)
+    if "text_config" not in c or defaults is None:
+        raise UserError(f"{where}: has no text_config of CLIP's or SigLIP's, so this is no dual encoder; "
                         "load_vit reads a vision tower alone.")
-    text = clip_text_config(c["text_config"], f"{where}: text_config")
+    given = {**defaults, **c["text_config"]}
+    text = text_config(given, f"{where}: text_config")
     with torch.device("meta"), at_the_door(where):
-        clip = CLIP(ViT(config), TextTransformer(text), c.get("projection_dim", 512))
+        vit = empty_vit(config, family)
+        if family == "clip":
+            clip = CLIP(vit, TextTransformer(text), c.get("projection_dim", 512))
+        else:
+            clip = Siglip(vit, SiglipText(text, given.get("projection_size") or text.width))
     names = {**expand(VIT_NAMES, config.layers, "vision_model.", "vit."),
              **expand(TEXT_NAMES, text.layers, "text_model.", "text."),
              "image_projection.weight": "visual_projection.weight"}

@@ -6,12 +6,15 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from conftest import TINY, check_decoder, golden, stir, tiny_decoder
+from conftest import TINY, check, check_states, golden, stir, tiny_decoder
 from model import Cache, Decoder
 from papers import make_bridge
 from papers.qk_norm import QKNorm
-from support.formats.llama import decoder_config, load_decoder, save_decoder
+from support.formats.files import UserError
+from support.formats.llama import load_decoder, save_decoder
+from support.formats.vision import empty_vit, load_clip, load_vit, save_vit, vit_config
 
 
 # --- Qwen3: normed queries and keys; Mistral 0.1: a sliding window ------------------------------------------
@@ -88,3 +91,86 @@ def test_a_text_within_the_window_is_a_plain_decoders_to_the_bit():
     with torch.no_grad():
         assert torch.equal(plain(tokens), windowed(tokens))
         assert torch.equal(plain.generate(tokens[:, :4], 5), windowed.generate(tokens[:, :4], 5))
+
+
+# --- DINOv2, SigLIP's pair --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2-registers-swiglu"])
+def test_dinov2s_states_and_pooled_vector_are_the_published_ones(name):
+    folder, case, x, expected = golden(name)
+    vit = load_vit(folder)
+    with torch.no_grad():
+        hidden = vit(x["pixel_values"], return_hidden=True)
+        larger = vit(x["larger"], depth=1)
+    check_states(case, hidden, expected)
+    check(case, "pooler_output", vit.pool(hidden[-1]), expected["pooler_output"])
+    check(case, "larger", larger, expected["larger_hidden_states.1"])           # 6 × 5 patches of a 4 × 4 grid
+
+
+def test_a_bridge_reads_dinov2s_patches_and_no_register():
+    vit = load_vit(golden("dinov2-registers-swiglu")[0])
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        states = vit(pixels, return_hidden=True)[-2]
+        assert vit.config.tokens == 1 + 3 + 16
+        assert torch.equal(vit.features(pixels, -2), states[:, 4:])
+        assert torch.equal(vit.features(pixels, -2, cls=True), states)
+        assert vit.features(pixels, "pooled").shape == (1, 1, 16)
+
+
+def test_dinov2_in_a_classifiers_file_opens_and_what_it_does_not_do_is_refused(tmp_path):
+    folder = golden("dinov2")[0]
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    assert "embeddings.mask_token" in tensors                                   # of its training; left over
+    tensors = {"dinov2." + name: tensor for name, tensor in tensors.items()}
+    tensors["classifier.bias"] = torch.ones(3)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(load_vit(tmp_path)(pixels), load_vit(folder)(pixels))
+    with pytest.raises(UserError, match="another tower stays"):
+        save_vit(load_vit(folder), tmp_path)
+    for change, message in (({"qkv_bias": False}, "qkv_bias is false"),
+                            ({"use_swiglu_ffn": True}, "weights_in"), ({"mlp_ratio": 3}, "has shape")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=message):
+            load_vit(tmp_path)
+
+
+@pytest.mark.parametrize("published, kind, sizes", [
+    (86_580_480, "dinov2", dict()),                                             # ViT-B/14
+    (1_136_480_768, "dinov2", dict(hidden_size=1536, num_hidden_layers=40, num_attention_heads=24,
+                                   use_swiglu_ffn=True)),                       # ViT-g/14
+    (86_580_480 + 4 * 768, "dinov2_with_registers", dict())])
+def test_dinov2_has_the_published_number_of_parameters(published, kind, sizes):
+    config = {"model_type": kind, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+              "image_size": 518, "patch_size": 14, "mlp_ratio": 4, **sizes}
+    with torch.device("meta"):
+        vit = empty_vit(*vit_config(config))
+    mask_token = vit.config.width                       # in the file and in no function
+    assert sum(p.numel() for p in vit.parameters()) + mask_token == published
+
+
+def test_siglips_logits_and_embeddings_are_the_published_ones():
+    folder, case, x, expected = golden("siglip-model")
+    pair = load_clip(folder)
+    with torch.no_grad():
+        check(case, "logits", pair(x["pixel_values"], x["input_ids"]), expected["logits_per_image"])
+        check(case, "image_embeds", pair.embed_images(x["pixel_values"]), expected["image_embeds"])
+        check(case, "text_embeds", pair.embed_texts(x["input_ids"]), expected["text_embeds"])
+        check(case, "text", pair.text(x["input_ids"]), expected["text_last_hidden_state"])
+
+
+def test_siglip_without_a_head_or_with_another_width_is_no_pair(tmp_path):
+    folder = golden("siglip-model")[0]
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for part, change, message in (("vision_config", {"vision_use_head": False}, "without a pooling head"),
+                                  ("text_config", {"projection_size": 8}, "a text of width 8"),
+                                  ("text_config", {"hidden_act": "mish"}, '"mish" is not supported')):
+        changed = {**config, part: {**config[part], **change}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=message):
+            load_clip(tmp_path)
