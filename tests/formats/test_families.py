@@ -104,7 +104,7 @@ def test_dinov2s_states_and_pooled_vector_are_the_published_ones(name):
         larger = vit(x["larger"], depth=1)
     check_states(case, hidden, expected)
     check(case, "pooler_output", vit.pool(hidden[-1]), expected["pooler_output"])
-    check(case, "larger", larger, expected["larger_hidden_states.1"])           # 6 × 5 patches of a 4 × 4 grid
+    check(case, "larger", larger, expected["larger_hidden_states.1"])  # 6 × 5 patches of a 4 × 4 grid
 
 
 def test_a_bridge_reads_dinov2s_patches_and_no_register():
