@@ -12,9 +12,8 @@ from typing import Iterator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from papers.bounds import SIZE, check_value
-
-REQUIRED = object()             # stands for: this key has no default
+from papers.bounds import check_value
+from support.formats.keys import check_keys, table_of
 
 
 class UserError(ValueError):
@@ -49,64 +48,36 @@ class Json(dict):
     """An object of a JSON file that knows the file and the keys that lead to it.
 
         c = read_json("config.json")
-        c["model_type"]                                 a UserError names file and key where it is missing,
-        c.int("num_hidden_layers", least=1)             and where it is no whole number or out of bounds
-        c.number("rope_theta", 10000.0, above=0)        a default stands for a key that is missing or null
-        c.object("text_config").text("hidden_act")      the message names the key text_config.hidden_act
-
-    Bounds are those of papers.bounds.check_value: least, most, above, below.
+        c["text_config"]["vocab_size"]      a missing key is a UserError that names the file and all keys
+        c.value("seconds", float, least=0)  so is a value of a wrong kind or out of bounds (papers/bounds.py);
+                                            keys.py lists keys that read_json has checked already
     """
 
     def __init__(self, content: dict, file: str | os.PathLike, keys: str = ""):
-        super().__init__(content)
-        self.file, self.keys = file, keys
+        nested = ((k, Json(v, file, f"{keys}{k}.") if isinstance(v, dict) else v) for k, v in content.items())
+        super().__init__(nested)
+        self.file, self.keys_before = file, keys
 
     def __missing__(self, key: str):
-        raise UserError(f"{self.file}: the key '{self.keys}{key}' is missing.")
+        raise UserError(f"{self.file}: the key '{self.keys_before}{key}' is missing.")
 
-    def value(self, key: str, kind: type, default=REQUIRED, **bounds):
-        """The value of a key, of this kind and within the bounds."""
-        if default is not REQUIRED and self.get(key) is None:
-            return default
+    def value(self, key: str, kind: type, **bounds):
         with at_the_door(str(self.file)):
-            return check_value(f"the key '{self.keys}{key}'", self[key], kind, **bounds)
+            return check_value(f"the key '{self.keys_before}{key}'", self[key], kind, **bounds)
 
-    def int(self, key: str, default=REQUIRED, **bounds) -> int:
-        return self.value(key, int, default, **bounds)
+    def text(self, key: str) -> str:
+        return self.value(key, str)
 
-    def number(self, key: str, default=REQUIRED, **bounds) -> float:
-        return self.value(key, float, default, **bounds)
-
-    def size(self, key: str, default=REQUIRED, **bounds) -> int:
-        """A width, a vocabulary, a number of tokens or layers: 1 … 2²⁰."""
-        return self.value(key, int, default, **{**SIZE, **bounds})
-
-    def flag(self, key: str, default=REQUIRED) -> bool:
-        return self.value(key, bool, default)
-
-    def text(self, key: str, default=REQUIRED) -> str:
-        return self.value(key, str, default)
-
-    def object(self, key: str, default=REQUIRED) -> Json:
-        return Json(self.value(key, dict, default), self.file, f"{self.keys}{key}.")
-
-    def list(self, key: str, kind: type, default=REQUIRED, **bounds) -> list:
-        """A list whose every value is of this kind and within the bounds."""
-        values = self.value(key, list, default)
-        with at_the_door(str(self.file)):
-            return [check_value(f"the key '{self.keys}{key}[{n}]'", value, kind, **bounds)
-                    for n, value in enumerate(values)]
-
-    def over(self, defaults: dict) -> Json:
-        """This object with these values where it has no such key."""
-        return Json({**defaults, **self}, self.file, self.keys)
+    def object(self, key: str) -> Json:
+        return self.value(key, dict)
 
 
 def read_json(path: str | os.PathLike) -> Json:
     """The object in a JSON file; UTF-8 with or without a BOM, UTF-16.
 
     A file that is missing, cannot be read, is no JSON or holds no object is a UserError; so are a key that
-    stands twice in an object, NaN, Infinity, a number beyond a float, and nesting beyond Python's stack.
+    stands twice in an object, NaN, Infinity, a number beyond a float, nesting beyond Python's stack, and a
+    value that the file's table in keys.py does not allow.
     """
     try:
         content = parse_json(Path(path).read_bytes())
@@ -119,6 +90,8 @@ def read_json(path: str | os.PathLike) -> Json:
         raise UserError(f"{path}: not valid JSON ({e}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {content!r:.40}, not an object {{…}}.")
+    with at_the_door(str(path)):
+        check_keys(content, table_of(Path(path).name))
     return Json(content, path)
 
 

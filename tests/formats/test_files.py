@@ -2,6 +2,8 @@
 key."""
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from support.formats.files import Json, UserError, read_json
@@ -34,33 +36,45 @@ def test_encodings(tmp_path, encoding):
     assert read_json(tmp_path / "config.json") == {"a": "é"}
 
 
-CONFIG = Json({"size": 4, "eps": 1, "tied": True, "act": "gelu", "taps": [1, 2], "none": None,
-               "inner": {"size": "4", "taps": [1, "2"]}}, "config.json")
+def test_an_object_knows_its_file_and_its_keys():
+    c = Json({"size": 4, "inner": {"act": "gelu", "deeper": {"x": 1}}}, "c.json")
+    assert c["inner"]["deeper"]["x"] == 1 and c.object("inner").text("act") == "gelu"
+    assert c.value("size", int, least=4) == 4 and {**c}["size"] == 4
+    for read, message in [
+            (lambda: c["absent"], "'absent' is missing"),
+            (lambda: c["inner"]["deeper"]["y"], "'inner.deeper.y' is missing"),
+            (lambda: c.object("size"), "'size' is 4, not an object"),
+            (lambda: c["inner"].value("act", int), "'inner.act' is 'gelu', not a whole number"),
+            (lambda: c.value("size", float, above=4), "'size' is 4, not a number above 4")]:
+        with pytest.raises(UserError, match=f"^c.json: the key {message}\\.$"):
+            read()
 
 
-def test_values_of_the_right_type():
-    c = CONFIG
-    assert (c.size("size"), c.number("eps", above=0), c.flag("tied"), c.text("act")) == (4, 1, True, "gelu")
-    assert c.list("taps", int) == [1, 2] and c.object("inner")["size"] == "4"
-    assert c.size("none", 3) == 3 and c.size("absent", None) is None and c.object("absent", {}) == {}
-    assert c.over({"size": 1, "new": 2}).size("size") == 4 and c.over({"new": 2}).size("new") == 2
-
-
-@pytest.mark.parametrize("read, message", [
-    (lambda c: c["absent"], "the key 'absent' is missing"),
-    (lambda c: c.size("absent"), "the key 'absent' is missing"),
-    (lambda c: c.size("none"), "the key 'none' is null, not a whole number"),
-    (lambda c: c.size("act"), "the key 'act' is 'gelu', not a whole number of at least 1 and of at most"),
-    (lambda c: c.int("tied"), "the key 'tied' is true, not a whole number"),
-    (lambda c: c.number("size", most=3), "the key 'size' is 4, not a number of at most 3"),
-    (lambda c: c.flag("size"), "the key 'size' is 4, not true or false"),
-    (lambda c: c.text("size"), "the key 'size' is 4, not a text"),
-    (lambda c: c.object("taps"), r"the key 'taps' is \[1, 2\], not an object"),
-    (lambda c: c.object("inner").size("size"), "the key 'inner.size' is '4', not a whole number"),
-    (lambda c: c.object("inner")["absent"], "the key 'inner.absent' is missing"),
-    (lambda c: c.object("inner").list("taps", int), r"the key 'inner.taps\[1\]' is '2', not a whole number"),
-    (lambda c: c.list("size", int), "the key 'size' is 4, not a list"),
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", {"hidden_size": "64"}, "'hidden_size' is '64', not a whole number of at least 1"),
+    ("config.json", {"hidden_size": True}, "'hidden_size' is true, not a whole number"),
+    ("config.json", {"hidden_size": 64.0}, "'hidden_size' is 64.0, not a whole number"),
+    ("config.json", {"hidden_size": None}, "'hidden_size' is null, not a whole number"),
+    ("config.json", {"text_config": {"rope_scaling": {"factor": [8]}}}, "'text_config.rope_scaling.factor"),
+    ("config.json", {"vision_config": []}, r"'vision_config' is \[\], not an object"),
+    ("config.json", {"eos_token_id": [1, "2"]}, r"'eos_token_id\[1\]' is '2', not a whole number"),
+    ("config.json", {"rms_norm_eps": 10**400}, "'rms_norm_eps' is 1000"),
+    ("params.json", {"dim": -64}, "'dim' is -64, not a whole number of at least 1"),
+    ("preprocessor_config.json", {"size": {"height": "224"}}, "'size.height' is '224', not a whole"),
+    ("preprocessor_config.json", {"image_std": [0.5, 0]}, r"'image_std\[1\]' is 0, not a number above 0"),
+    ("tokenizer.json", {"added_tokens": [{"id": -1}]}, r"'added_tokens\[0\].id' is -1, not a whole number"),
+    ("tokenizer_config.json", {"bos_token": 1}, "'bos_token' is 1, not a text"),
+    ("model.safetensors.index.json", {"weight_map": {"a": 1}}, "'weight_map.a' is 1, not a text"),
+    ("results.json", {"rows": {}}, "'rows' is {}, not a list"),
 ])
-def test_a_wrong_value_is_named_with_file_and_key(read, message):
-    with pytest.raises(UserError, match=f"^config.json: {message}.*\\.$"):
-        read(CONFIG)
+def test_a_value_that_the_table_of_a_file_does_not_allow(tmp_path, name, content, message):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"^{tmp_path / name}: the key {message}.*\\.$"):
+        read_json(tmp_path / name)
+
+
+def test_null_means_the_default_where_published_files_have_it(tmp_path):
+    published = {"head_dim": None, "rope_scaling": None, "sliding_window": None, "eos_token_id": None,
+                 "num_key_value_heads": None, "architectures": None, "of no table": {"vocab_size": "?"}}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    assert read_json(tmp_path / "config.json") == published

@@ -258,9 +258,9 @@ def test_resizing_beyond_the_crop_keeps_the_middle():
         (dict(size=200, crop_size=224), "the crop of 224 pixels is larger than what it is cut from"),
         (dict(image_mean=[0.5, 0.5]), "one of its numbers is not what it should be"),
         (dict(image_std=[0.5, 0.0, 0.5]), "std"),
-        (dict(rescale_factor=0), "one of its numbers is not what it should be (division by zero)"),
-        (dict(size="large"), "one of its numbers is not what it should be (invalid literal for int()"),
-        (dict(resample=9), "resample=9"),
+        (dict(rescale_factor=0), "'rescale_factor' is 0, not a number above 0"),
+        (dict(size="large"), "'size' is 'large', not a whole number"),
+        (dict(resample=9), "'resample' is 9, not a whole number of at least 0 and of at most 5"),
     ],
 )
 def test_a_config_that_cannot_be_followed_gives_one_sentence(fields, said, tmp_path):

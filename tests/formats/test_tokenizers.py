@@ -624,7 +624,10 @@ DAMAGED = {
     "no merges beside": ("vocab.json", {"vocab_json": CLIP}),
     "merges of other words": ("vocab.json", {"vocab_json": CLIP, "merges_txt": "#version: 0.2\nqq qq\n"}),
     "words in a list": ("vocab.json", {"vocab_json": ["a"], "merges_txt": ""}),
-    "settings in a list": ("tokenizer.model", {"tokenizer_model": MODEL, "tokenizer_config_json": ["<s>"]}),
+    "settings in a list": (
+        "tokenizer_config.json",
+        {"tokenizer_model": MODEL, "tokenizer_config_json": ["<s>"]},
+    ),
     "added tokens without ids": (
         "tokenizer.model",
         {"tokenizer_model": MODEL, "added_tokens_json": {"<image>": "x"}},
@@ -634,7 +637,7 @@ DAMAGED = {
         {"tokenizer_model": MODEL, "tokenizer_config_json": '{"bos_'},
     ),
     "a special token without a text": (
-        "tokenizer.model",
+        "special_tokens_map.json",
         {"tokenizer_model": MODEL, "special_tokens_map_json": {"bos_token": {"text": "<s>"}}},
     ),
 }
