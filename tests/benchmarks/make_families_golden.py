@@ -1,5 +1,5 @@
-"""Writes tests/golden/{siglip-model, dinov2, dinov2-registers-swiglu, llava-three-layers}: tiny models of random
-weights, and what transformers makes of them.
+"""Writes tests/golden/{siglip-model, dinov2, dinov2-registers-swiglu, llava-three-layers}: tiny random
+models, and what transformers makes of them.
 
     pip install transformers; python tests/benchmarks/make_families_golden.py [CASE …]
 
@@ -76,12 +76,12 @@ def run_llava(model, g) -> tuple[dict, dict]:
 
 
 CASES = {       # case → the model, its run, what is special
-    "siglip-model": (siglip, run_pair, "sigmoid logits: scale and bias; the text is read at its last position"),
+    "siglip-model": (siglip, run_pair, "sigmoid logits: scale and bias; a text is read at its last position"),
     "dinov2": (dinov2, run_tower, "layer scale; `larger` resizes the positions without antialias"),
     "dinov2-registers-swiglu": (registers, run_tower,
                                 "3 registers, SwiGLU; `larger` resizes the positions with antialias"),
-    "llava-three-layers": (llava, run_llava, "features of hidden states -1, 1 and -2 side by side, a projector "
-                         "without biases; the image stands behind the second token of input_ids"),
+    "llava-three-layers": (llava, run_llava, "hidden states -1, 1 and -2 side by side, a projector "
+                           "without biases; the image stands behind the second token of input_ids"),
 }
 
 
