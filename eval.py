@@ -33,7 +33,7 @@ from support.plumbing.beams import beam_search
 from support.plumbing.cli import run_cli
 from support.plumbing.packed import packed
 from support.plumbing.samples import JudgedItem, write_samples_page
-from support.worlds import open_data
+from support.worlds import name_split, open_split
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Metrics, equal to the official code
@@ -313,8 +313,11 @@ def chance_scores(world, items: list[data.Item]) -> dict:
 
 def first_items(world, split: str, count: int) -> list[data.Item]:
     """The first `count` items of a split of this world; all of them where it has fewer."""
-    other = open_data(f"{world.name}:{split}", seed=world.seed)
-    return [other.item(i) for i in range(min(count, len(other)) if other.finite else count)]
+    return take_items(open_split(world, split), count)
+
+
+def take_items(world, count: int) -> list[data.Item]:
+    return [world.item(i) for i in range(min(count, len(world)) if world.finite else count)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -349,17 +352,19 @@ def scalar_scores(result: dict) -> dict:
     return {k: v for k, v in result.items() if isinstance(v, float)}
 
 
-def table_rows(vlm: VLM, tokenizer: Tokenizer, world, count: int, label: dict,
+def table_rows(vlm: VLM, tokenizer: Tokenizer, trained: list, count: int, label: dict,
                beams: int = 1) -> tuple[list[dict], list[data.Item], dict]:
     """Rows of one run: held-out, seen, blind; then the held-out items and the full result on them.
 
-    label: {"row": its name, "trained": parameters, "examples": of training}.
+    trained: the data sets of the run; the first is asked about. Its held-out split is called trained-on if
+    the run has met it. label: {"row": its name, "trained": parameters, "examples": of training}.
     """
     name, sizes = label["row"], {k: v for k, v in label.items() if k != "row"}
-    items, seen = first_items(world, world.held_out, count), first_items(world, world.seen, count)
+    held_out = open_split(trained[0], trained[0].held_out)
+    items, seen = take_items(held_out, count), first_items(trained[0], trained[0].seen, count)
     result = evaluate(vlm, tokenizer, items, beams=beams)
     blind = evaluate(vlm, tokenizer, items, blind=True, beams=beams)
-    rows = [{"row": f"{name}, held-out", **sizes, **scalar_scores(result)},
+    rows = [{"row": f"{name}, {name_split(held_out, trained)}", **sizes, **scalar_scores(result)},
             {"row": f"{name}, seen", **sizes, **scalar_scores(evaluate(vlm, tokenizer, seen, beams=beams))},
             {"row": f"{name}, blind", **scalar_scores(blind)}]
     return rows, items, result
@@ -379,24 +384,25 @@ def baseline_rows(vlm: VLM, tokenizer: Tokenizer, world, items: list[data.Item])
     return rows
 
 
-def report_run(vlm: VLM, tokenizer: Tokenizer, world, out: Path, count: int, samples: int) -> None:
+def report_run(vlm: VLM, tokenizer: Tokenizer, trained: list, out: Path, count: int, samples: int) -> None:
     """Print samples with verdicts, and the table; results.json and samples.html in `out` keep both."""
-    label = row_label(vlm.bridge.name, read_json(out / "config.json"))
-    rows, items, result = table_rows(vlm, tokenizer, world, count, label)
+    world, label = trained[0], row_label(vlm.bridge.name, read_json(out / "config.json"))
+    rows, items, result = table_rows(vlm, tokenizer, trained, count, label)
+    split = rows[0]["row"].split(", ")[-1]              # held-out, or trained-on
     rows += baseline_rows(vlm, tokenizer, world, items)
     captions, answers = result.get("captions", [None] * len(items)), iter(result["answers"])
     judged = [JudgedItem(item, text, [judge_answer(q, a) for q, a in zip(item.qas, answers)])
               for item, text in zip(items, captions)]
     for sample in judged[:samples]:
-        print(f"\nheld-out {sample.item.id}")
+        print(f"\n{split} {sample.item.id}")
         if sample.caption is not None:
             print(f"  reference  {sample.item.captions[0]}\n  caption    {sample.caption}")
         for verdict, line in sample.verdicts:
             print(f"  {verdict:10s} {line}")
-    text = f"{len(items)} held-out pictures; accuracy in %, CIDEr, BLEU-4 x 100\n{format_table(rows)}\n"
+    text = f"{len(items)} {split} pictures; accuracy in %, CIDEr, BLEU-4 x 100\n{format_table(rows)}\n"
     write_json(out / "results.json", {"world": world.name, "items": len(items), "rows": rows})
     title = f"{out.resolve().name}: {vlm.bridge.name} on {world.name}:{world.held_out}"
-    write_samples_page(out / "samples.html", title, judged[:max(samples, 24)], text)
+    write_samples_page(out / "samples.html", title, judged[:max(samples, 24)], text, split)
     print(f"\n{text}")
 
 

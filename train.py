@@ -52,15 +52,16 @@ from support.plumbing.cli import (check_settings, make_parser, parse_flags, pars
                                   run_cli, setting)
 from support.plumbing.curves import draw_curves
 from support.plumbing.device import frozen_dtype, pick_dtype
-from support.plumbing.doctor import gradient_norms, print_first_document, print_modules, report_blind_loss
+from support.plumbing.doctor import (gradient_norms, print_first_document, print_modules, report_blind_loss,
+                                     require_room)
 from support.plumbing.features import FeatureCache
 from support.plumbing.log import append_line, rewind_log
 from support.plumbing.meter import Meter, count_flops, count_positions
 from support.plumbing.packing import pack_documents
 from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.state import TrainState, load_state, save_state
-from support.worlds import open_data, text
-from support.worlds.pairs import contrastive_pair
+from support.worlds import name_split, open_data, open_split, text
+from support.worlds.pairs import contrastive_pair, require_captions
 
 
 # The recipes: the paper's numbers, then the toy's -----------------------------------------------------------
@@ -129,6 +130,7 @@ class Settings:
     form: str = setting(None,
                         "multiple choice: QCM-LEA reasoning first, QCM-ALE answer first, QCM-A answer alone")
     longest: int = setting(2048, "longest document, in tokens; longer ones are cut", least=2, most=10**7)
+    follow_links: bool = setting(False, "read pictures behind links that leave their data set's folder, too")
     strict: bool = setting(False, "stop at a broken item of the data set instead of skipping it")
 
     steps: int = setting(None, "updates", "optimiser (without a flag: the recipe's)", least=1, most=10**9)
@@ -195,7 +197,7 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
               f"{str(dtype).removeprefix('torch.')} ({reason})")
 
     # 2. data ------------------------------------------------------------------------------------------------
-    sets = [(open_data(spec, s.seed, s.strict, s.share / 100), weight)
+    sets = [(open_data(spec, s.seed, s.strict, s.share / 100, s.follow_links), weight)
             for spec, weight in parse_weighted(s.data)]
     ranks.require_divisible(s.batch, len(sets))
 
@@ -425,11 +427,7 @@ class AnswerTask(Task):
     def document(self, item: data.Item, index: int) -> data.Document:
         """Captions and answers are learned, everything else is context."""
         caption = np.random.default_rng((self.s.seed, 1, index)).random() < self.s.captions
-        d = data.training_document(item, self.tokenizer, caption, self.template, self.choice_text)
-        if all(label == IGNORE for label in d.labels):
-            raise UserError(f"{self.s.data}: item {item.id} has nothing to learn: no caption, answer or "
-                            "conversation; choose another split.")
-        return d
+        return data.training_document(item, self.tokenizer, caption, self.template, self.choice_text)
 
     def piece(self, pairs: list[tuple[data.Document, data.Item]], m: int, weight: float) -> dict:
         """Documents and pictures of data set m as tensors, pictures in the order of their places."""
@@ -542,11 +540,13 @@ class AnswerTask(Task):
             print(f"warning: no final table, {e}", file=sys.stderr)
             return {}
         if item.image is not None and (item.captions or item.qas):
-            report_run(self.module, self.tokenizer, self.world, out, self.s.eval_items, self.s.samples)
+            trained = [world for world, _ in self.sets]
+            report_run(self.module, self.tokenizer, trained, out, self.s.eval_items, self.s.samples)
             return {}
         loss = self.held_out_loss(held_out)     # a conversation, page or instruction has no one right answer
-        print(f"held-out loss {loss:.3f} on {held_out_spec(self.world)}")
-        return {"results.json": {"held-out loss": loss}}
+        split = self.given.name_split(held_out)
+        print(f"{split} loss {loss:.3f} on {self.world.name}:{self.world.held_out}")
+        return {"results.json": {f"{split} loss": loss}}
 
     @torch.no_grad()
     def held_out_loss(self, world, count: int = 64) -> float:
@@ -567,7 +567,8 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
     world, _ = sets[0]
     given = Ingredients(
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
-        generate_texts=generate_texts, open_held_out=lambda: open_data(held_out_spec(world), s.seed))
+        generate_texts=generate_texts, open_held_out=lambda: open_split(world, world.held_out),
+        name_split=lambda split: name_split(split, [trained for trained, _ in sets]))
     if recipe.task == "answer":
         load_answer_parts(given, s.lm, s.vit, s.init)
         given.decoder.checkpoint = s.checkpoint
@@ -578,11 +579,15 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
             raise UserError(f"--pack: a {s.bridge} bridge reaches into the layers, where documents in one "
                             "row would share its image; it packs for prefix bridges only.")
         task = AnswerTask(given, s, ranks, sets)
+        for each, _ in sets:
+            first = [task.example(each, i)[0] for i in range(min(8, s.batch))]
+            require_room(first, s.longest, task.visual_tokens, each.name)
     else:
         ranks.require_one(s.recipe)
         if len(sets) > 1:
             raise UserError(f'--data "{s.data}": recipe {s.recipe} learns from one data set.')
         if recipe.task == "stage1":
+            require_captions(world)
             load_stage1_parts(given, s.lm, s.vit, s.init)
             vocab = given.tokenizer.vocab_size
             given.bridge = new_bridge(s, "qformer", None, given.vit.config.width, vocab=vocab)
@@ -608,10 +613,6 @@ def toy_options(bridge: str, recipe: str) -> dict:
     """The toy sizes of a bridge: the recipe's own where that is its bridge, else its own recipe's."""
     r = RECIPES[recipe] if RECIPES[recipe].bridge == bridge else RECIPES.get(bridge)
     return r.options if r else {}
-
-
-def held_out_spec(world) -> str:
-    return f"{world.name}:{world.held_out}"
 
 
 # From the command line to settings --------------------------------------------------------------------------

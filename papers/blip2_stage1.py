@@ -194,7 +194,7 @@ class Stage1Task(Task):
                 "text to image R@1": (S.argmax(0) == own).float().mean().item()}
 
     def report(self, out: Path) -> dict[str, dict]:
-        result = self.check()
+        result, split = self.check(), self.given.name_split(self.given.open_held_out())
         scores = "  ".join(f"{k} {100 * v:.0f}" for k, v in result.items())
-        print(f"retrieve 100 held-out pictures and captions, %: {scores}  (a guess: 1)")
+        print(f"retrieve 100 {split} pictures and captions, %: {scores}  (a guess: 1)")
         return {"results.json": result}

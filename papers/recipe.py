@@ -104,7 +104,8 @@ class Ingredients:
     bridge: Bridge | None = None
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
-    open_held_out: Callable[[], Any] | None = None      # opens the split that training does not see
+    open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about
+    name_split: Callable[[Any], str] = lambda world: "held-out"     # or trained-on, if the run has met it
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
 
 

@@ -21,6 +21,7 @@ from data import Processor, normalize
 from support.formats.files import UserError, read_json
 from support.formats.hub import tower_folder
 
+FILE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")       # Pillow opens no other one
 LARGEST_SIDE, LARGEST_AREA = 20_000, 200_000_000        # pixels; what is larger is hardly a photograph
 
 
@@ -33,7 +34,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     Image.MAX_IMAGE_PIXELS = None                       # the check below is ours, and says what to do
     try:
-        with Image.open(path) as image:                # reads the header; the pixels come with exif_transpose
+        with Image.open(path, formats=FILE_FORMATS) as image:      # the header; exif_transpose reads the rest
             w, h = image.size
             if max(w, h) > LARGEST_SIDE or w * h > LARGEST_AREA:
                 raise UserError(f"{path}: {w} x {h} pixels; at most {LARGEST_SIDE:,} a side and "

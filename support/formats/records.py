@@ -241,7 +241,7 @@ COCO_NAME = re.compile(r"(?:train|val|test|unlabeled)20(?:14|15|17)/(?:COCO_\w+_
 def picture_key(path: str) -> str:
     """What is equal for two paths of one picture: COCO's number, which 2014's and 2017's names share."""
     number = COCO_NAME.search(path)
-    return f"COCO {number[1]}" if number else os.path.normpath(path)
+    return f"COCO {number[1]}" if number else os.path.abspath(path)
 
 
 def first_existing(path: Path, *names: str) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import csv
+import functools
 import io
 import json
 import sys
@@ -31,8 +32,9 @@ from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
 from support.lab.measures import Cells, EvaluationSet, Settings, chance_cells, measure_cells, open_set
 from support.lab.protocols import Comparison, PROTOCOLS
+from support.lab.table import training_sets
 from support.plumbing.flags import Parser, add_machine_flags, use_machine
-from support.worlds import WORLDS
+from support.worlds import WORLDS, name_split
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published.csv"
 OFFICIAL = {"vqav2": "vqav2", "okvqa": "okvqa", "vizwizvqa": "vizwiz", "textvqa": "textvqa", "coco": "coco",
@@ -46,6 +48,14 @@ class OpenedRun:
     vlm: VLM
     tokenizer: Tokenizer
     facts: dict                                 # its config.json
+
+    @functools.cached_property
+    def trained(self) -> list:
+        """The data sets that it was trained on; none where they are not on this machine."""
+        try:
+            return training_sets(self.facts["settings"])
+        except (KeyError, UserError):
+            return []
 
     def specs(self, settings: Settings) -> list[str]:
         """The data sets that it is asked about: those of the table, or the first that it was trained on."""
@@ -114,6 +124,8 @@ def measure_run(run: OpenedRun, blind: bool, datasets: dict[str, EvaluationSet],
         cells, predictions, missing = measure_cells(comparison, dataset, settings, form)
         row["cells"] |= {(dataset.kind, *key): x for key, x in cells.items()}
         notes += [f"{run.name}, {text}" for text in missing]
+        if name_split(dataset.asked, run.trained) != "held-out":
+            notes.append(f"{run.name} was trained on what {spec} asks about: none of its cells is held-out")
         if settings.folder and dataset.kind not in OFFICIAL:
             notes.append(f"no official file of {dataset.kind}'s predictions is known; their texts are in "
                          f"{settings.folder}.")
@@ -228,6 +240,7 @@ def make_parser() -> Parser:
     asked.add_argument("--seed", type=int, default=0, help="draws examples and choices (0)")
     asked.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures a row (400)")
     asked.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
+    asked.add_argument("--follow-links", action="store_true", help="read pictures behind links, too")
     written = parser.add_argument_group("what is written")
     written.add_argument("--predictions", metavar="FOLDER",
                          help="keep every text there, go on from those, and write the official files")
@@ -250,7 +263,7 @@ def main(argv: list[str]) -> None:
     if args.items < 1 or args.beams < 1:
         raise UserError("--items and --beams must be at least 1.")
     settings = Settings(tuple(args.data), args.protocol, tuple(map(int, shots)), args.items, args.seed,
-                        args.beams, args.predictions, use_machine(args))
+                        args.beams, args.predictions, use_machine(args), args.follow_links)
     rows, notes = compare_runs(args.runs, settings)
     if args.paper:
         more, sources = published_rows([*dict.fromkeys(map(bridge_of, args.runs))])

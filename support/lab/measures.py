@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from eval import accuracy_by_kind, answer_accuracy, caption_scores, chance_scores, first_items, mean
+from eval import accuracy_by_kind, answer_accuracy, caption_scores, chance_scores, mean, take_items
 from support.formats.benchmarks import mme_scores, postprocess_answer, scienceqa_accuracy, scienceqa_choice
 from support.formats.datasets import MME
 from support.formats.files import UserError
@@ -16,7 +16,7 @@ from support.formats.vqa import textvqa_normalize
 from support.lab.protocols import (Comparison, PROTOCOLS, build_prompt, few_shot_examples, multiple_choice,
                                    yes_no_pairs)
 from support.plumbing.cli import is_error_of_the_math
-from support.worlds import open_data
+from support.worlds import open_data, open_split
 
 Cells = dict[tuple[str, ...], float]            # {(measure,): number, (part, measure): number}
 
@@ -32,6 +32,7 @@ class Settings:
     beams: int = 1
     folder: str | None = None                   # of predictions
     device: str = "cpu"
+    follow_links: bool = False                  # read pictures behind links that leave their data set
 
 
 @dataclass
@@ -40,6 +41,7 @@ class EvaluationSet:
     world: object
     items: list[data.Item]
     seed: int = 0
+    asked: object = None                        # the world of the split that the items are of
     drawn: dict[int, list[list[data.Item]]] = field(default_factory=dict)
 
     @property
@@ -48,7 +50,7 @@ class EvaluationSet:
 
     @functools.cached_property
     def train(self):
-        return open_data(self.world.name, self.seed)
+        return open_split(self.world, self.world.splits[0])
 
     def examples(self, k: int) -> list[list[data.Item]]:
         """k examples for each item."""
@@ -60,10 +62,11 @@ class EvaluationSet:
 
 
 def open_set(spec: str, settings: Settings) -> EvaluationSet:
-    """The first items of the split that the spec names, or of the held-out one."""
-    world = open_data(spec, settings.seed)
-    split = world.split if spec.endswith(f":{world.split}") else world.held_out
-    return EvaluationSet(world, first_items(world, split, settings.count), settings.seed)
+    """The first items of the split that the table's spec names, or of the held-out one."""
+    world = open_data(spec, settings.seed, follow_links=settings.follow_links)
+    named = settings.specs and spec.endswith(f":{world.split}")
+    asked = open_split(world, world.split if named else world.held_out)
+    return EvaluationSet(world, take_items(asked, settings.count), settings.seed, asked)
 
 
 # What is asked ---------------------------------------------------------------------------------------------

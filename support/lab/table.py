@@ -7,6 +7,7 @@ from eval import SUBCOMMANDS, __doc__ as COMMANDS, baseline_rows, format_table, 
 from model import nearest
 from support.formats.files import UserError, read_json
 from support.formats.vlm import open_run
+from support.plumbing.cli import parse_weighted
 from support.plumbing.flags import Parser, add_machine_flags, use_machine
 from support.worlds import open_data
 
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> None:
     table.add_argument("--saved", action="store_true", help="the rows that each run measured at its end")
     table.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures a row (400)")
     table.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
+    table.add_argument("--follow-links", action="store_true", help="read pictures behind links, too")
     add_machine_flags(parser)
     args = parser.parse_args(argv)
     if not args.runs:
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> None:
     if args.saved:
         tables = saved_tables(args.runs)
     else:
-        tables = measured_tables(args.runs, args.items, args.beams, use_machine(args))
+        tables = measured_tables(args.runs, args.items, args.beams, use_machine(args), args.follow_links)
     for world, (count, rows) in tables.items():
         print(f"{world}: {count} pictures a row; accuracy in %, CIDEr, BLEU-4 x 100\n{format_table(rows)}\n")
 
@@ -49,14 +51,22 @@ def saved_tables(runs: list[str]) -> dict[str, tuple[int, list[dict]]]:
     return {world: (count, rows[world] + baselines[world]) for world in rows}
 
 
-def measured_tables(runs: list[str], count: int, beams: int,
-                    device: str) -> dict[str, tuple[int, list[dict]]]:
+def training_sets(settings: dict, follow_links: bool = False) -> list:
+    """The data sets that a run with these settings was trained on; the first is the one it is asked about."""
+    share, follow_links = settings.get("share", 100) / 100, settings.get("follow_links", follow_links)
+    return [open_data(spec, settings["seed"], share=share, follow_links=follow_links)
+            for spec, _ in parse_weighted(settings["data"])]
+
+
+def measured_tables(runs: list[str], count: int, beams: int, device: str,
+                    follow_links: bool = False) -> dict[str, tuple[int, list[dict]]]:
     """The same, measured now."""
     rows, baselines = {}, {}
     for run in runs:
         vlm, tokenizer, facts = open_run(run, device)
-        world = open_data(facts["settings"]["data"], seed=facts["settings"]["seed"])
-        own, items, _ = table_rows(vlm, tokenizer, world, count, row_label(Path(run).name, facts), beams)
+        trained = training_sets(facts["settings"], follow_links)
+        own, items, _ = table_rows(vlm, tokenizer, trained, count, row_label(Path(run).name, facts), beams)
+        world = trained[0]
         rows.setdefault(world.name, []).extend(own)
         baselines[world.name] = baseline_rows(vlm, tokenizer, world, items)
     return {world: (count, rows[world] + baselines[world]) for world in rows}

@@ -34,12 +34,16 @@ class JudgedItem(NamedTuple):
     verdicts: list[tuple[str, str]]                     # ("right", "is it red? yes") for each question
 
 
-def write_samples_page(file: Path, title: str, judged: list[JudgedItem], text: str) -> None:
-    """One HTML page of pictures, captions and verdicts below `text`; it needs no other file and no script."""
+def write_samples_page(file: Path, title: str, judged: list[JudgedItem], text: str,
+                       split: str = "held-out") -> None:
+    """One HTML page of pictures, captions and verdicts below `text`; it needs no other file and no script.
+
+    split: what the pictures are to the run, held-out or trained-on.
+    """
     words = [word for _, _, verdicts in judged for word, _ in verdicts]
     right = f"; {words.count('right')} of {len(words)} answers are right" if words else ""
     cards = "\n".join(line for sample in judged for line in card_lines(*sample))
-    page = dict(title=html.escape(title), summary=f"{len(judged)} held-out pictures{right}.",
+    page = dict(title=html.escape(title), summary=f"{len(judged)} {split} pictures{right}.",
                 text=html.escape(text), cards=cards)
     with atomically(file) as tmp:
         tmp.write_text(PAGE.substitute(page), encoding="utf-8")

@@ -6,6 +6,7 @@ in words that the bundled decoder reads (for the oracle).
 """
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from data import Shapes
@@ -21,12 +22,12 @@ WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, Shap
                                           ShapesAnswers, ShapesWeb, Emoji)}
 
 
-def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0):
+def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0, follow_links: bool = False):
     """A data set by its spec "kind[:path][:split]": shapes, emoji:val, coco:PATH:val.
 
     The text after the last colon is a split only if the kind has a split of that name, so a path may hold
-    colons. share (0 … 1): the part of a data set on disk that is used. A UserError for an unknown kind, path
-    or split.
+    colons. share (0 … 1): the part of a data set on disk that is used. follow_links: also of pictures behind
+    links that leave its folder. A UserError for an unknown kind, path or split.
     """
     kind, _, rest = spec.partition(":")
     if kind not in WORLDS and kind not in FORMATS:
@@ -43,7 +44,30 @@ def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0
     if not path or not Path(path).exists():
         raise UserError(f'{spec}: no such folder; write {kind}:PATH or {kind}:PATH:SPLIT '
                         f'(of {", ".join(splits)}).')
-    return Files(kind, path, known_split(kind, split, splits), seed, strict, share)
+    return Files(kind, path, known_split(kind, split, splits), seed, strict, share, follow_links)
+
+
+def open_split(world, split: str):
+    """Another split of a world, all of it, with the same seed."""
+    if isinstance(world, Files):
+        return Files(world.kind, world.path, split, world.seed, follow_links=world.follow_links)
+    return type(world)(split, world.seed)
+
+
+def name_split(world, trained: list) -> str:
+    """What a table calls the items of `world` for a run on these data sets: "held-out" or "trained-on".
+
+    They are trained-on if the run met one of their pictures, or on generated data their split or `all`.
+    """
+    for other in trained:
+        if isinstance(world, Files) and isinstance(other, Files):
+            same = other.kind == world.kind and os.path.abspath(other.path) == os.path.abspath(world.path)
+            met = not world.pictures.isdisjoint(other.pictures)
+        else:
+            same, met = other.name.partition("-")[0] == world.name.partition("-")[0], False     # shapes-pages
+        if met or same and (other.split == world.split or "all" in (other.split, world.split)):
+            return "trained-on"
+    return "held-out"
 
 
 def known_split(kind: str, split: str, splits: list[str] | tuple[str, ...]) -> str:

@@ -32,22 +32,25 @@ def main(arguments: list[str] | None = None) -> None:
                                      epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", nargs="?", default="shapes",
                         help="data set: KIND, KIND:SPLIT, KIND:PATH or KIND:PATH:SPLIT")
+    parser.add_argument("--follow-links", action="store_true",
+                        help="read pictures behind links that leave the data set's folder, too")
     if generate:
         parser.add_argument("out", nargs="?", default="out/instruct", help="folder that is written")
         parser.add_argument("count", nargs="?", default="100", help="number of pictures")
         parser.add_argument("teacher", nargs="?", default="rules",
                             help='"rules" (for shapes), or the folder or hub name of a decoder that chats')
         options = parser.parse_args(arguments[1:])
-        generate_instructions(options.spec, options.out, options.count, options.teacher)
+        generate_instructions(options.spec, options.out, options.count, options.teacher,
+                              follow_links=options.follow_links)
     else:
         parser.add_argument("count", nargs="?", type=int, default=3, help="number of items")
         options = parser.parse_args(arguments)
-        show_items(options.spec, options.count)
+        show_items(options.spec, options.count, options.follow_links)
 
 
-def show_items(spec: str = "shapes", count: int = 3) -> None:
+def show_items(spec: str = "shapes", count: int = 3, follow_links: bool = False) -> None:
     """Print items of a data set and write their pictures to out/samples/."""
-    world, folder = open_data(spec), Path("out/samples")
+    world, folder = open_data(spec, follow_links=follow_links), Path("out/samples")
     folder.mkdir(parents=True, exist_ok=True)
     for item in map(world.item, range(count)):
         stem = re.sub(r"[^\w.-]+", "_", f"{spec.partition(':')[0]}-{item.id}")[:100]

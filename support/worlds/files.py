@@ -69,8 +69,10 @@ class Files:
 
     def __init__(self, kind: str, path: str, split: str, seed: int = 0, strict: bool = False,
                  share: float = 1.0, follow_links: bool = False):
-        reader, splits, self.held_out = FORMATS[kind]
-        self.kind, self.path, self.split, self.seen = kind, path, split, split
+        reader, splits, held_out = FORMATS[kind]
+        year = split[-4:] if kind == "coco" and split[:-4] in ("train", "val") else ""
+        self.held_out = held_out + year                 # train2017 holds most of val2014
+        self.kind, self.path, self.splits, self.split, self.seen = kind, path, splits.split(), split, split
         self.seed, self.strict, self.follow_links = seed, strict, follow_links
         self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
         self.name, self.broken, self.order = f"{kind}:{path}", {}, (-1, None)

@@ -139,7 +139,8 @@ def write_sample(sample: Sample, turns: list[tuple[str, str]], images: Path) -> 
 
 
 def generate_instructions(spec: str = "shapes", out: str | Path = "out/instruct", count: int | str = 100,
-                          teacher: str = "rules", seed: int = 0, batch: int = 16) -> None:
+                          teacher: str = "rules", seed: int = 0, batch: int = 16,
+                          follow_links: bool = False) -> None:
     """`count` pictures of a data set → out/chat.json in LLaVA-Instruct's format and out/images/.
 
     `llava:OUT` reads them. spec: shapes, or another data set with captions; COCO's boxes are read from
@@ -149,7 +150,7 @@ def generate_instructions(spec: str = "shapes", out: str | Path = "out/instruct"
     if not str(count).isdecimal() or not int(count):
         raise UserError(f'the number of pictures is "{count}"; '
                         "write python data.py generate SPEC OUT COUNT TEACHER.")
-    world, out, count = open_data(spec, seed), Path(out), int(count)
+    world, out, count = open_data(spec, seed, follow_links=follow_links), Path(out), int(count)
     if teacher == "rules" and not isinstance(world, Shapes):
         raise UserError(f"{spec}: the teacher by rules knows only the scenes of shapes; "
                         "give a decoder's folder.")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from data import COLORS, SHAPES, SIZES, Shapes, Thing, choose, draw_scene
+from data import COLORS, Item, SHAPES, SIZES, Shapes, Thing, choose, draw_scene
 from support.formats.files import UserError
 from support.worlds.emoji import Emoji
 from support.worlds.files import Files
@@ -73,10 +73,16 @@ def emoji_pair(world: Emoji, index: int) -> tuple[np.ndarray, str, list[str]]:
 @contrastive_pair.register(Files)
 def caption_pair(world: Files, index: int) -> tuple[np.ndarray, str, list[str]]:
     """A picture, one of its captions, and captions of up to two other pictures."""
-    item = world.item(index, turns=1)
-    if not item.captions:
-        raise UserError(f"{world.name}: item {item.id} has no caption; "
-                        "stage clip needs a data set with captions.")
+    item = require_captions(world, index)
     drawn = world.rng(index).integers(0, len(world), 8)
     others = (c.strip() for i in drawn for c in world.items[i][0].captions[:1])
     return item.image, item.captions[0], [c for c in others if c not in item.captions][:2]
+
+
+def require_captions(world, index: int = 0) -> Item:
+    """The item of this index; a UserError where it is not a picture with a caption."""
+    item = world.item(index, turns=1)
+    if not item.captions or item.image is None:
+        raise UserError(f"{world.name}: item {item.id} is no picture with a caption; "
+                        "stage clip needs a data set with captions, and so does blip2-1.")
+    return item

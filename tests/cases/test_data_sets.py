@@ -314,10 +314,6 @@ def test_another_kind_of_file_is_another_picture_and_a_whole_path_must_lie_in_th
 
 # --- splits -------------------------------------------------------------------------------------------------
 
-def shown(spec: str) -> set[str]:
-    return open_data(spec).pictures
-
-
 def test_several_captions_of_a_picture_are_its_references_and_lie_in_one_split(tmp_path):
     for i in range(20):
         picture(tmp_path / f"{i}.png", 12 * i)

@@ -637,10 +637,10 @@ def test_captions_and_questions_from_disk_train_a_bridge_and_are_scored(kind, na
 
 
 def test_the_share_is_a_flag_in_percent_of_the_training_data_alone(tmp_path, monkeypatch):
-    opened, open_data = [], worlds.open_data
-    monkeypatch.setattr(
-        "train.open_data", lambda *args, **kw: opened.append(open_data(*args, **kw)) or opened[-1]
-    )
+    opened = []
+    for name in ("open_data", "open_split"):
+        monkeypatch.setattr(f"train.{name}", lambda *args, call=getattr(worlds, name), **kw: opened.append(
+            call(*args, **kw)) or opened[-1])
     own = pictures(tmp_path / "own", 100)
     train.main(["--data", f"folder:{own}", "--share", "10", "--out", str(tmp_path / "run"), *QUICK])
     assert [(world.split, len(world)) for world in opened[:2]] == [("train", 9), ("val", 10)]

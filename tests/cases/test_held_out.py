@@ -1,0 +1,189 @@
+"""Claim: what a run was trained on is never called held-out; a length that leaves nothing to learn, a data
+set without what a recipe learns from, a picture behind a link and a file of another format are refused."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import eval as evaluation
+import train
+from data import Shapes
+from support.formats.files import UserError
+from support.formats.pictures import read_image
+from support.worlds import name_split, open_data, open_split
+from support.worlds.commands import main as show
+from support.worlds.pairs import contrastive_pair
+
+RUN = ["--bridge", "linear", "--steps", "1", "--batch", "2", "--dtype", "float32", "--device", "cpu",
+       "--eval-items", "4", "--samples", "1"]
+
+
+def own_pictures(folder: Path, count: int = 12, ending: str = ".png") -> str:
+    """`folder:` with pictures of one colour each and their captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(np.full((48, 48, 3), 20 * i, np.uint8)).save(folder / f"{i}{ending}")
+    rows = [json.dumps({"image": f"{i}{ending}", "text": f"thing {i}"}) for i in range(count)]
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    return f"folder:{folder}"
+
+
+# --- names of splits ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("trained, name", [
+    (["shapes"], "held-out"), (["shapes:val"], "held-out"), (["shapes:test"], "trained-on"),
+    (["shapes:all"], "trained-on"), (["shapes", "shapes-pages:test"], "trained-on"),
+    (["shapes", "shapes-pages"], "held-out"),
+])
+def test_generated_items_are_held_out_unless_their_split_was_trained_on(trained, name):
+    assert name_split(Shapes("test"), [open_data(spec) for spec in trained]) == name
+
+
+def test_pictures_are_held_out_unless_the_run_met_one_of_them(tmp_path, monkeypatch):
+    spec = own_pictures(tmp_path / "own")
+    val = open_data(f"{spec}:val")
+    for split, name in (("train", "held-out"), ("all", "trained-on"), ("val", "trained-on")):
+        assert name_split(val, [open_data(f"{spec}:{split}")]) == name
+        assert name_split(val, [Shapes(), open_data(f"{spec}:{split}")]) == name          # a sum
+    monkeypatch.chdir(tmp_path)
+    assert name_split(val, [open_data("folder:own:all")]) == "trained-on"                   # another spelling
+    rows = [dict(instruction=f"{i}", output="x") for i in range(12)]
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(rows))                            # no pictures
+    val = open_data(f"alpaca:{tmp_path}:val")
+    assert name_split(val, [open_data(f"alpaca:{tmp_path}")]) == "held-out"
+    assert name_split(val, [open_data(f"alpaca:{tmp_path}:all")]) == "trained-on"
+
+
+def coco(folder: Path, part: str, file: str) -> str:
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "annotations" / f"captions_{part}.json").write_text(json.dumps({
+        "images": [dict(id=42, file_name=file)], "annotations": [dict(image_id=42, caption="a dog")]}))
+    (folder / part).mkdir(exist_ok=True)
+    Image.new("RGB", (40, 30)).save(folder / part / file)
+    return f"coco:{folder}:{part}"
+
+
+def test_cocos_train2017_has_met_val2014_and_is_asked_about_val2017(tmp_path):
+    trained = open_data(coco(tmp_path, "train2017", "000000000042.jpg"))
+    coco(tmp_path, "val2014", "COCO_val2014_000000000042.jpg")
+    coco(tmp_path, "val2017", "000000000042.jpg")
+    assert name_split(open_data(f"coco:{tmp_path}:val2014"), [trained]) == "trained-on"
+    assert trained.held_out == "val2017" and open_data(f"coco:{tmp_path}:val2014").held_out == "val2014"
+
+
+@pytest.fixture(scope="module")
+def run_on_all(tmp_path_factory):
+    """(run folder, what training printed) of a run on all of a folder's pictures."""
+    folder, patch = tmp_path_factory.mktemp("all"), pytest.MonkeyPatch()
+    printed: list[str] = []
+    patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+    try:
+        train.main(["--data", f"{own_pictures(folder / 'own')}:all", "--out", str(folder / "run"), *RUN])
+    finally:
+        patch.undo()
+    return folder / "run", "\n".join(printed)
+
+
+def test_a_run_on_all_names_no_row_sample_or_page_held_out(run_on_all, capsys):
+    run, printed = run_on_all
+    report = printed.partition("trained  1 steps")[2]
+    assert "trained-on line" in report and "2 trained-on" not in report and "1 trained-on pictures" in report
+    rows = [row["row"] for row in json.loads((run / "results.json").read_text())["rows"]]
+    assert rows[:3] == ["linear, trained-on", "linear, seen", "linear, blind"]
+    page = (run / "samples.html").read_text()
+    assert "1 trained-on pictures" in page
+    evaluation.main([str(run), "--items", "2", "--device", "cpu"])
+    evaluation.main([str(run), "--saved"])
+    out = capsys.readouterr().out
+    assert out.count("run, trained-on") == 2 and "held-out" not in report + page + out
+
+
+def test_a_comparison_says_in_a_footnote_what_was_trained_on(run_on_all, capsys):
+    run, _ = run_on_all
+    own = f"folder:{run.parent / 'own'}"
+    for data, said in (([], True), (["--data", f"{own}:val"], True), (["--data", "shapes"], False)):
+        evaluation.main(["compare", str(run), "--items", "2", "--shots", "0", "--device", "cpu", *data])
+        out = capsys.readouterr().out
+        assert ("run was trained on what" in out and "none of its cells is held-out" in out) == said
+
+
+# --- nothing to learn ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("longest", [2, 6, 10, 13])
+def test_a_length_that_cuts_the_picture_or_the_whole_answer_is_refused_at_once(tmp_path, longest):
+    spec = own_pictures(tmp_path / "own", 4)
+    with pytest.raises(UserError, match=f"--longest {longest}: nothing is left .* takes 9 positions"):
+        train.main(["--data", spec, "--out", str(tmp_path / "run"), "--longest", str(longest), *RUN])
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+
+def vqa(folder: Path) -> str:
+    part, ten = "train2014", [dict(answer="x", answer_id=k) for k in range(10)]
+    (folder / part).mkdir(parents=True)
+    questions = [dict(question_id=i, image_id=i, question="what?") for i in range(4)]
+    facts = dict(question_type="is", answer_type="other", multiple_choice_answer="x", answers=ten)
+    notes = [dict(question_id=i, **facts) for i in range(4)]
+    (folder / f"v2_OpenEnded_mscoco_{part}_questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / f"v2_mscoco_{part}_annotations.json").write_text(json.dumps({"annotations": notes}))
+    for i in range(4):
+        Image.new("RGB", (48, 48)).save(folder / part / f"COCO_{part}_{i:012d}.jpg")
+    return f"vqav2:{folder}"
+
+
+def test_stages_that_learn_from_captions_refuse_a_data_set_without(tmp_path):
+    spec = vqa(tmp_path / "vqa")
+    flags = ["--data", spec, "--out", str(tmp_path / "run"), "--steps", "1", "--batch", "2"]
+    with pytest.raises(UserError, match="item [0-3]* is no picture with a caption; .* blip2-1"):
+        train.main(["--recipe", "blip2-1", *flags])
+    with pytest.raises(UserError, match="is no picture with a caption; stage clip needs"):
+        contrastive_pair(open_data(spec), 0)
+    (tmp_path / "alpaca_data.json").write_text(json.dumps([dict(instruction="a", output="b")]))
+    with pytest.raises(UserError, match="is no picture with a caption"):
+        contrastive_pair(open_data(f"alpaca:{tmp_path}:all"), 0)
+
+
+# --- links and formats --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_link_that_leaves_the_folder_is_refused_unless_asked_for(tmp_path, what, capsys, monkeypatch):
+    own_pictures(tmp_path / "elsewhere", 2)
+    spec, inside = own_pictures(tmp_path / "own", 2), tmp_path / "own"
+    os.symlink(inside / "1.png", inside / "link.png")                           # stays inside
+    if what == "file":
+        os.symlink(tmp_path / "elsewhere/0.png", inside / "out.png")
+    else:
+        os.symlink(tmp_path / "elsewhere", inside / "out")
+    name = "out.png" if what == "file" else "out/0.png"
+    with open(inside / "captions.jsonl", "a") as f:
+        f.write("\n" + "\n".join(json.dumps({"image": i, "text": i}) for i in ("link.png", name)))
+    world = open_data(f"{spec}:all")
+    assert {world.item(i).captions[0] for i in range(4)} == {"thing 0", "thing 1", "link.png"}
+    assert "a link that leaves" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"{name}: a link that leaves .*; --follow-links reads it"):
+        [open_data(f"{spec}:all", strict=True).item(i) for i in range(4)]
+    world = open_data(f"{spec}:all", strict=True, follow_links=True)
+    assert len({world.item(i).captions[0] for i in range(4)}) == 4
+    assert open_split(world, "val").follow_links and not open_split(open_data(spec), "val").follow_links
+    monkeypatch.chdir(tmp_path)
+    show([f"{spec}:all", "4", "--follow-links"])
+    assert name in capsys.readouterr().out
+    os.symlink(inside, tmp_path / "own2")                       # a data set may be a link itself
+    assert open_data(f"folder:{tmp_path / 'own2'}:all").item(0).image is not None
+
+
+@pytest.mark.parametrize("format, read", [("PNG", True), ("JPEG", True), ("WEBP", True), ("GIF", True),
+                                          ("BMP", True), ("TIFF", True), ("PPM", True), ("EPS", False),
+                                          ("PDF", False), ("ICO", False), ("TGA", False), ("SGI", False)])
+def test_pillow_opens_the_formats_that_are_named_and_no_other(tmp_path, format, read):
+    file = tmp_path / "picture.png"                                             # whatever it is called
+    Image.new("RGB", (20, 30), "red").save(file, format)
+    if read:
+        assert read_image(file).shape == (30, 20, 3)
+    else:
+        with pytest.raises(UserError, match="not a picture that Pillow can read .*; give a PNG, JPEG or"):
+            read_image(file)
