@@ -51,17 +51,23 @@ class Linear(Bridge):
 class MLP(Bridge):
     """Two linear maps with an exact GELU between (LLaVA-1.5, 2310.03744v2, §3.2); symbols as in `Linear`.
 
-    (L2)  H_v = W_2 · GELU(W_1 · Z_v + b_1) + b_2
+    (L2)  H_v = W_2 · GELU(W_1 · Z_v + b_1) + b_2          middle=n: n more maps, a GELU ahead of each
     """
     name, soft_tokens = "mlp", True
 
-    def __init__(self, decoder: DecoderConfig, vision_width: int, hidden: int | None = None):
+    def __init__(self, decoder: DecoderConfig, vision_width: int, hidden: int | None = None,
+                 bias: bool = True, middle: int = 0):
         super().__init__()
-        self.up = nn.Linear(vision_width, hidden or decoder.width)
-        self.down = nn.Linear(hidden or decoder.width, decoder.width)
+        hidden = hidden or decoder.width
+        self.up = nn.Linear(vision_width, hidden, bias)
+        self.middle = nn.ModuleList(nn.Linear(hidden, hidden, bias) for _ in range(middle))
+        self.down = nn.Linear(hidden, decoder.width, bias)
 
     def prefix(self, visual: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(visual)))                               # (ΣM, N, D)   (L2)
+        x = self.up(visual)
+        for map in self.middle:
+            x = map(F.gelu(x))
+        return self.down(F.gelu(x))                                             # (ΣM, N, D)   (L2)
 
 
 # ------------------------------------------------------------------------------------------------------------

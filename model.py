@@ -115,7 +115,7 @@ class Bridge(nn.Module):
     """
     name = "none"
     soft_tokens = False         # whether `prefix` gives tokens that stand in the place of each image
-    reads: int | str = -2       # ViT hidden state it wants (−2: the input of the last block), or "pooled"
+    reads: int | list | str = -2    # ViT state it wants (−2: the last block's input), a list, or "pooled"
     reads_cls = False           # whether the class token comes along
     options: dict = {}          # keyword arguments it was built with, for config.json
 
@@ -641,15 +641,16 @@ class ViT(nn.Module):
         """(B, Di) from the last state: CLIP norms the class token."""
         return self.post_norm(x[:, 0])
 
-    def features(self, pixels: Tensor, layer: int | str = -2, cls: bool = False) -> Tensor:
-        """(B, N, Di) of hidden state `layer`, with or without the class token, or "pooled" (N = 1)."""
+    def features(self, pixels: Tensor, layer: int | list | str = -2, cls: bool = False) -> Tensor:
+        """(B, N, Di) of a hidden state, of a list of them side by side, or "pooled"; cls: with the class."""
         if layer == "pooled":
             return self.pool(self(pixels))[:, None]
         n = self.config.layers
-        layer = layer if layer >= 0 else n + 1 + layer
-        if not 0 <= layer <= n:
+        layers = [l if l >= 0 else n + 1 + l for l in (layer if isinstance(layer, list) else [layer])]
+        if min(layers) < 0 or max(layers) > n:
             raise ValueError(f"this ViT has hidden states 0 to {n}, there is no state {layer}.")
-        x = self(pixels, depth=layer)
+        hidden = self(pixels, return_hidden=True, depth=max(layers))
+        x = hidden[-1] if len(layers) == 1 else torch.cat([hidden[l] for l in layers], dim=-1)
         return x if cls else x[:, self.config.first:]
 
 

@@ -35,8 +35,9 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **o
     """A bridge by name; options are the keyword arguments of its class, and reads, reads_cls and (of
     zero_init) version.
 
-    An option of another version is accepted and has no effect. Raises ValueError for an unknown name, option
-    or version (the sentence names the nearest known one) and for a value that papers/bounds.py refuses.
+    vision_width: Di of the ViT; a list of layers in `reads` multiplies it by their number. An option of
+    another version is accepted and has no effect. Raises ValueError for an unknown name, option or version
+    (the sentence names the nearest known one) and for a value that papers/bounds.py refuses.
     """
     if name not in ALL_BRIDGES:
         raise ValueError(f'unknown bridge "{name}"; {nearest(name, ALL_BRIDGES)}')
@@ -53,7 +54,10 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **o
     for key, value in options.items():
         if key not in known:
             raise ValueError(f'{name} has no option "{key}"; {nearest(key, known)}')
-        check_option(name, key, value, known[key])
+        several = key == "reads" and isinstance(value, list) and value
+        for one in value if several else [value]:
+            check_option(name, key, one, known[key])
+        vision_width *= len(value) if several else 1
     bridge = kind(decoder, vision_width, **{key: value for key, value in options.items() if key in own})
     for key in ("reads", "reads_cls"):
         if key in options:

@@ -14,6 +14,7 @@ OPTIONS = {             # an option of a bridge → its bounds; every other whol
     **dict.fromkeys(("layers", "depth", "every", "cross_every"), LAYERS),
     **dict.fromkeys(("first", "adapted"), dict(least=0, most=1000)),
     **dict.fromkeys(("queries", "latents", "vocab", "times"), dict(least=0, most=2**20)),       # 0: has none
+    "middle": dict(least=0, most=1000),
     "reads": dict(least=-1000, most=1000),              # a layer of the ViT, negative from the last one
     "version": dict(least=0, most=2),
     "dropout": dict(least=0, below=1),

@@ -65,11 +65,13 @@ CONFIG = {
             "contrast", size()),
     **these("num_hidden_layers cross_attention_frequency cross_attention_freq cross_layer_interval "
             "resampler_depth max_num_tiles", size(**LAYERS)),
-    **these("num_key_value_heads head_dim", size(null=True)),
+    **these("num_key_value_heads head_dim projection_size", size(null=True)),
     "max_position_embeddings": size(most=2**31),
     "sliding_window": size(null=True, most=2**31),
-    **these("max_window_layers num_global_layers extra_tokens additional_vocab_size", COUNT),
+    **these("max_window_layers num_global_layers extra_tokens additional_vocab_size num_register_tokens",
+            COUNT),
     **these("rms_norm_eps layer_norm_eps norm_eps", EPS),
+    "mlp_ratio": number(above=0, most=100),
     "hidden_dropout_prob": number(least=0, below=1),
     "rope_theta": number(null=True, above=0),
     **these("rope_scaling rope_parameters", Key((dict,), null=True, keys={
@@ -77,7 +79,8 @@ CONFIG = {
         **these("factor low_freq_factor high_freq_factor original_max_position_embeddings", number(above=0)),
     })),
     **these("tie_word_embeddings attention_bias mlp_bias use_sliding_window multimodal_projector_bias "
-            "vision_use_head qk_layer_norms qk_layer_norms_perceiver use_resampler", FLAG),
+            "vision_use_head qkv_bias use_swiglu_ffn qk_layer_norms qk_layer_norms_perceiver "
+            "use_resampler", FLAG),
     **these("architectures layer_types", Key((list,), null=True, each=TEXT)),
     **these("eos_token_id bos_token_id image_token_index image_token dec", IDS),
     "vision_feature_layer": Key((int, list), LAYER.bounds, each=LAYER),

@@ -1,6 +1,7 @@
 """support/formats/llava.py: LLaVA in its authors' layout and in transformers', read and written."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -9,17 +10,28 @@ from torch import Tensor, nn
 from model import Decoder, VLM
 from papers import make_bridge
 from support.formats.checkpoint import Checkpoint, Filling, published_tensors
-from support.formats.files import UserError, read_json, write_json, write_tensors
+from support.formats.files import UserError, at_the_door, read_json, write_json, write_tensors
 from support.formats.hub import tower_folder
 from support.formats.llama import (LLAMA_DEFAULTS, decoder_config, decoder_names, hf_decoder_config,
                                    tie_head)
 from support.formats.names import expand, parameters
 from support.formats.vision import (CLIP_DEFAULTS, VIT_NAMES, empty_vit, hf_vit_config, vit_config,
-                                    vit_file)
+                                    vit_file, vit_names)
 
-# mm_projector_type of the authors → our bridge, and its maps in their nn.Sequential
-PROJECTORS = {"linear": ("linear", {"map": "mm_projector"}),
-              "mlp2x_gelu": ("mlp", {"up": "mm_projector.0", "down": "mm_projector.2"})}
+
+def projector(kind: str, where: str) -> tuple[str, dict, dict[str, str]]:
+    """mm_projector_type of the authors → our bridge, its options, and its maps in their nn.Sequential."""
+    if kind == "linear":
+        return "linear", {}, {"map": "mm_projector"}
+    deep = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
+    if deep is None:
+        raise UserError(f'{where}: mm_projector_type "{kind}" is not supported; known: linear, mlp2x_gelu, '
+                        "mlp3x_gelu and so on.")
+    last = int(deep[1]) - 1                             # every second module of theirs is a GELU
+    if not last:
+        return "linear", {}, {"map": "mm_projector.0"}
+    maps = {f"middle.{n - 1}": f"mm_projector.{2 * n}" for n in range(1, last)}
+    return "mlp", {"middle": last - 1}, {"up": "mm_projector.0", "down": f"mm_projector.{2 * last}", **maps}
 
 
 def read_llava(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
@@ -33,24 +45,30 @@ def read_hf(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     Three generations of transformers put different prefixes before the same names; the file tells which.
     """
     where, file = f"{path}/config.json", Checkpoint(path)
-    layer = c.get("vision_feature_layer", -2)
-    two_layers = c.get("projector_hidden_act", "gelu") == "gelu" and c.get("multimodal_projector_bias", True)
-    if not isinstance(layer, int) or not two_layers:
-        raise UserError(f"{where}: features of several layers and projectors other than Linear, GELU, Linear "
-                        "are not supported.")
+    if c.get("projector_hidden_act", "gelu") != "gelu":
+        raise UserError(f'{where}: projector_hidden_act "{c["projector_hidden_act"]}" is not supported; '
+                        "known: gelu.")
     tied = {"tie_word_embeddings": c.get("tie_word_embeddings", False)}
     decoder = Decoder(decoder_config({**tied, **LLAMA_DEFAULTS, **c["text_config"]}, where))
-    vit = empty_vit(*vit_config({**CLIP_DEFAULTS, **c["vision_config"]}, where))
+    tower_config, family = vit_config({**CLIP_DEFAULTS, **c["vision_config"]}, where)
+    vit = empty_vit(tower_config, family)
     class_token = c.get("vision_feature_select_strategy", "default") == "full"
-    bridge = make_bridge("mlp", decoder.config, vit.config.width, reads=layer, reads_cls=class_token)
+    if not class_token and vit.config.first != 1:
+        raise UserError(f'{where}: vision_feature_select_strategy "default" drops the first token, but in '
+                        f'this tower {vit.config.first} tokens come before the patches; say "full".')
+    options = dict(reads=c.get("vision_feature_layer", -2), reads_cls=class_token)
+    if not c.get("multimodal_projector_bias", True):
+        options["bias"] = False
+    with at_the_door(where):
+        bridge = make_bridge("mlp", decoder.config, vit.config.width, **options)
     tower = file.prefix("vision_tower.vision_model.", "model.vision_tower.vision_model.",
                         "model.vision_tower.", "vision_tower.")
     trunk = file.prefix("language_model.model.", "model.language_model.")
     head = "language_model." if trunk == "language_model.model." else ""
-    projector = file.prefix("model.multi_modal_projector.", "multi_modal_projector.")
-    names = {**expand(VIT_NAMES, vit.config.layers, tower, "vit."),
+    maps = file.prefix("model.multi_modal_projector.", "multi_modal_projector.")
+    names = {**expand(vit_names(vit.config, family), vit.config.layers, tower, "vit."),
              **decoder_names(decoder.config, trunk, head, "decoder."),
-             **parameters({"up": "linear_1", "down": "linear_2"}, "bridge.", projector)}
+             **parameters({"up": "linear_1", "down": "linear_2"}, "bridge.", maps)}
     optional = tie_head(decoder.config, names, file, "decoder.")
     vlm = VLM(vit, bridge, decoder)
     return vlm, [Filling(vlm, file, names, optional)]
@@ -58,16 +76,13 @@ def read_hf(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
 
 def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     """The authors' layout (github.com/haotian-liu/LLaVA): Llama's names, a ViT of its own."""
-    where, kind = f"{path}/config.json", c.get("mm_projector_type", "linear")
-    if kind not in PROJECTORS:
-        raise UserError(f'{where}: mm_projector_type "{kind}" is not supported; '
-                        f'known: {", ".join(PROJECTORS)}.')
-    name, maps = PROJECTORS[kind]
+    where = f"{path}/config.json"
+    name, options, maps = projector(c.get("mm_projector_type", "linear"), where)
     tower = tower_folder(path, c["mm_vision_tower"])
     vit, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
     decoder = Decoder(decoder_config(c, where))
     bridge = make_bridge(name, decoder.config, vit.width, reads=c.get("mm_vision_select_layer", -2),
-                         reads_cls=c.get("mm_vision_select_feature", "patch") == "cls_patch")
+                         reads_cls=c.get("mm_vision_select_feature", "patch") == "cls_patch", **options)
     vlm, file = VLM(empty_vit(vit, family), bridge, decoder), Checkpoint(path)
     names = {**decoder_names(decoder.config, ours="decoder."), **parameters(maps, "bridge.", "model.")}
     optional = tie_head(decoder.config, names, file, "decoder.")
@@ -83,19 +98,22 @@ def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
 def save_llava(vlm: VLM, path: Path) -> None:
     """Write an mlp bridge between its towers as transformers' LlavaForConditionalGeneration opens it.
 
-    LLaVA's projector has the decoder's width inside; an mlp of another width is a UserError.
+    LLaVA's projector has the decoder's width inside and two maps; another mlp is a UserError.
     """
     D, up, down = vlm.decoder.config.width, vlm.bridge.up, vlm.bridge.down
+    if len(vlm.bridge.middle):
+        raise UserError(f"{path}: transformers' LLaVA has a projector of two maps, "
+                        f"this mlp bridge has {2 + len(vlm.bridge.middle)}.")
     if len(up.weight) != D:
         raise UserError(f"{path}: LLaVA's projector has the decoder's width, {D}, inside, "
                         f"this mlp bridge has {len(up.weight)}.")
-    write_llava(vlm, path, {"linear_1.weight": up.weight, "linear_1.bias": up.bias,
-                            "linear_2.weight": down.weight, "linear_2.bias": down.bias})
+    maps = {"linear_1.": up, "linear_2.": down}
+    write_llava(vlm, path, {n + w: tensor for n, m in maps.items() for w, tensor in m.named_parameters()})
 
 
 def save_llava_linear(vlm: VLM, path: Path) -> None:
     """The same for a linear bridge, as a two-layer projector; a UserError where the decoder is too narrow."""
-    D, Di = vlm.decoder.config.width, vlm.vit.config.width
+    D, Di = vlm.decoder.config.width, vlm.bridge.map.in_features
     if 2 * Di > D:
         raise UserError(f"{path}: transformers' LLaVA has no linear projector, and its two-layer one can "
                         f"only act as this {Di} → {D} map where the decoder is at least {2 * Di} wide; "
@@ -140,6 +158,7 @@ def write_llava(vlm: VLM, path: Path, projector: dict[str, Tensor]) -> None:
         "image_token_index": image,
         "image_seq_length": vlm.features(None).shape[1],
         "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": "linear_1.bias" in projector,
         "vision_feature_layer": bridge.reads,
         "tie_word_embeddings": c.tied,
         "vision_feature_select_strategy": "full" if all_tokens else "default",

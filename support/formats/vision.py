@@ -129,15 +129,22 @@ def vit_config(c: dict, where: str = "config.json") -> tuple[ViTConfig, str]:
         defaults = {k: defaults[k] for k in ("hidden_act", "layer_norm_eps")}
     c = {**defaults, **(c if nested is None else nested)}
     form = {"head": c.get("vision_use_head", True)} if family == "siglip" else {}
-    if family == "dinov2":
-        c, form = dinov2_fields(c, where, kind)
     act = activation(c["hidden_act"], where)
     with reading_config(where, f"a {kind} config.json"):
+        if family == "dinov2":
+            c, form = dinov2_fields(c, where, kind)
         config = TOWERS[family][1](
             image_size=c["image_size"], patch=c["patch_size"], width=c["hidden_size"],
             layers=c["num_hidden_layers"], heads=c["num_attention_heads"], hidden=c["intermediate_size"],
             act=act, norm_eps=c["layer_norm_eps"], **form)
     return config, family
+
+
+def vit_names(config: ViTConfig, family: str) -> Names:
+    """The table of a tower in transformers' layout, {i} for the number of a block."""
+    if family == "dinov2":
+        return DINOV2_NAMES | (SWIGLU_NAMES if config.swiglu else {})
+    return EVA_NAMES if family == "eva" else VIT_NAMES
 
 
 def dinov2_fields(c: dict, where: str, kind: str) -> tuple[dict, dict]:
@@ -232,10 +239,10 @@ def vit_file(path: str | os.PathLike, config: ViTConfig,
         return checkpoint, names, tuple(root + name for name in OPENAI_OTHERS)
     if family == "dinov2":
         prefix = checkpoint.prefix("dinov2.", "dinov2_with_registers.", "")
-        names = expand(DINOV2_NAMES | (SWIGLU_NAMES if config.swiglu else {}), config.layers, prefix)
+        names = expand(vit_names(config, family), config.layers, prefix)
         return checkpoint, names, (prefix + "embeddings.mask_token", "classifier.")
     prefix = checkpoint.prefix("vision_model.", "")
-    names = expand(EVA_NAMES if family == "eva" else VIT_NAMES, config.layers, prefix)
+    names = expand(vit_names(config, family), config.layers, prefix)
     others = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
     return checkpoint, names, others if prefix else ()
 

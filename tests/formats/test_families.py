@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TINY, check, check_states, golden, stir, tiny_decoder
-from model import Cache, Decoder
+from conftest import TINY, TINY_VIT, check, check_states, golden, stir, tiny_decoder
+from model import IMAGE, Cache, Decoder, ViT
 from papers import make_bridge
 from papers.qk_norm import QKNorm
 from support.formats.files import UserError
 from support.formats.llama import load_decoder, save_decoder
+from support.formats.llava import projector
 from support.formats.vision import empty_vit, load_clip, load_vit, save_vit, vit_config
+from support.formats.vlm import load_vlm, save_vlm
 
 
 # --- Qwen3: normed queries and keys; Mistral 0.1: a sliding window ------------------------------------------
@@ -132,7 +134,9 @@ def test_dinov2_in_a_classifiers_file_opens_and_what_it_does_not_do_is_refused(t
         assert torch.equal(load_vit(tmp_path)(pixels), load_vit(folder)(pixels))
     with pytest.raises(UserError, match="another tower stays"):
         save_vit(load_vit(folder), tmp_path)
-    for change, message in (({"qkv_bias": False}, "qkv_bias is false"),
+    with pytest.raises(UserError, match="'hidden_size' is missing"):
+        vit_config({"model_type": "dinov2"})
+    for change, message in (({"qkv_bias": False}, "qkv_bias"),
                             ({"use_swiglu_ffn": True}, "weights_in"), ({"mlp_ratio": 3}, "has shape")):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=message):
@@ -174,3 +178,73 @@ def test_siglip_without_a_head_or_with_another_width_is_no_pair(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=message):
             load_clip(tmp_path)
+
+
+# --- LLaVA: several layers, projectors without biases or deeper ---------------------------------------------
+
+def test_a_llava_that_reads_three_layers_through_a_projector_without_biases_is_the_published_one(tmp_path):
+    folder, case, x, expected = golden("llava-three-layers")
+    vlm = load_vlm(folder)
+    assert vlm.bridge.reads == [-1, 1, -2] and vlm.bridge.up.bias is None
+    ids = x["input_ids"]
+    tokens = torch.cat((ids[:, :2], torch.full((2, 1), IMAGE), ids[:, 2:]), dim=1)
+    with torch.no_grad():
+        logits = vlm(tokens, x["pixel_values"])
+        check(case, "logits", logits, expected["logits"])
+        for layout in ("native", "hf"):
+            save_vlm(vlm, tmp_path / layout, layout=layout)
+            again = load_vlm(tmp_path / layout)(tokens, x["pixel_values"])      # hf: a word more, the image
+            torch.testing.assert_close(again[..., :40], logits)
+    written = json.loads((tmp_path / "hf/config.json").read_text())
+    assert written["vision_feature_layer"] == [-1, 1, -2] and written["multimodal_projector_bias"] is False
+
+
+@pytest.mark.parametrize("kind, maps", [(f"mlp{n}x_gelu", n) for n in (1, 2, 3, 5)])
+def test_a_projector_of_n_maps_is_the_authors_sequence(kind, maps):
+    """github.com/haotian-liu/LLaVA, build_vision_projector: Linear, then n − 1 times GELU and Linear."""
+    sequence = [torch.nn.Linear(20, 32)]
+    for _ in range(maps - 1):
+        sequence += [torch.nn.GELU(), torch.nn.Linear(32, 32)]
+    theirs = torch.nn.Sequential(*sequence)
+    name, options, modules = projector(kind, "config.json")
+    bridge = make_bridge(name, TINY, 20, **options)
+    tensors = {f"mm_projector.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    bridge.load_state_dict({f"{ours}.{w}": tensors.pop(f"{name}.{w}")
+                            for ours, name in modules.items() for w in ("weight", "bias")})
+    assert not tensors
+    x = torch.randn(2, 9, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(bridge.prefix(x), theirs(x))
+
+
+@pytest.mark.parametrize("kind", ["identity", "mlp0x_gelu", "mlp2x_relu", "cabstract", "ldpnetv2"])
+def test_another_projector_is_refused_by_name(kind):
+    with pytest.raises(UserError, match=f'config.json: mm_projector_type "{kind}" is not supported; known'):
+        projector(kind, "config.json")
+
+
+def test_several_layers_are_states_side_by_side_and_one_that_is_not_there_is_named():
+    vit = stir(ViT(TINY_VIT))
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        hidden = vit(pixels, return_hidden=True)
+        three = torch.cat([hidden[n] for n in (0, 3, 2)], -1)
+        assert torch.equal(vit.features(pixels, [0, -1, -2], True), three)
+    for layers in (4, -5, [1, 4]):
+        with pytest.raises(ValueError, match="states 0 to 3, there is no state"):
+            vit.features(pixels, layers)
+    bridge = make_bridge("linear", TINY, 20, reads=[-2, -3])
+    assert bridge.map.in_features == 40
+    for wrong, message in (([], "not a whole number"), ([-2, 1.5], "1.5, not a whole number"), ("x", "'x'")):
+        with pytest.raises(ValueError, match=message):
+            make_bridge("linear", TINY, 20, reads=wrong)
+
+
+def test_the_default_strategy_on_a_tower_without_one_class_token_is_refused(tmp_path):
+    folder = golden("llava-three-layers")[0]
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    tower = {**config["vision_config"], "model_type": "siglip_vision_model"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vision_config": tower}))
+    with pytest.raises(UserError, match="0 tokens come before the patches"):
+        load_vlm(tmp_path)

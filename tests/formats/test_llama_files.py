@@ -565,7 +565,7 @@ def test_a_clip_config_may_leave_out_every_default(tmp_path):
     with torch.no_grad():
         a, b = (load_clip(path)(x["pixel_values"], x["input_ids"]) for path in (tmp_path, folder))
     assert torch.equal(a, b)
-    for kind in ("siglip2_vision_model", "dinov2", ""):
+    for kind in ("siglip2_vision_model", "dinov3_vit", ""):
         with pytest.raises(UserError, match=f'model_type "{kind}" is no vision tower that is known here'):
             vit_config({"model_type": kind})
 
