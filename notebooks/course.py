@@ -1,14 +1,17 @@
-"""course.py: what the notebooks share: the bundled towers, trained bridges, short runs, plots, checks.
+"""course.py: what the notebooks share: the bundled towers, bridges, short runs, stored tables, plots, checks.
 
 Everything that is taught stands in the notebooks and in the five files; nothing in here does.
 """
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,7 +25,8 @@ if str(ROOT) not in sys.path:
 import data                                                                     # noqa: E402  (after the path)
 import train                                                                    # noqa: E402
 from eval import evaluate, first_items, generate_texts, scalar_scores                   # noqa: E402
-from model import Decoder, VLM, ViT                                             # noqa: E402
+from model import Bridge, Decoder, DecoderConfig, VLM, ViT                      # noqa: E402
+from papers import make_bridge                                                  # noqa: E402
 from support.formats.files import read_json, write_json, write_tensors          # noqa: E402
 from support.formats.llama import load_decoder                                  # noqa: E402
 from support.formats.tokenizer_files import load_tokenizer                      # noqa: E402
@@ -34,6 +38,9 @@ from support.worlds import open_data                                            
 
 # The six bridges of the README's table, seed 0, trained by the recipes; bfloat16 on disk.
 RUNS = ROOT / "notebooks" / "runs"
+# The sizes of a published decoder; built on the meta device, it takes no memory.
+LLAMA_7B = DecoderConfig(vocab_size=32000, width=4096, layers=32, heads=32, kv_heads=32, head_width=128,
+                         hidden=11008, tied=False)
 # The colours of the shapes world for plots, 0 … 1; white is drawn in grey.
 COLORS = {name: tuple(c / 255 for c in rgb) for name, rgb in data.COLORS.items()} | {"white": (0.7, 0.7, 0.7)}
 plt.rcParams.update({
@@ -49,6 +56,12 @@ def towers() -> tuple[ViT, Decoder, Tokenizer]:
     for tower in (vit, decoder):
         tower.requires_grad_(False).eval()
     return vit, decoder, load_tokenizer(ROOT / "weights" / "decoder")
+
+
+def untrained(name: str) -> Bridge:
+    """A bridge between these towers as a run starts it: random, in the sizes of its recipe."""
+    vit, decoder, _ = towers()
+    return make_bridge(name, decoder.config, vit.config.width, **train.toy_options(name, name)).eval()
 
 
 def run_folder(run: str | Path) -> Path:
@@ -97,6 +110,53 @@ def ask(vlm: VLM, tokenizer: Tokenizer, image, prompt: str, longest: int = 48) -
     document = data.Document(tokenizer).image().add(text)
     features = vlm.features(pixels)
     return generate_texts(vlm, [document], tokenizer, longest, features=features)[0]
+
+
+def conversation(*pairs: tuple[str, str]) -> list[dict]:
+    """Messages of a user and an assistant, from questions and answers; the first one shows a picture."""
+    first, *others = ({"role": role, "content": text}
+                      for pair in pairs for role, text in zip(("user", "assistant"), pair))
+    return [{**first, "content": f"<image>\n{first['content']}".strip()}, *others]
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """How many numbers a module holds, trained or frozen."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def stored_table(file: str) -> dict[str, dict[str, float]]:
+    """The table of a file of support/results: {row: {column: number}}; an empty cell has no entry."""
+    lines = iter((ROOT / "support" / "results" / file).read_text(encoding="utf-8").splitlines())
+    head = next(line for line in lines if line.startswith("  "))            # above the names of the rows
+    columns = {m.end(): m[0] for m in re.finditer(r"\S+( \S+)?", head)}      # cells are aligned on the right
+    table = {}
+    for line in itertools.takewhile(str.strip, lines):
+        name = re.split(r" {2,}", line)[0]
+        cells = re.compile(r"\S+").finditer(line, len(name))
+        table[name] = {columns[m.end()]: float(m[0].replace(",", "")) for m in cells}
+    return table
+
+
+def stored_claim(name: str) -> tuple[str, dict[str, dict[str, tuple[float, float]]]]:
+    """A claim of support/results/claims.txt: its text, and {arm: {column: (mean, spread over seeds)}}."""
+    claims = (ROOT / "support" / "results" / "claims.txt").read_text(encoding="utf-8")
+    text = claims[claims.index(f"\n{name}: ") + 1:].split("\n\n")[0]
+    lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()[1:]]
+    columns, rows = lines[0], [line for line in lines if " ± " in line[-1]]
+    return text, {arm: {c: tuple(map(float, cell.split(" ± "))) for c, cell in zip(columns, cells)}
+                  for arm, *cells in rows}
+
+
+def digest(answer) -> int | None:
+    """A number for an answer (a word, a number, or several), so that a check does not show the answer.
+
+    The order of a set does not count; None = not answered yet.
+    """
+    if answer is None:
+        return None
+    parts = [answer] if isinstance(answer, (str, int)) else answer
+    words = [p if isinstance(p, str) else f"{p:g}" for p in parts]
+    return crc32(" ".join(sorted(words) if isinstance(answer, set) else words).encode()) % 10_000
 
 
 def check(exercise: str, answer, expected=None, atol: float = 1e-5) -> None:

@@ -1,6 +1,6 @@
 """The course: notebooks and solutions run from a clean kernel with all assertions.
 
-Without --slow two of them are executed; of all, every cell is parsed and every imported name is looked up.
+Without --slow one of them is executed; of all, every cell is parsed, every imported name exists and is used.
 """
 from __future__ import annotations
 
@@ -98,6 +98,14 @@ def test_what_it_imports_exists(file, monkeypatch):
     for module, name in modules_and_names(file):
         owner: ModuleType = importlib.import_module(module)
         assert hasattr(owner, name), f"{module} has no {name}"
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=name)
+def test_it_uses_what_it_imports(file):
+    nodes = [node for cell in cells(file, "code") for node in ast.walk(ast.parse(cell))]
+    imported = {alias.asname or alias.name for node in nodes
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    assert not imported - {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
 def executed(file: Path):
