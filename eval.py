@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 import data
-from model import Decoder, VLM
+from model import Decoder, IMAGE, VLM
+from support.formats.benchmarks import scienceqa_choice, scienceqa_text
 from support.formats.files import read_json, write_json
 from support.formats.ptb import ptb_tokenize
 from support.formats.tokenizers import Tokenizer
@@ -32,8 +33,8 @@ from support.formats.vqa import EVALUATORS
 from support.plumbing.beams import beam_search
 from support.plumbing.cli import run_cli
 from support.plumbing.packed import packed
-from support.plumbing.samples import JudgedItem, write_samples_page
-from support.worlds import name_split, open_split
+from support.plumbing.samples import JudgedItem, print_samples, write_samples_page
+from support.worlds import name_split, open_split, take_items
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Metrics, equal to the official code
@@ -236,13 +237,13 @@ def generate_texts(model: VLM | Decoder, documents: list[data.Document], tokeniz
 
 @torch.no_grad()
 def vision_features(vlm: VLM, items: list[data.Item], blind: bool, batch: int = 128) -> Tensor:
-    """Features (n, N, Di) of the items' pictures; blind: of as many zeroed ones."""
+    """Features (n, N, Di) of the items' pictures, one each; blind: of as many zeroed ones."""
     device, size = next(vlm.vit.parameters()).device, vlm.vit.config.image_size
     parts = []
     for i in range(0, len(items), batch):
         pixels = data.to_pixels([item.image for item in items[i:i + batch]], size, vlm.processor).to(device)
         parts.append(vlm.features(torch.zeros_like(pixels) if blind else pixels))
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else vlm.features(None)
 
 
 def evaluate(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], blind: bool = False, beams: int = 1,
@@ -250,27 +251,45 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], blind: bool
     """Scores on these items: {kind of question: accuracy, "mean": over kinds, "cider", "bleu4"}.
 
     Accuracies and BLEU-4 are 0 … 1. The texts come with them: "answers", one per question, and "captions",
-    one per item, where all items have references.
+    one per item (None without a picture), where all pictures have references.
     """
-    features = vision_features(vlm, items, blind)
-    questions = [(n, q) for n, item in enumerate(items) for q in item.qas]
-    prompts = [data.Document(tokenizer).image().add(data.QUESTION.format(q.question)) for _, q in questions]
-    rows = torch.tensor([n for n, _ in questions], dtype=torch.long, device=features.device)
-    answers = generate_texts(vlm, prompts, tokenizer, 12, beams, features[rows])
-    result = accuracy_by_kind([q for _, q in questions], answers)
-    result["answers"] = answers
-    if captions and all(item.captions for item in items):
-        prompts = [data.Document(tokenizer).image().add(data.CAPTION) for _ in items]
-        result["captions"] = generate_texts(vlm, prompts, tokenizer, 64, beams, features)
-        result |= caption_scores(result["captions"], [item.captions for item in items])
+    pictured = [n for n, item in enumerate(items) if item.image is not None]
+    features = vision_features(vlm, [items[n] for n in pictured], blind)
+    row = {n: [r] for r, n in enumerate(pictured)}      # item → its row of the features
+
+    def write(asked: list[tuple[int, str]], longest: int) -> list[str]:
+        documents = [data.Document(tokenizer).ids([IMAGE] * (n in row)).add(prompt) for n, prompt in asked]
+        pictures = [row.get(n, []) for n, _ in asked]
+        return generate_texts(vlm, documents, tokenizer, longest, beams, features, pictures=pictures)
+
+    questions = [q for item in items for q in item.qas]
+    asked = [(n, question_text(q)) for n, item in enumerate(items) for q in item.qas]
+    answers = write(asked, 256 if any(map(is_multiple_choice, questions)) else 12)
+    result = accuracy_by_kind(questions, answers) | {"answers": answers}
+    if captions and pictured and all(items[n].captions for n in pictured):
+        texts = dict(zip(pictured, write([(n, data.CAPTION) for n in pictured], 64)))
+        result["captions"] = [texts.get(n) for n in range(len(items))]
+        result |= caption_scores([*texts.values()], [items[n].captions for n in texts])
     return result
+
+
+def is_multiple_choice(q: data.QA) -> bool:
+    """Whether it is asked with its choices: those of data sets on disk."""
+    return bool(q.choices) and q.source is not None
+
+
+def question_text(q: data.QA) -> str:
+    return "\n" + scienceqa_text(q)[0] if is_multiple_choice(q) else data.QUESTION.format(q.question)
 
 
 def answer_accuracy(q: data.QA, answer: str, evaluator: str = "") -> float:
     """VQA accuracy (V1), 0 … 1. With ten equal answers the official one is exact match.
 
     evaluator: of EVALUATORS; without it that of the data set: TextVQA's questions are all of kind "textvqa".
+    Of multiple choice it is 1 if the answer names the right choice.
     """
+    if is_multiple_choice(q):
+        return float(scienceqa_choice(answer, len(q.choices)) == q.correct)
     evaluator = evaluator or (q.kind if q.kind in EVALUATORS else "vqa")
     return vqa_accuracy(answer, q.answers or [q.answer] * 10, evaluator)
 
@@ -305,7 +324,8 @@ def chance_scores(world, items: list[data.Item]) -> dict:
     counts: dict[str, collections.Counter] = {}
     for item in first_items(world, split, 500):
         for q in item.qas:
-            counts.setdefault(q.kind, collections.Counter())[q.answer] += 1
+            answer = f"The answer is {'ABCDE'[q.correct]}." if is_multiple_choice(q) else q.answer
+            counts.setdefault(q.kind, collections.Counter())[answer] += 1
     questions = [q for item in items for q in item.qas]
     guesses = [counts[q.kind].most_common(1)[0][0] if q.kind in counts else "" for q in questions]
     return accuracy_by_kind(questions, guesses)
@@ -314,10 +334,6 @@ def chance_scores(world, items: list[data.Item]) -> dict:
 def first_items(world, split: str, count: int) -> list[data.Item]:
     """The first `count` items of a split of this world; all of them where it has fewer."""
     return take_items(open_split(world, split), count)
-
-
-def take_items(world, count: int) -> list[data.Item]:
-    return [world.item(i) for i in range(min(count, len(world)) if world.finite else count)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -393,12 +409,7 @@ def report_run(vlm: VLM, tokenizer: Tokenizer, trained: list, out: Path, count: 
     captions, answers = result.get("captions", [None] * len(items)), iter(result["answers"])
     judged = [JudgedItem(item, text, [judge_answer(q, a) for q, a in zip(item.qas, answers)])
               for item, text in zip(items, captions)]
-    for sample in judged[:samples]:
-        print(f"\n{split} {sample.item.id}")
-        if sample.caption is not None:
-            print(f"  reference  {sample.item.captions[0]}\n  caption    {sample.caption}")
-        for verdict, line in sample.verdicts:
-            print(f"  {verdict:10s} {line}")
+    print_samples(judged[:samples], split)
     text = f"{len(items)} {split} pictures; accuracy in %, CIDEr, BLEU-4 x 100\n{format_table(rows)}\n"
     write_json(out / "results.json", {"world": world.name, "items": len(items), "rows": rows})
     title = f"{out.resolve().name}: {vlm.bridge.name} on {world.name}:{world.held_out}"

@@ -60,7 +60,7 @@ from support.plumbing.meter import Meter, count_flops, count_positions
 from support.plumbing.packing import pack_documents
 from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.state import TrainState, load_state, save_state
-from support.worlds import name_split, open_data, open_split, text
+from support.worlds import name_split, open_data, open_split, take_items, text
 from support.worlds.pairs import contrastive_pair, require_captions
 
 
@@ -535,11 +535,11 @@ class AnswerTask(Task):
                   "and lost their ends", file=sys.stderr)
         try:
             held_out = self.given.open_held_out()
-            item = held_out.item(0)
+            item = take_items(held_out, 16)[0]
         except UserError as e:                  # what was trained is saved; only the table cannot be made
             print(f"warning: no final table, {e}", file=sys.stderr)
             return {}
-        if item.image is not None and (item.captions or item.qas):
+        if (item.captions or item.qas) and (item.image is not None or held_out.finite):
             trained = [world for world, _ in self.sets]
             report_run(self.module, self.tokenizer, trained, out, self.s.eval_items, self.s.samples)
             return {}
@@ -551,8 +551,9 @@ class AnswerTask(Task):
     @torch.no_grad()
     def held_out_loss(self, world, count: int = 64) -> float:
         """Mean −log p of a learned token on the first items of the split that training does not see."""
-        count = min(count, len(world)) if world.finite else count
-        pieces = self.to_device([self.piece([self.example(world, i)], 0, 1.0) for i in range(count)])
+        items = take_items(world, count, self.s.turns)
+        pairs = [(self.document(item, i), item) for i, item in enumerate(items)]
+        pieces = self.to_device([self.piece([pair], 0, 1.0) for pair in pairs])
         return sum(self.loss(**p).item() for p in pieces) / sum(p["count"] for p in pieces)
 
 
@@ -568,6 +569,7 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
     given = Ingredients(
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
         generate_texts=generate_texts, open_held_out=lambda: open_split(world, world.held_out),
+        take_items=take_items,
         name_split=lambda split: name_split(split, [trained for trained, _ in sets]))
     if recipe.task == "answer":
         load_answer_parts(given, s.lm, s.vit, s.init)

@@ -105,6 +105,7 @@ class Ingredients:
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
     open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about
+    take_items: Callable | None = None                  # (world, count) → its first readable items
     name_split: Callable[[Any], str] = lambda world: "held-out"     # or trained-on, if the run has met it
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
 

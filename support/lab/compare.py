@@ -94,7 +94,10 @@ def compare_runs(runs: list[str], settings: Settings = Settings()) -> tuple[list
             rows.append(row)
             notes |= dict.fromkeys(missing)
     chance: Cells = {}
-    for dataset in datasets.values():
+    for spec, dataset in datasets.items():
+        if dataset.missing:
+            notes[f"{spec}: {dataset.missing} items are missing, because their pictures cannot be read; no "
+                  "cell and no file has them"] = None
         try:
             cells = chance_cells(dataset, settings.shots)
             chance |= {(dataset.kind, *key): x for key, x in cells.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from eval import accuracy_by_kind, answer_accuracy, caption_scores, chance_scores, mean, take_items
+from eval import accuracy_by_kind, answer_accuracy, caption_scores, chance_scores, mean
 from support.formats.benchmarks import mme_scores, postprocess_answer, scienceqa_accuracy, scienceqa_choice
 from support.formats.datasets import MME
 from support.formats.files import UserError
@@ -16,7 +16,7 @@ from support.formats.vqa import textvqa_normalize
 from support.lab.protocols import (Comparison, PROTOCOLS, build_prompt, few_shot_examples, multiple_choice,
                                    yes_no_pairs)
 from support.plumbing.cli import is_error_of_the_math
-from support.worlds import open_data, open_split
+from support.worlds import open_data, open_split, take_items
 
 Cells = dict[tuple[str, ...], float]            # {(measure,): number, (part, measure): number}
 
@@ -42,6 +42,7 @@ class EvaluationSet:
     items: list[data.Item]
     seed: int = 0
     asked: object = None                        # the world of the split that the items are of
+    missing: int = 0                            # items whose picture cannot be read: in no cell and no file
     drawn: dict[int, list[list[data.Item]]] = field(default_factory=dict)
 
     @property
@@ -66,7 +67,9 @@ def open_set(spec: str, settings: Settings) -> EvaluationSet:
     world = open_data(spec, settings.seed, follow_links=settings.follow_links)
     named = settings.specs and spec.endswith(f":{world.split}")
     asked = open_split(world, world.split if named else world.held_out)
-    return EvaluationSet(world, take_items(asked, settings.count), settings.seed, asked)
+    items = take_items(asked, settings.count)
+    missing = min(settings.count, len(asked)) - len(items) if asked.finite else 0
+    return EvaluationSet(world, items, settings.seed, asked, missing)
 
 
 # What is asked ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from model import IGNORE, VLM
 from support.formats.benchmarks import scienceqa_text
 from support.formats.files import UserError
 from support.formats.tokenizers import Tokenizer
+from support.worlds.files import MissingPicture
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,11 @@ def few_shot_examples(train, item: data.Item, k: int, seed: int = 0, pool: int =
         return []
     rng, found = few_shot_generator(seed, item), []
     pool = min(pool, len(train)) if train.finite else pool
-    for other in (train.item(int(i)) for i in rng.permutation(pool)):
+    for i in rng.permutation(pool):
+        try:
+            other = train.item(int(i))
+        except MissingPicture:
+            continue
         same = other.image is not None and item.image is not None and np.array_equal(other.image, item.image)
         if other.id != item.id and not same:
             answered = [q for q in other.qas if q.answer]

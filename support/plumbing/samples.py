@@ -34,6 +34,15 @@ class JudgedItem(NamedTuple):
     verdicts: list[tuple[str, str]]                     # ("right", "is it red? yes") for each question
 
 
+def print_samples(judged: list[JudgedItem], split: str) -> None:
+    for item, caption, verdicts in judged:
+        print(f"\n{split} {item.id}")
+        if caption is not None:
+            print(f"  reference  {item.captions[0]}\n  caption    {caption}")
+        for verdict, line in verdicts:
+            print(f"  {verdict:10s} {line}")
+
+
 def write_samples_page(file: Path, title: str, judged: list[JudgedItem], text: str,
                        split: str = "held-out") -> None:
     """One HTML page of pictures, captions and verdicts below `text`; it needs no other file and no script.
@@ -50,14 +59,15 @@ def write_samples_page(file: Path, title: str, judged: list[JudgedItem], text: s
 
 
 def card_lines(item, caption: str | None, verdicts: list[tuple[str, str]]) -> list[str]:
-    """One picture of the page; a small one is enlarged by a whole number, so that it stays sharp."""
-    picture, png = Image.fromarray(item.image), io.BytesIO()
-    picture.thumbnail((384, 384))
-    picture.save(png, "png")
-    zoom = max(1, 192 // max(picture.size))
-    lines = [f"<article><h2>{html.escape(item.id)}</h2>",
-             f'<img class="zoom{zoom}" width="{zoom * picture.width}" alt=""',
-             f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">']
+    """One item of the page; a small picture is enlarged by a whole number, so that it stays sharp."""
+    lines = [f"<article><h2>{html.escape(item.id)}</h2>"]
+    if item.image is not None:
+        picture, png = Image.fromarray(item.image), io.BytesIO()
+        picture.thumbnail((384, 384))
+        picture.save(png, "png")
+        zoom = max(1, 192 // max(picture.size))
+        lines += [f'<img class="zoom{zoom}" width="{zoom * picture.width}" alt=""',
+                  f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">']
     if caption is not None:
         lines.append(f"<p>reference: {html.escape(item.captions[0])}</p>"
                      f"<p>our caption: {html.escape(caption)}</p>")

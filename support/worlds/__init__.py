@@ -6,15 +6,17 @@ in words that the bundled decoder reads (for the oracle).
 """
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 
-from data import Shapes
+from data import Item, Shapes
 from model import nearest
 from support.formats.datasets import FORMATS
 from support.formats.files import UserError
 from support.worlds.emoji import Emoji
-from support.worlds.files import Files
+from support.worlds.files import Files, MissingPicture
 from support.worlds.forms import (ShapesAnswers, ShapesChoices, ShapesPages, ShapesReasons, ShapesWeb,
                                   ShapesWords)
 
@@ -48,10 +50,29 @@ def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0
 
 
 def open_split(world, split: str):
-    """Another split of a world, all of it, with the same seed."""
+    """Another split of a world, all of it, with the same seed, to evaluate on: see Files.evaluates."""
     if isinstance(world, Files):
-        return Files(world.kind, world.path, split, world.seed, follow_links=world.follow_links)
+        other = Files(world.kind, world.path, split, world.seed, follow_links=world.follow_links)
+        other.evaluates = True
+        return other
     return type(world)(split, world.seed)
+
+
+def take_items(world, count: int, turns: int | None = None) -> list[Item]:
+    """The first `count` items of a world that open_split opened; all of them where it has fewer.
+
+    An item whose picture is missing is left out, and counted on standard error.
+    """
+    items, count = [], min(count, len(world)) if world.finite else count
+    for i in range(count):
+        with contextlib.suppress(MissingPicture):
+            items.append(world.item(i, turns))
+    if len(items) < count:
+        print(f"note: {count - len(items)} of {count} items of {world.name}:{world.split} are missing (their "
+              "pictures cannot be read), and no score counts them", file=sys.stderr)
+    if not items:
+        raise UserError(f"{world.name}:{world.split}: not one of its pictures can be read.")
+    return items
 
 
 def name_split(world, trained: list) -> str:

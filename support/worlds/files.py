@@ -56,6 +56,10 @@ def own_split(items: list[list[Record]], val: bool) -> list[list[Record]]:
     return [item for n, group in enumerate(groups) if (n % every == every - 1) == val for item in group]
 
 
+class MissingPicture(UserError):
+    """The picture of an item that an evaluation asks about cannot be read."""
+
+
 class Files:
     """A data set on disk as a world: item(i) is a function of (seed, split, i); each pass has its own order.
 
@@ -66,6 +70,7 @@ class Files:
     """
     size = 64                       # side of the pictures in pixels, for a ViT trained here
     finite, says_scenes = True, False
+    evaluates = False               # a picture that cannot be read is missing; else the next item stands in
 
     def __init__(self, kind: str, path: str, split: str, seed: int = 0, strict: bool = False,
                  share: float = 1.0, follow_links: bool = False):
@@ -131,11 +136,15 @@ class Files:
         return np.random.default_rng((self.seed, index))
 
     def read(self, index: int) -> tuple[list[Record], list[np.ndarray]]:
-        """The records and pictures of an item. A broken picture is skipped; the next item takes its place."""
+        """The records and pictures of an item.
+
+        A broken picture is skipped and counted. In training the next item takes its place; of an evaluation
+        it is a MissingPicture.
+        """
         epoch, n = divmod(index, len(self))
         if self.order[0] != epoch:
             self.order = (epoch, self.rng(epoch).permutation(len(self)))
-        for k in range(len(self)):
+        for k in range(1 if self.evaluates else len(self)):
             records = self.items[self.order[1][(n + k) % len(self)]]
             paths, images = records[0].images, []
             if self.broken.keys().isdisjoint(paths):
@@ -146,6 +155,8 @@ class Files:
                 except UserError as e:
                     why = str(e).removeprefix(f"{path}: ").rstrip(".")
                     self.skip(path, f"{why} (record {records[0].id})")
+        if self.evaluates:
+            raise MissingPicture(f"{paths[0]}: this picture of {self.name}:{self.split} cannot be read.")
         raise UserError(f"{self.path}: not one picture of split {self.split} could be read "
                         f"(last: {paths[0]}).")
 
