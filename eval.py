@@ -34,7 +34,8 @@ from support.plumbing.beams import beam_search
 from support.plumbing.cli import run_cli
 from support.plumbing.packed import packed
 from support.plumbing.samples import JudgedItem, print_samples, write_samples_page
-from support.worlds import name_split, open_split, take_items
+from support.worlds import open_split, take_items
+from support.worlds.trained import name_split
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Metrics, equal to the official code

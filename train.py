@@ -52,16 +52,16 @@ from support.plumbing.cli import (check_settings, make_parser, parse_flags, pars
                                   run_cli, setting)
 from support.plumbing.curves import draw_curves
 from support.plumbing.device import frozen_dtype, pick_dtype
-from support.plumbing.doctor import (gradient_norms, print_first_document, print_modules, report_blind_loss,
-                                     require_room)
+from support.plumbing.doctor import gradient_norms, print_first_document, print_modules, report_blind_loss
 from support.plumbing.features import FeatureCache
 from support.plumbing.log import append_line, rewind_log
 from support.plumbing.meter import Meter, count_flops, count_positions
-from support.plumbing.packing import pack_documents
+from support.plumbing.packing import pack_documents, require_room
 from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.state import TrainState, load_state, save_state
-from support.worlds import name_split, open_data, open_split, take_items, text
+from support.worlds import open_data, open_split, take_items, text
 from support.worlds.pairs import contrastive_pair, require_captions
+from support.worlds.trained import earlier_sets, name_split
 
 
 # The recipes: the paper's numbers, then the toy's -----------------------------------------------------------
@@ -540,8 +540,8 @@ class AnswerTask(Task):
             print(f"warning: no final table, {e}", file=sys.stderr)
             return {}
         if (item.captions or item.qas) and (item.image is not None or held_out.finite):
-            trained = [world for world, _ in self.sets]
-            report_run(self.module, self.tokenizer, trained, out, self.s.eval_items, self.s.samples)
+            report_run(self.module, self.tokenizer, self.given.trained, out, self.s.eval_items,
+                       self.s.samples)
             return {}
         loss = self.held_out_loss(held_out)     # a conversation, page or instruction has no one right answer
         split = self.given.name_split(held_out)
@@ -565,12 +565,12 @@ PER_TOKEN = ("answer", "lm")                            # tasks whose loss is a 
 
 def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stored: torch.dtype) -> Task:
     """Load what a recipe's task needs, and freeze the parts that do not learn, `stored` in that dtype."""
-    world, _ = sets[0]
+    trained = [world for world, _ in sets] + earlier_sets(s.init)
+    world = trained[0]
     given = Ingredients(
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
         generate_texts=generate_texts, open_held_out=lambda: open_split(world, world.held_out),
-        take_items=take_items,
-        name_split=lambda split: name_split(split, [trained for trained, _ in sets]))
+        take_items=take_items, trained=trained, name_split=lambda split: name_split(split, trained))
     if recipe.task == "answer":
         load_answer_parts(given, s.lm, s.vit, s.init)
         given.decoder.checkpoint = s.checkpoint

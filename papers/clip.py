@@ -151,7 +151,8 @@ class ClipTask(Task):
             return {}
         result = linear_probe(self.module.vit)
         scores = "  ".join(f"{k} {100 * v:.1f}" for k, v in result.items())
-        print(f"probe    one token at layer -2, held-out pairs, %: {scores}")
+        split = self.given.name_split(data.Shapes("test"))
+        print(f"probe    one token at layer -2, {split} pairs, %: {scores}")
         worst = min(result[k] for k in ("color", "shape", "place"))
         verdict = "PASSED" if worst > 0.95 else "NOT PASSED"
         print(f"gate     {verdict}: the lowest of colour, shape and place is {100 * worst:.1f} %, "

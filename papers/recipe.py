@@ -106,6 +106,7 @@ class Ingredients:
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
     open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about
     take_items: Callable | None = None                  # (world, count) → its first readable items
+    trained: list | None = None     # the data sets that the parts have met, `world` first
     name_split: Callable[[Any], str] = lambda world: "held-out"     # or trained-on, if the run has met it
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
 

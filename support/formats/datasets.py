@@ -37,16 +37,18 @@ def coco_pictures(folder: Path) -> Callable[[str, str], str]:
     Where the part has no folder, the picture is looked for under its name in another year's: 2017 gave the
     pictures of 2014 new names and new parts, COCO_val2014_000000000042.jpg is now train2017/000000000042.jpg.
     """
-    present = [part for part in COCO_PARTS if (folder / part).is_dir()]
+    present = [(f"{root}{part}", part) for root in ("", "images/") for part in COCO_PARTS
+               if (folder / root / part).is_dir()]
 
     def find(part: str, name: str) -> str:
         path = path_inside(folder, f"{part}/{name}" if part else name)
         number = re.search(r"(?:^|_)(\d{12}\.jpg)$", name)
-        if part in present or part not in COCO_PARTS or not number:
+        if (part, part) in present or part not in COCO_PARTS or not number:
             return path
-        others = [f"{other}/{number[1]}" if "2017" in other else f"{other}/COCO_{other}_{number[1]}"
-                  for other in present]
-        return next((p for p in (f"{folder}/{other}" for other in others) if os.path.exists(p)), path)
+        same = [f"{folder}/{where}/{name}" for where, other in present if other == part]
+        renamed = [f"{folder}/{where}/{number[1]}" if "2017" in other
+                   else f"{folder}/{where}/COCO_{other}_{number[1]}" for where, other in present]
+        return next((p for p in same + renamed if os.path.exists(p)), path)
     return find
 
 
@@ -177,7 +179,7 @@ def read_folder(folder: Path, split: str):
     """Your own pictures, with a caption or a list of them a row; several rows of one picture are references:
         captions.jsonl     {"image": "cat.jpg", "text": "a cat"}
         captions.csv       image,text, then cat.jpg,a cat            also .tsv, or with semicolons
-        cat.jpg …
+        cat.jpg …, or images/cat.jpg …
     A JSON list (captions.json), and the names of Hugging Face's image folders (metadata.csv, metadata.jsonl:
     file_name, text), do as well; the path may name the file."""
     file = first_existing(folder, *(f"{stem}.{ending}" for stem in ("captions", "metadata")
@@ -193,7 +195,8 @@ def read_folder(folder: Path, split: str):
             raise ValueError("it has more fields than line 1 names; quote a text that holds the separator")
         caption = field(row, texts)
         captions = caption if isinstance(caption, list) else [caption]
-        return Record(f"line {n}", [path_inside(file.parent, field(row, pictures))], captions=captions)
+        path = path_inside(file.parent, field(row, pictures), ".", "images", "Images")
+        return Record(f"line {n}", [path], captions=captions)
 
     if file.suffix.lower() in (".csv", ".tsv", ".txt"):
         return parse_rows(f"{file}, row", read_table(file, *pictures), image)
@@ -382,7 +385,7 @@ def read_interleaved(path: Path, split: str):
                                      "image_info": [{"image_name", "matched_text_index"}, …]}
         images/aaaaaaaaaaaa.jpg …"""
     def document(n, line):
-        row, folder = json.loads(line), path.parent if path.is_file() else path
+        row, folder = row_object(line), path.parent if path.is_file() else path
         matched = [[info["image_name"], info["matched_text_index"], info.get("matched_sim")]
                    for info in row["image_info"]]
         paths, places = [], []                      # of the downloaded pictures; place: the sentence after it
@@ -398,8 +401,8 @@ def read_interleaved(path: Path, split: str):
         more = {"matched": matched, "places": places}
         return Record(row["url"], paths, texts=row["text_list"], more=more)
 
-    for file in [path] if path.is_file() else sorted(path.glob("docs*.jsonl")):
-        yield from parse_rows(f"{file}, line", read_lines(file), document)
+    for file in [path] if path.is_file() else sorted({*path.glob("docs*.jsonl"), *path.glob("docs*.json")}):
+        yield from parse_rows(f"{file}, line", read_rows(file), document)
 
 
 def split_at_pictures(r: Record) -> list[tuple[int | None, str]]:

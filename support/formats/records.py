@@ -175,7 +175,8 @@ def read_table(file: Path, *columns: str) -> Iterator[dict]:
     lines = read_lines(file)
     head = next(lines)
     mark = max(",;\t", key=head.count)
-    rows = csv.DictReader(itertools.chain([head], lines), delimiter=mark)
+    whole = (line + "\n" for line in itertools.chain([head], lines))             # a quoted field may go on
+    rows = csv.DictReader(whole, delimiter=mark, strict=True)
     if not set(columns) & set(rows.fieldnames or ()):
         raise UserError(f'{file}: its first line is "{head:.60}", but it must name the columns, '
                         f"among them {columns[0]}.")

@@ -32,9 +32,9 @@ from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
 from support.lab.measures import Cells, EvaluationSet, Settings, chance_cells, measure_cells, open_set
 from support.lab.protocols import Comparison, PROTOCOLS
-from support.lab.table import training_sets
 from support.plumbing.flags import Parser, add_machine_flags, use_machine
-from support.worlds import WORLDS, name_split
+from support.worlds import WORLDS
+from support.worlds.trained import name_split, training_sets
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published.csv"
 OFFICIAL = {"vqav2": "vqav2", "okvqa": "okvqa", "vizwizvqa": "vizwiz", "textvqa": "textvqa", "coco": "coco",

@@ -7,9 +7,8 @@ from eval import SUBCOMMANDS, __doc__ as COMMANDS, baseline_rows, format_table, 
 from model import nearest
 from support.formats.files import UserError, read_json
 from support.formats.vlm import open_run
-from support.plumbing.cli import parse_weighted
 from support.plumbing.flags import Parser, add_machine_flags, use_machine
-from support.worlds import open_data
+from support.worlds.trained import training_sets
 
 
 def main(argv: list[str]) -> None:
@@ -49,13 +48,6 @@ def saved_tables(runs: list[str]) -> dict[str, tuple[int, list[dict]]]:
         rows.setdefault(result["world"], []).extend(own)
         baselines[result["world"]] = [row for row in result["rows"] if ", " not in row["row"]]
     return {world: (count, rows[world] + baselines[world]) for world in rows}
-
-
-def training_sets(settings: dict, follow_links: bool = False) -> list:
-    """The data sets that a run with these settings was trained on; the first is the one it is asked about."""
-    share, follow_links = settings.get("share", 100) / 100, settings.get("follow_links", follow_links)
-    return [open_data(spec, settings["seed"], share=share, follow_links=follow_links)
-            for spec, _ in parse_weighted(settings["data"])]
 
 
 def measured_tables(runs: list[str], count: int, beams: int, device: str,

@@ -13,20 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model import Bridge, IGNORE, IMAGE, VLM, next_token_loss
-from support.formats.files import UserError, atomically
+from support.formats.files import atomically
 from support.plumbing.ranks import Ranks, full_tensor
-
-
-def require_room(documents: list, longest: int, K: int, name: str) -> None:
-    """A UserError if --longest leaves nothing to learn of these documents, the first ones of a data set.
-
-    K: positions that a picture takes. The documents are cut.
-    """
-    for d in documents:
-        d.cut(longest, K)
-    if all(label == IGNORE for d in documents for label in d.labels):
-        raise UserError(f"--longest {longest}: nothing is left to learn of the first documents of {name}, in "
-                        f"which a picture takes {K} positions; give more.")
 
 
 @torch.no_grad()

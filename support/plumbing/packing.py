@@ -1,7 +1,20 @@
-"""plumbing/packing.py: which documents share a row of a batch (--pack); data.collate puts them there."""
+"""plumbing/packing.py: documents and the room for them: what --longest leaves, which share a row (--pack)."""
 from __future__ import annotations
 
-from model import IMAGE
+from model import IGNORE, IMAGE
+from support.formats.files import UserError
+
+
+def require_room(documents: list, longest: int, K: int, name: str) -> None:
+    """A UserError if --longest leaves nothing to learn of these documents, the first ones of a data set.
+
+    K: positions that a picture takes. The documents are cut.
+    """
+    for d in documents:
+        d.cut(longest, K)
+    if all(label == IGNORE for d in documents for label in d.labels):
+        raise UserError(f"--longest {longest}: nothing is left to learn of the first documents of {name}, in "
+                        f"which a picture takes {K} positions; give more.")
 
 
 def pack_documents(documents: list, longest: int, K: int) -> list[list[int]]:

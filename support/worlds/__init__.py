@@ -7,7 +7,6 @@ in words that the bundled decoder reads (for the oracle).
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 
@@ -73,22 +72,6 @@ def take_items(world, count: int, turns: int | None = None) -> list[Item]:
     if not items:
         raise UserError(f"{world.name}:{world.split}: not one of its pictures can be read.")
     return items
-
-
-def name_split(world, trained: list) -> str:
-    """What a table calls the items of `world` for a run on these data sets: "held-out" or "trained-on".
-
-    They are trained-on if the run met one of their pictures, or on generated data their split or `all`.
-    """
-    for other in trained:
-        if isinstance(world, Files) and isinstance(other, Files):
-            same = other.kind == world.kind and os.path.abspath(other.path) == os.path.abspath(world.path)
-            met = not world.pictures.isdisjoint(other.pictures)
-        else:
-            same, met = other.name.partition("-")[0] == world.name.partition("-")[0], False     # shapes-pages
-        if met or same and (other.split == world.split or "all" in (other.split, world.split)):
-            return "trained-on"
-    return "held-out"
 
 
 def known_split(kind: str, split: str, splits: list[str] | tuple[str, ...]) -> str:

@@ -270,6 +270,17 @@ def test_own_pictures_may_be_listed_in_json_or_a_table(tmp_path, name, encoding)
         assert len(captions) == (4 if name == "metadata.jsonl" else 2)
 
 
+def test_a_quoted_text_of_a_table_may_go_on_in_the_next_line_and_a_broken_quote_is_named(tmp_path):
+    picture(tmp_path / "images/cat.jpg")
+    table = tmp_path / "captions.csv"
+    table.write_text('image,text\ncat.jpg,"a cat\nthat sits"\n')
+    assert open_data(f"folder:{tmp_path}:all").item(0).captions == ["a cat\nthat sits"]
+    for broken in ('cat.jpg,"a cat\ncat.jpg,a cat\n', 'cat.jpg,"a" cat\n'):
+        table.write_text("image,text\n" + broken)
+        with pytest.raises(UserError, match="captions.csv, line .*; repair the table"):
+            open_data(f"folder:{tmp_path}:all")
+
+
 def test_empty_lines_are_no_records(tmp_path, capsys):
     picture(tmp_path / "0.png")
     (tmp_path / "captions.jsonl").write_text(json.dumps({"image": "0.png", "text": "a cat"}) + "\n\n  \n")

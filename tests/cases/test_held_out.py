@@ -15,9 +15,10 @@ import train
 from data import Shapes
 from support.formats.files import UserError
 from support.formats.pictures import read_image
-from support.worlds import name_split, open_data, open_split
+from support.worlds import open_data, open_split
 from support.worlds.commands import main as show
 from support.worlds.pairs import contrastive_pair
+from support.worlds.trained import earlier_sets, name_split, training_sets
 
 RUN = ["--bridge", "linear", "--steps", "1", "--batch", "2", "--dtype", "float32", "--device", "cpu",
        "--eval-items", "4", "--samples", "1"]
@@ -57,6 +58,22 @@ def test_pictures_are_held_out_unless_the_run_met_one_of_them(tmp_path, monkeypa
     val = open_data(f"alpaca:{tmp_path}:val")
     assert name_split(val, [open_data(f"alpaca:{tmp_path}")]) == "held-out"
     assert name_split(val, [open_data(f"alpaca:{tmp_path}:all")]) == "trained-on"
+
+
+def test_what_an_earlier_stage_met_counts_too(tmp_path):
+    spec = own_pictures(tmp_path / "own")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for run, settings in ((first, dict(data=f"{spec}:all", seed=0)),
+                          (second, dict(data=f"shapes + {spec} * 0.5", seed=0, init=str(first)))):
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps({"settings": settings}))
+    sets = training_sets(dict(data=spec, seed=0, init=str(second)))
+    assert [world.split for world in sets] == ["train", "train", "train", "all"]
+    assert name_split(open_data(f"{spec}:val"), sets) == "trained-on"
+    assert name_split(open_data(f"{spec}:val"), sets[:3]) == "held-out"
+    (first / "config.json").write_text(json.dumps({"settings": dict(data="folder:nowhere", seed=0)}))
+    assert len(training_sets(dict(data=spec, seed=0, init=str(first)))) == 1 and earlier_sets("") == []
+    assert len(training_sets(dict(data=spec, seed=0, init=str(first), out=str(first)))) == 1
 
 
 def coco(folder: Path, part: str, file: str) -> str:
