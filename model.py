@@ -496,7 +496,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
     if not (0 <= temperature < math.inf and isinstance(top_k, int) and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: give a temperature from "
                          "0, a whole top_k from 0, and a top_p above 0 and at most 1.")
-    if temperature == 0:
+    if temperature < 1e-30:                             # 0, or so small that the quotient might overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k:

@@ -255,6 +255,8 @@ def test_the_likeliest_of_one_is_greedy(decoder):
         assert torch.equal(
             decoder.generate(PROMPT, 8, temperature=1.3, top_p=1e-6, generator=g), decoder.generate(PROMPT, 8)
         )
+        for temperature in (1e-9, 1e-29, 1e-45, 5e-324):        # the limit: no quotient overflows
+            assert torch.equal(decoder.generate(PROMPT, 8, temperature), decoder.generate(PROMPT, 8))
 
 
 @pytest.mark.parametrize("top_k, top_p, kept", [

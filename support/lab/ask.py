@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import data
 from eval import generate_ids, generate_texts
-from model import IMAGE, VLM, ViT
+from model import Decoder, IMAGE, VLM, ViT
 from papers.mllama_vit import TiledViT, Tiles
 from support.formats.files import UserError, read_json
 from support.formats.hub import fetch, print_licence
@@ -52,6 +52,7 @@ class Request:
 def ask_run(run: str, request: Request) -> str:
     """The answer of a run of train.py; without a prompt a caption."""
     vlm, tokenizer, _ = open_run(run, request.device)
+    check_length(vlm.decoder, request)
     pixels, document = read_question(vlm, tokenizer, request.image, request.prompt)
     features = vlm.features(pixels.to(request.device))
     return generate_texts(vlm, [document], tokenizer, request.max_new_tokens, request.beams, features)[0]
@@ -82,16 +83,19 @@ def ask_decoder(name: str, folder: Path, request: Request) -> str:
 def ask_published(folder: Path, request: Request) -> str:
     """The answer of a published vision-language model, asked in the form that it was trained with.
 
-    BLIP-2's first stage answers no question: it says how well the prompt, as a caption, fits the picture.
+    Without a picture the question stands alone, where the model takes that. BLIP-2's first stage answers no
+    question: it says how well the prompt, as a caption, fits the picture.
     """
     model = load_vlm(folder, request.device, request.dtype)
     print_licence(str(folder), folder, sys.stderr)
     tokenizer = load_tokenizer(folder)
-    pixels = picture_pixels(model.vit, folder, request.image)
+    facts = read_json(folder / "config.json")
+    if not request.image and facts["model_type"] not in QUESTION_FORMS:
+        raise UserError(f"{folder} answers about a picture only: give it one, --image FILE.")
+    pixels = picture_pixels(model.vit, folder, request.image) if request.image else None
     if not isinstance(model, VLM):
         return match_caption(model, tokenizer, pixels, request.prompt)
-    facts = read_json(folder / "config.json")
-    tokens = question_tokens(facts, tokenizer, request.prompt)
+    tokens = question_tokens(facts, tokenizer, request.prompt, bool(request.image))
     images, device = {"pixels": pixels}, model.decoder.embed.weight.device
     if facts["model_type"] == "instructblip":   # the Q-Former reads the question, too, in BERT's words
         words = load_tokenizer(folder / "qformer_tokenizer")
@@ -100,8 +104,16 @@ def ask_published(folder: Path, request: Request) -> str:
     return write_answer(model, torch.tensor([tokens], device=device), tokenizer, request, **images)
 
 
+def check_length(decoder: Decoder, request: Request) -> None:
+    """A cache has room for all that is asked for, so nobody asks for far more than the decoder can read."""
+    if request.max_new_tokens > max(decoder.config.context, 4096):
+        raise UserError(f"--max-new-tokens {request.max_new_tokens}: this decoder reads "
+                        f"{decoder.config.context} positions; ask for fewer.")
+
+
 def write_answer(model: nn.Module, tokens: Tensor, tokenizer: Tokenizer, request: Request, **images) -> str:
     decoder = model.decoder if isinstance(model, VLM) else model
+    check_length(decoder, request)
     long = request.max_new_tokens >= 16         # for fewer, packing costs more than it saves
     with packed(decoder) if long else contextlib.nullcontext():
         ids = generate_ids(model, tokens, request.max_new_tokens, request.beams, stop=tokenizer.stop,
@@ -128,14 +140,14 @@ def match_caption(stage1: nn.Module, tokenizer: Tokenizer, pixels: Tensor, capti
             f"similarity: {cosine:.3f} (ITC: cosine)")
 
 
-def question_tokens(facts: dict, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a question about a picture in the model's own form; facts: its config.json."""
+def question_tokens(facts: dict, tokenizer: Tokenizer, prompt: str, pictured: bool = True) -> list[int]:
+    """The ids of a question in the model's own form, about a picture or alone; facts: its config.json."""
     kind, document = facts["model_type"], data.Document(tokenizer)
     if kind == "instructblip":                  # the soft tokens come first, then <s> and the question alone
         return [IMAGE, *document.add(prompt).tokens]
-    tokens = document.chat(QUESTION_FORMS[kind].format(prompt)).tokens
+    tokens = document.chat(QUESTION_FORMS[kind].format(prompt) if pictured else prompt).tokens
     marks = ("<im_start>", "<im_end>")
-    if facts.get("mm_use_im_start_end") and {*marks} <= tokenizer.special.keys():           # LLaVA v1
+    if pictured and facts.get("mm_use_im_start_end") and {*marks} <= tokenizer.special.keys():    # LLaVA v1
         at = tokens.index(IMAGE)
         tokens[at:at + 1] = [tokenizer.special[marks[0]], IMAGE, tokenizer.special[marks[1]]]
     return tokens
@@ -168,8 +180,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{args.model} is a run: give it a picture, --image FILE.")
         print(ask_run(args.model, request))
     elif facts.get("model_type") in LAYOUTS:
-        if not args.image or not args.prompt:
-            raise UserError(f"{args.model} needs --image FILE and --prompt TEXT: what to ask about it.")
+        if not args.prompt:
+            raise UserError(f"{args.model} needs --prompt TEXT, and --image FILE if it is about a picture.")
         print(ask_published(folder, request))
     else:
         if args.image or not args.prompt:

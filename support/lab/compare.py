@@ -136,6 +136,9 @@ def measure_run(run: OpenedRun, blind: bool, datasets: dict[str, EvaluationSet],
             for measure, lines in predictions.items():
                 name = f"{run.name}-{dataset.kind}-{measure}{'' if dataset.kind == 'mme' else '.json'}"
                 save_predictions(OFFICIAL[dataset.kind], lines, Path(settings.folder) / name)
+                if len(lines) < (whole := dataset.count_questions()):
+                    notes.append(f"{name} holds {len(lines)} of the {whole} questions of {spec}; its "
+                                 "official evaluation wants all of them (--items)")
     print(f"{row['row']}: {time.monotonic() - start:.0f} s", file=sys.stderr)
     return row, notes
 

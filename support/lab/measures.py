@@ -49,6 +49,10 @@ class EvaluationSet:
     def kind(self) -> str:
         return self.world.name.split(":")[0]
 
+    def count_questions(self) -> int:
+        """Of the whole split, asked or not: what an official file of answers must hold."""
+        return sum(bool(r.question) for group in self.asked.items for r in group)
+
     @functools.cached_property
     def train(self):
         return open_split(self.world, self.world.splits[0])

@@ -51,6 +51,8 @@ def test_a_prompt_beyond_the_context_is_said_in_one_sentence(tmp_path, capsys):
     evaluation.main(["ask", str(folder), "--prompt", "a red circle", "--max-new-tokens", "20"])
     said = capsys.readouterr().err
     assert "runs past the 16 positions" in said and said.count("\n") == 1
+    with pytest.raises(UserError, match="--max-new-tokens 999999: this decoder reads 16 positions"):
+        evaluation.main(["ask", str(folder), "--prompt", "a red circle", "--max-new-tokens", "999999"])
 
 
 @pytest.mark.parametrize("beams", [1, 2])

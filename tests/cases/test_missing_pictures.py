@@ -44,6 +44,7 @@ def test_the_comparison_and_its_official_file_have_no_neighbour_of_a_missing_pic
     settings = Settings((f"{torn}:val",), shots=(0, 2), folder=str(tmp_path / "pred"))
     rows, notes = compare_runs([untrained_run], settings)
     assert any("1 items are missing" in note for note in notes), notes
+    assert any("0-shot.json holds 5 of the 6 questions" in note for note in notes), notes
     for shots in (0, 2):
         file, = (tmp_path / "pred").glob(f"*-vqav2-{shots}-shot.json")
         assert sorted(row["question_id"] for row in json.loads(file.read_text())) == [1, 11, 31, 41, 51]

@@ -232,6 +232,17 @@ def test_a_published_model_answers_about_a_picture_file(tmp_path, case, capsys):
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.parametrize("case", ["llava-hf", "idefics-plain", "mllama", "instructblip-llama"])
+def test_a_published_model_is_asked_without_a_picture_where_it_takes_that(tmp_path, case, capsys):
+    asked = ["ask", str(speaking(tmp_path, case)), "--prompt", "hello", "--max-new-tokens", "3"]
+    if case == "instructblip-llama":
+        with pytest.raises(UserError, match="answers about a picture only: give it one, --image FILE"):
+            evaluation.main(asked)
+    else:
+        evaluation.main(asked)
+        assert capsys.readouterr().out.endswith("\n")
+
+
 def test_blip2s_first_stage_says_how_well_a_caption_fits(tmp_path, capsys):
     folder = speaking(tmp_path, "blip2-itm-itc")
     evaluation.main(
