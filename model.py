@@ -14,7 +14,6 @@ This file, bridges.py, data.py and papers/ open no file. A wrong number is a Val
 """
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -26,12 +25,6 @@ from torch import Tensor, nn
 
 IGNORE = -100                   # label of a position that carries no loss
 IMAGE = -200                    # stands in `tokens` where an image stands in the text (LLaVA's sentinel id)
-
-
-def nearest(wrong: str, known) -> str:
-    """The end of a message about an unknown name: the most similar known one, then all of them."""
-    near = difflib.get_close_matches(wrong, known, 1)
-    return (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(known)}."
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -531,8 +524,6 @@ class ViTConfig:
     def __post_init__(self):
         if self.image_size < self.patch:    # a remainder is fine: SigLIP so400m has 384 pixels, patches of 14
             raise ValueError(f"a {self.image_size}-pixel image has no room for a {self.patch}-pixel patch.")
-        if self.width % self.heads:
-            raise ValueError(f"a ViT of width {self.width} does not divide into {self.heads} heads.")
         if self.act not in ACTIVATIONS:
             raise ValueError(f'unknown activation "{self.act}"; known: {", ".join(ACTIVATIONS)}.')
 

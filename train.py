@@ -35,8 +35,8 @@ from tqdm import tqdm
 import data
 import papers
 from eval import evaluate, first_items, generate_texts, report_run, scalar_scores
-from model import Bridge, IGNORE, IMAGE, VLM, nearest
-from papers import ALL_BRIDGES, blip2_stage1, clip, make_bridge, systems
+from model import Bridge, IGNORE, IMAGE, VLM
+from papers import ALL_BRIDGES, blip2_stage1, clip, make_bridge, nearest, systems
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task, print_recipes
 from papers.systems import SYSTEMS
 from support.formats.benchmarks import scienceqa_text

@@ -7,10 +7,10 @@ from __future__ import annotations
 import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
-from model import Bridge, DecoderConfig, nearest
+from model import Bridge, DecoderConfig
 from papers import (blip2_stage1, clip, clipcap, frozen, idefics, llama_adapter, llava_data, mllama,
                     systems)
-from papers.bounds import check_option
+from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
 from papers.idefics import Idefics

@@ -2,8 +2,11 @@
 
     check_value("--lr", math.nan, float, above=0)       ValueError: --lr is nan, not a number above 0.
     OPTIONS                                             the bounds of the bridges' options
+    nearest("qfomer", ALL_BRIDGES)                      did you mean "qformer"? Known: linear, mlp, …
 """
 from __future__ import annotations
+
+import difflib
 
 LARGEST = {int: 2**63 - 1, float: 3.4e38}               # int64, float32: what is beyond cannot be computed
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
@@ -20,6 +23,12 @@ OPTIONS = {             # an option of a bridge → its bounds; every other whol
     "dropout": dict(least=0, below=1),
     "vision_eps": dict(above=0, most=1),
 }
+
+
+def nearest(wrong: str, known) -> str:
+    """The end of a message about an unknown name: the most similar known one, then all of them."""
+    near = difflib.get_close_matches(wrong, known, 1)
+    return (f'did you mean "{near[0]}"? ' if near else "") + f"Known: {', '.join(known)}."
 
 
 def check_value(name: str, value, kind: type, least: float | None = None, most: float | None = None,

@@ -17,7 +17,7 @@ import subprocess
 from pathlib import Path
 
 from data import QA
-from model import nearest
+from papers.bounds import nearest
 from support.formats.datasets import MME
 from support.formats.files import UserError, atomically, write_json
 

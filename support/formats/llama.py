@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import Decoder, DecoderConfig, nearest
+from model import Decoder, DecoderConfig
+from papers.bounds import nearest
 from papers.qk_norm import QKNorm
 from papers.rope_scaling import LinearScaling, Llama3Scaling
 from support.formats.checkpoint import Checkpoint, fill, published_tensors, tie

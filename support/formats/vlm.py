@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import Bridge, DecoderConfig, VLM, nearest
+from model import Bridge, DecoderConfig, VLM
 from papers import make_bridge
+from papers.bounds import nearest
 from support.formats.adapter import adapter_file, save_peft
 from support.formats.blip2 import qformer_file, read_blip2, read_lavis, read_own_stage1
 from support.formats.checkpoint import Checkpoint, fill

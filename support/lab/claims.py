@@ -27,7 +27,8 @@ import data
 import train
 from eval import (accuracy_by_kind, align, answer_accuracy, evaluate, first_items, generate_texts, mean,
                   scalar_scores, vision_features)
-from model import VLM, nearest
+from model import VLM
+from papers.bounds import nearest
 from support.formats.files import UserError, atomically, read_json, write_json
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run

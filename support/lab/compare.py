@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from eval import align, mean, row_label
-from model import VLM, nearest
+from model import VLM
+from papers.bounds import nearest
 from support.formats.benchmarks import save_predictions
 from support.formats.datasets import FORMATS
 from support.formats.files import UserError, atomically, read_json

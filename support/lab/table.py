@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval import SUBCOMMANDS, __doc__ as COMMANDS, baseline_rows, format_table, row_label, table_rows
-from model import nearest
+from papers.bounds import nearest
 from support.formats.files import UserError, read_json
 from support.formats.vlm import open_run
 from support.plumbing.flags import Parser, add_machine_flags, use_machine

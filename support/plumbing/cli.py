@@ -11,7 +11,7 @@ from typing import Callable, Sequence
 
 import torch
 
-from model import nearest
+from papers.bounds import nearest
 from support.formats.files import UserError, at_the_door, check_value, parse_json
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import argparse
 import os
 from typing import Callable
 
-from model import nearest
+from papers.bounds import nearest
 from support.formats.files import UserError, check_value
 from support.plumbing.device import pick_device
 

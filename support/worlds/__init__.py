@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from data import Item, Shapes
-from model import nearest
+from papers.bounds import nearest
 from support.formats.datasets import FORMATS
 from support.formats.files import UserError
 from support.worlds.emoji import Emoji
