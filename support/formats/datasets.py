@@ -148,7 +148,7 @@ def read_cc(folder: Path, split: str):
         if split == "clean" and n - 1 not in chosen:
             return None
         caption, url = line.split("\t") if line.count("\t") == 1 else ("", "")
-        if not (caption.strip() and url.strip()):
+        if not (caption.strip() and url.strip()) or caption.startswith(("http://", "https://")):
             raise ValueError(f'"{line:.40}" is not a caption, a tab and a URL')
         name = downloaded.get(f"{n - 1:08d}")
         images = [f"{folder / part}/{name}"] if name else []
@@ -215,9 +215,10 @@ def read_vqa(folder: Path, split: str, version="v2_"):
     fields_of: dict[int, dict] = {}                     # question id → the fields that its annotation fills
 
     def collect_answers(n, row):
-        more = {"question_type": row["question_type"], "most_common": row.get("multiple_choice_answer")}
+        more = {"question_type": row.get("question_type"), "most_common": row.get("multiple_choice_answer")}
         answers = [a["answer"] for a in row["answers"]]
-        fields_of[same_id(row["question_id"])] = dict(answers=answers, kind=row["answer_type"], more=more)
+        fields_of[same_id(row["question_id"])] = dict(answers=answers, kind=row.get("answer_type") or "",
+                                                      more=more)
 
     def question(n, row):
         i = same_id(row["question_id"])
@@ -255,8 +256,8 @@ def read_vizwizvqa(folder: Path, split: str):
     def question(n, row):
         annotation = {}
         if split != "test":
-            annotation = dict(answers=[a["answer"] for a in row["answers"]], kind=row["answer_type"],
-                              more={"answerable": row["answerable"]})
+            answers, more = [a["answer"] for a in row["answers"]], {"answerable": row.get("answerable")}
+            annotation = dict(answers=answers, kind=row.get("answer_type") or "", more=more)
         path = path_inside(folder / split, row["image"])
         return Record(row["image"], [path], split, question=row["question"], **annotation)
 
@@ -273,12 +274,13 @@ def read_scienceqa(folder: Path, split: str):
     def problem(pid, row):
         if row is None:
             raise ValueError(f"{listed.name} lists it, but there is no such problem")
-        more = {key: checked_text(row[key]) for key in ("hint", "lecture", "solution", "subject", "grade")}
+        texts = ("hint", "lecture", "solution", "subject", "grade")
+        more = {key: checked_text(row.get(key, "")) for key in texts}
         images = []
-        if row["image"] is not None:
+        if row.get("image") is not None:
             name = f"{row['split']}/{pid}/{checked_text(row['image'])}"
             images = [path_inside(folder / "images", name)]
-        return Record(pid, images, row["split"], kind=row["subject"], question=row["question"],
+        return Record(pid, images, row["split"], kind=more["subject"], question=row["question"],
                       choices=row["choices"], answer=row["answer"], more=more)
 
     chosen = {str(pid): problems.get(str(pid)) for pid in load_lists(listed, split)}
