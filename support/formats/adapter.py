@@ -12,6 +12,7 @@ from model import Decoder, DecoderConfig, VLM
 from papers import make_bridge
 from support.formats.checkpoint import BridgeFile, Checkpoint
 from support.formats.files import UserError, write_json, write_tensors
+from support.formats.honoured import refuse_contradiction
 from support.formats.llama import meta_names, save_decoder
 from support.formats.names import Joined, Names, Rows, ZerosLike, as_source, expand, parameters, split_qkv
 
@@ -23,6 +24,7 @@ VISUAL_NAMES = {            # V2's visual part (github.com/OpenGVLab/LLaMA-Adapt
     **parameters({"o": "attn.proj", "norm1": "norm1", "norm2": "norm2", "up": "mlp.fc1", "down": "mlp.fc2"},
                  "blocks.{i}.", "visual_blocks.{i}."),
 }
+TUNED_BIASES = {f"attention.{p}.bias" for p in "qo"} | {f"mlp.{p}.bias" for p in ("gate", "up", "down")}
 PEFT_NAME = "base_model.model.model.layers.{}.self_attn.adaption_{}"       # {}: layer, gate | prompt
 
 
@@ -74,32 +76,72 @@ def original_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
                   "mlp": file.shape("visual_blocks.0.mlp.fc1.weight")[0] // W}
         names |= expand(VISUAL_NAMES, depth)
     decoder = DecoderConfig(width=D, layers=L, heads=H, kv_heads=H)
-    return BridgeFile(make_bridge("zero_init", decoder, Di, **{**sizes, **options}), names, ("llama.",))
+    bridge = make_bridge("zero_init", decoder, Di, **{**sizes, **options})
+    tuned = [name for source in decoder_part(file, decoder).values() for name in as_source(source).names]
+    used = {name for source in names.values() for name in as_source(source).names}
+    refuse_leftovers(file, [name for name in file.where if name not in used and name not in tuned])
+    refuse_contradiction(config, f"{file.path}'s config", dim=D, n_heads=H if H > 1 else None,
+                         adapter_layer=rows // Q, query_layer=rows // Q, v_embed_dim=sizes.get("width"),
+                         v_depth=sizes.get("depth"), v_mlp_ratio=sizes.get("mlp"))
+    return BridgeFile(bridge, names, tuple(tuned))
+
+
+def decoder_part(file: Checkpoint, config: DecoderConfig) -> Names:
+    """Ours → theirs for the biases and norms of a decoder that an adapter file holds below "llama."."""
+    names = meta_names(config, "llama.")
+    endings = (*TUNED_BIASES, "norm.weight", "norm1.weight", "norm2.weight")
+    return {ours: source for ours, source in names.items() if ours.endswith(endings)
+            and not any(file.missing(name) for name in as_source(source).names)}
 
 
 def tune_decoder(decoder: Decoder, path: str | os.PathLike) -> None:
     """LLaMA-Adapter V2's bias tuning (2304.15010v1, §3.1): y = W x + b on q, o and the feed-forward.
 
-    The biases and norms of the adapter file (llama.*) go into a decoder that was loaded without them.
+    The biases and norms of the adapter file (llama.*) go into a decoder that was loaded without them. Strict:
+    a kind of them that a layer lacks, a tensor of another size, or one that has no place (the LoRA of some
+    releases) is a UserError, and the decoder stays as it was.
     """
     c, file = decoder.config, Checkpoint(path)
-    tuned = {ours: source for ours, source in meta_names(c, "llama.").items()
-             if not any(file.missing(name) for name in as_source(source).names)}
+    if c.attention_bias not in (False, "qo"):
+        raise UserError(f"{file.path}: tunes a decoder whose q, k and v have no biases of their own.")
+    tuned = decoder_part(file, c)
     if not tuned:
         raise UserError(f"{file.path}: holds no bias or norm of a decoder (llama.*), so it tunes none.")
-    new = set(tuned) - {name for name, _ in decoder.named_parameters()}
-    like = decoder.embed.weight
+    kinds = {ours.split(".", 2)[-1] for ours in tuned if ours.startswith("layers.")}
+    if any(kind.endswith("bias") for kind in kinds):
+        kinds |= TUNED_BIASES
+    names = meta_names(c, "llama.")
+    needed = {f"layers.{l}.{kind}" for l in range(c.layers) for kind in kinds} - set(tuned)
+    if needed:
+        name = as_source(names[min(needed)]).names[0]
+        raise UserError(f'{file.path}: tensor "{name}" is missing; this decoder has {c.layers} layers, and '
+                        "what one has tuned all have.")
+    used = {name for source in tuned.values() for name in as_source(source).names}
+    places = tuple(f"llama.layers.{l}.attention.gate" for l in range(c.layers))         # the bridge's
+    refuse_leftovers(file, [n for n in file.where if n.startswith("llama.") and n not in (*used, *places)])
+    like, values = decoder.embed.weight, {}
     for ours, theirs in tuned.items():
-        owner, _, leaf = ours.rpartition(".")
-        source, module = as_source(theirs), decoder.get_submodule(owner)
-        value = source.build(file).to(like.device, like.dtype)
-        width = len(module.weight)
-        if value.shape != (width,):
-            raise UserError(f'{file.path}: tensor "{source.names[0]}" has shape {tuple(value.shape)}, '
+        source, width = as_source(theirs), len(decoder.get_submodule(ours.rpartition(".")[0]).weight)
+        values[ours] = source.build(file).to(like.device, like.dtype)
+        if values[ours].shape != (width,):
+            raise UserError(f'{file.path}: tensor "{source.names[0]}" has shape {tuple(values[ours].shape)}, '
                             f"this decoder expects {(width,)}; is it another size?")
-        setattr(module, leaf, nn.Parameter(value, requires_grad=like.requires_grad))
-    if new:
+    for ours, value in values.items():
+        owner, _, leaf = ours.rpartition(".")
+        setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=like.requires_grad))
+    if TUNED_BIASES <= kinds:
         decoder.config = replace(c, attention_bias="qo", mlp_bias=True)
+
+
+def refuse_leftovers(file: Checkpoint, names: list[str]) -> None:
+    """A UserError for tensors of an adapter file that neither the bridge nor the decoder takes."""
+    lora = any("lora" in name for name in names)
+    gate = any("new_gate" in name for name in names)
+    what = "are LoRA matrices, which are not added here" if lora else (
+        "are factors of the gates, which are not applied here" if gate else "have no place here")
+    if names:
+        raise UserError(f'{file.path}: {len(names)} tensors {what} (first: "{names[0]}"); without them '
+                        "this would be another model.")
 
 
 def save_peft(vlm: VLM, path: Path) -> None:

@@ -10,11 +10,12 @@ from bridges import QFormer
 from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig
 from papers import make_bridge
 from papers.blip2_stage1 import Stage1
-from support.formats.checkpoint import BridgeFile, Checkpoint, Filling, IGNORED, tie
+from support.formats.checkpoint import BridgeFile, Checkpoint, Filling, IGNORED, tensor_for
 from support.formats.files import UserError, read_json, write_json, write_tensors
+from support.formats.honoured import BERT, BLIP2, LAVIS, refuse_unknown
 from support.formats.hub import tower_folder
 from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names, tie_head
-from support.formats.names import Names, Part, WB, ZerosLike, expand, parameters
+from support.formats.names import Names, Part, Source, WB, ZerosLike, expand, parameters
 from support.formats.vision import EVA_NAMES, VIT_DEFAULTS, empty_vit, vit_config, vit_file
 
 # ----------------------------------------------------------------------------------------------------------
@@ -121,13 +122,18 @@ def qformer_options(c: dict, where: str, text: bool) -> dict:
 
     text: whether the Q-Former reads text, too.
     """
+    refuse_unknown(c, where, LAVIS)
+    dropout = c.get("hidden_dropout_prob", 0.1)
     if c.get("hidden_act", "gelu") != "gelu" or c.get("layer_norm_eps", 1e-12) != 1e-12:
         raise UserError(f"{where}: a Q-Former's hidden_act must be gelu and its layer_norm_eps 1e-12, "
                         "the only published values.")
+    if c.get("attention_probs_dropout_prob", dropout) != dropout:
+        raise UserError(f"{where}: a Q-Former has one dropout, but hidden_dropout_prob is {dropout} and "
+                        f"attention_probs_dropout_prob {c['attention_probs_dropout_prob']}.")
     options = dict(
         width=c.get("hidden_size", 768), layers=c.get("num_hidden_layers", 12),
         heads=c.get("num_attention_heads", 12), hidden=c.get("intermediate_size", 3072),
-        dropout=c.get("hidden_dropout_prob", 0.1),
+        dropout=dropout,
         cross_every=c.get("cross_attention_frequency", c.get("cross_attention_freq", 2)))
     if text:
         options |= dict(vocab=c.get("vocab_size", 30522), positions=c.get("max_position_embeddings", 512))
@@ -151,6 +157,7 @@ def read_blip2(c: dict, path: Path) -> tuple[VLM | Stage1, list[Filling]]:
     prompts hold one image token per query, ours one IMAGE for all of them.
     """
     where, layout = f"{path}/config.json", c["model_type"].replace("-", "")
+    refuse_unknown(c, where, BLIP2)
     if "Blip2ForImageTextRetrieval" in (c.get("architectures") or ()):
         return read_retrieval(c, path, layout)
     text = c.get("text_config", {})
@@ -218,8 +225,7 @@ def read_lavis(c: dict, path: Path) -> tuple[Stage1, list[Filling]]:
     tied = file.missing(matrix) or file.missing(words) or torch.equal(file.get(matrix), file.get(words))
     stage = Stage1(empty_vit(config, family) if config else None, former, c.get("embed_dim", 256), tied=tied,
                    dec=c.get("bos_token_id"))
-    optional = (names["word_matrix.bias"], *(tie(file, names, "qformer.words.weight", "word_matrix.weight")
-                                             if tied else ()))
+    optional = (names["word_matrix.bias"], *([matrix] if tied else ()))
     if inside:
         names |= {f"vit.post_norm.{w}": f"ln_vision.{w}" for w in WB}
         names |= expand(LAVIS_EVA_NAMES, config.layers, "visual_encoder.", "vit.")
@@ -264,7 +270,7 @@ def qformer_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
         return 0 if file.missing(names[ours]) else file.shape(names[ours])[axis]
 
     queries, words, D = size("queries", 1), size("words.weight", 0), size("project.weight", 0)
-    sizes = qformer_options({**config, "vocab_size": words}, str(file.path), bool(words))
+    sizes = qformer_options({**config, "vocab_size": words}, f"{file.path}'s config.json", bool(words))
     sizes |= dict(queries=queries, vision_eps=None if file.missing("ln_vision.weight") else 1e-5)
     Di = file.shape(names["layers.0.cross.k.weight"])[1]
     bridge = make_bridge("qformer", DecoderConfig(width=D) if D else None, Di, **{**sizes, **options})
@@ -290,17 +296,23 @@ def save_stage1(stage: Stage1, out: Path, facts: dict, vit: str) -> None:
 
 
 def fill_from_stage1(bridge: QFormer, path: Path) -> None:
-    """Stage 2 begins with the Q-Former of a run of blip2-1, without its text branch."""
-    file = Checkpoint(path)
+    """Stage 2 begins with the Q-Former of a run of blip2-1, without its text branch and its heads.
+
+    Strict both ways, as `fill`; only the projection stays as it is.
+    """
+    file, values = Checkpoint(path), {}
+    for n, p in bridge.named_parameters():
+        if not n.startswith("project."):
+            values[n] = tensor_for(p, Source(f"qformer.{n}"), file)
+    left_out = ("qformer.words.", "qformer.positions.", *(f"{head}." for head in STAGE1_NAMES["lavis"]))
+    extra = [n for n in file.where if n.removeprefix("qformer.") not in values and ".text_mlp." not in n
+             and not f"{n}.".startswith(left_out)]
+    if extra:
+        raise UserError(f'{file.path}: {len(extra)} tensors are not part of this Q-Former '
+                        f'(first: "{extra[0]}"); the run was another one.')
     with torch.no_grad():
-        for n, p in bridge.named_parameters():
-            name = f"qformer.{n}"
-            if n.startswith("project."):
-                continue
-            if file.missing(name) or file.shape(name) != tuple(p.shape):
-                raise UserError(f'{file.path}: tensor "{name}" of shape {tuple(p.shape)} is not there; '
-                                "the run was another Q-Former.")
-            p.copy_(file.get(name))
+        for n, value in values.items():
+            bridge.get_parameter(n).copy_(value)
 
 
 def init_from_bert(module: QFormer | Stage1, path: str | os.PathLike) -> None:
@@ -314,15 +326,18 @@ def init_from_bert(module: QFormer | Stage1, path: str | os.PathLike) -> None:
         cross, queries, vision_norm, project, the other heads, new words    nothing: they stay as they are
 
     BERT's token types, pooler and next-sentence head are left out, so even at the start the text branch is
-    not quite BERT. A tensor of another size, or one that has no place, is a UserError.
+    not quite BERT. A tensor of another size, or one that has no place, is a UserError, and so is a
+    config.json of another kind of BERT; the module then stays as it was.
     """
     file, former = Checkpoint(path), getattr(module, "qformer", module)
+    require_bert(Path(path), former)
     names = bert_names(file, len(former.layers), "" if former is module else "qformer.")
     bert = file.prefix("bert.", "")
     unused = {n for n in file.where if n.removeprefix(bert).startswith(BERT_UNUSED) or n.endswith(IGNORED)}
     if extra := [name for name in file.where if name not in unused and name not in names.values()]:
         raise UserError(f"{file.path}: {len(extra)} tensors have no place in this Q-Former "
                         f'(first: "{extra[0]}"); build it in BERT\'s sizes.')
+    values = []
     for ours, parameter in module.named_parameters():
         if ours not in names or "cross" in ours or ours == "word_matrix.weight":
             continue
@@ -332,7 +347,21 @@ def init_from_bert(module: QFormer | Stage1, path: str | os.PathLike) -> None:
         if shape != parameter[:rows].shape:
             raise UserError(f'{file.path}: tensor "{names[ours]}" has shape {shape}, the Q-Former\'s {ours} '
                             f"{tuple(parameter.shape)}; build the Q-Former in BERT's sizes.")
-        parameter.data[:rows].copy_(file.get(names[ours]))
+        values.append((parameter.data[:rows], file.get(names[ours])))
+    for rows, value in values:
+        rows.copy_(value)
+
+
+def require_bert(path: Path, former: QFormer) -> None:
+    """A UserError where a BERT's config.json asks for what the Q-Former does not compute."""
+    where = (path if path.is_dir() else path.parent) / "config.json"
+    c = read_json(where) if where.exists() else {}
+    refuse_unknown(c, str(where), BERT)
+    heads = former.layers[0].attention.heads
+    for key, ours in {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+                      "num_attention_heads": heads, "num_hidden_layers": len(former.layers)}.items():
+        if c.get(key, ours) != ours:
+            raise UserError(f"{where}: {key} is {c[key]}, the Q-Former has {ours}.")
 
 
 def bert_names(file: Checkpoint, layers: int, ours: str) -> dict[str, str]:

@@ -70,17 +70,16 @@ def tensor_files(path: Path) -> list[Path]:
 
 def indexed_files(index: Path) -> list[Path]:
     """The shards that an index names; all must lie in its folder."""
-    shards = read_json(index).get("weight_map")
-    names = shards.values() if isinstance(shards, dict) else ()
-    if not names or not all(isinstance(name, str) for name in names):
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if not names:
         raise UserError(f'{index}: "weight_map" must name the file of each tensor; download it again.')
-    for name in sorted(set(names)):
+    for name in names:
         if not name or set(name) & set("/\\:") or name.startswith("."):
             raise UserError(f'{index}: names the shard "{name}", which is not a file of its folder; '
                             "shards are read from there alone.")
         if not (index.parent / name).is_file():
             raise UserError(f"{index}: names the shard {name}, which is missing; download it again.")
-    return [index.parent / name for name in sorted(set(names))]
+    return [index.parent / name for name in names]
 
 
 class Checkpoint:

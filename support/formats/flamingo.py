@@ -7,6 +7,7 @@ from model import Decoder, DecoderConfig, VLM
 from papers import make_bridge
 from support.formats.checkpoint import BridgeFile, Checkpoint, Filling
 from support.formats.files import UserError
+from support.formats.honoured import BRIDGES, PERCEIVER, refuse_contradiction, refuse_unknown
 from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names, tie_head
 from support.formats.names import Joined, Part, expand, parameters
 from support.formats.vision import VIT_NAMES, empty_vit, vit_config
@@ -54,14 +55,21 @@ def openflamingo_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
     block = f"{layers}{gated[0]}.gated_cross_attn_layer."
     (R, Di), (D, _) = file.shape("perceiver.latents"), file.shape(block + "attn.to_out.weight")
     depth = file.count("perceiver.layers.{}.0.norm_media.weight")
-    head_width = config.get("gated_cross_attention", {}).get("dim_head", 64)
-    resampler_head_width = config.get("perceiver", {}).get("dim_head", 64)
+    xattn, perceiver = config.get("gated_cross_attention", {}), config.get("perceiver", {})
+    head_width, resampler_head_width = xattn.get("dim_head", 64), perceiver.get("dim_head", 64)
     sizes = dict(
         every=gated[0] + 1, first=gated[0], latents=R, depth=depth,
         mult=file.shape(block + "ff.1.weight")[0] // D,
         head_width=head_width, heads=file.shape(block + "attn.to_q.weight")[0] // head_width,
         resampler_head_width=resampler_head_width,
         resampler_heads=file.shape("perceiver.layers.0.0.to_q.weight")[0] // resampler_head_width)
+    where = f"{file.path}'s config"
+    for part in (xattn, perceiver):
+        refuse_unknown(part, where, BRIDGES["flamingo"])
+    refuse_contradiction(config, where, vis_dim=Di, cross_attn_every_n_layers=gated[0] + 1)
+    refuse_contradiction(xattn, where, heads=sizes["heads"], ff_mult=sizes["mult"])
+    refuse_contradiction(perceiver, where, heads=sizes["resampler_heads"], num_latents=R, depth=depth,
+                         ff_mult=file.shape("perceiver.layers.0.1.1.weight")[0] // Di)
     bridge = make_bridge("flamingo", DecoderConfig(width=D, layers=gated[-1] + 1), Di, **{**sizes, **options})
     names = {**expand(RESAMPLER_NAMES, depth, "perceiver.", "resampler."),
              **expand(XATTN_NAMES, gated, layers + "{i}.gated_cross_attn_layer.", "blocks.{i}.")}
@@ -110,6 +118,7 @@ def read_idefics(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     where = f"{path}/config.json"
     v = {**IDEFICS_VISION_DEFAULTS, **(c.get("vision_config") or {})}
     r = {**IDEFICS_PERCEIVER_DEFAULTS, **(c.get("perceiver_config") or {})}
+    refuse_unknown(r, f"{where}: perceiver_config", PERCEIVER)
     c = {**IDEFICS_DEFAULTS, **c}
     new_words = c["additional_vocab_size"]
     decoder = Decoder(decoder_config({**c, "vocab_size": c["vocab_size"] + new_words}, where))

@@ -14,6 +14,8 @@ from papers.qk_norm import QKNorm
 from papers.rope_scaling import LinearScaling, Llama3Scaling
 from support.formats.checkpoint import Checkpoint, fill, published_tensors, tie
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
+from support.formats.honoured import (DECODER, IDEFICS, LLAVA_AUTHORS, MLLAMA_TEXT, PARAMS, ROPE, keys,
+                                      refuse_unknown)
 from support.formats.names import Names, Rotary, WB, expand, parameters
 
 # ----------------------------------------------------------------------------------------------------------
@@ -122,7 +124,13 @@ def sliding_window(c: dict, where: str) -> int | None:
     Published Qwen2 files name a window and do not use it. Qwen3's and Qwen2's use one from layer
     max_window_layers on; layers of two kinds are a UserError.
     """
+    others = set(c.get("layer_types") or ()) - {"full_attention"}
     if family(c) != "mistral" and not c.get("use_sliding_window"):
+        window = None if family(c).startswith("qwen") else c.get("sliding_window")
+        if others or window and window < c.get("max_position_embeddings", 2048):
+            asked = f"layers of {', '.join(sorted(others))}" if others else f"a window of {window} tokens"
+            raise UserError(f'{where}: a "{family(c)}" with {asked} is not computed here; its layers see '
+                            "their whole past.")
         return None
     window, layers = c.get("sliding_window", 4096), c["num_hidden_layers"]
     full = 0 if family(c) == "mistral" else min(c.get("max_window_layers", 28), layers)
@@ -141,6 +149,20 @@ def rope_type(c: dict) -> str:
     return ropes.get("rope_type", ropes.get("type", "default"))
 
 
+def refuse_other_ropes(c: dict, where: str) -> None:
+    """A UserError where the RoPE of a config is of an unknown kind, or where it says two things."""
+    kind, spellings = rope_type(c), [c.get("rope_parameters") or {}, c.get("rope_scaling") or {}]
+    if kind not in ROPES:
+        raise UserError(f'{where}: RoPE scaling "{kind}" is not supported; known: {", ".join(ROPES)}.')
+    for ropes in spellings:
+        refuse_unknown(ropes, f"{where}: RoPE", ROPE if ROPES[kind] else keys("rope_type type rope_theta"))
+    values = {(key.removeprefix("rope_"), value) for ropes in (*spellings, {"theta": c.get("rope_theta")})
+              for key, value in ropes.items() if value is not None}
+    if len(values) > len({key for key, _ in values}):
+        raise UserError(f"{where}: rope_theta, rope_scaling and rope_parameters contradict each other: "
+                        f"{sorted(values)}.")
+
+
 def refuse_other_functions(c: dict, where: str) -> None:
     """A UserError for what a config.json says and our decoder does not compute."""
     kind = c.get("model_type") or "llama"
@@ -150,14 +172,15 @@ def refuse_other_functions(c: dict, where: str) -> None:
     if c.get("hidden_act", "silu") != "silu":
         raise UserError(f'{where}: activation "{c["hidden_act"]}" is not supported in a decoder; '
                         "known: silu.")
-    if rope_type(c) not in ROPES:
-        raise UserError(f'{where}: RoPE scaling "{rope_type(c)}" is not supported; '
-                        f'known: {", ".join(ROPES)}.')
+    read = {"idefics": IDEFICS, "mllama_text_model": MLLAMA_TEXT}.get(kind, DECODER)
+    refuse_unknown(c, where, LLAVA_AUTHORS if kind.startswith("llava") else read)
+    refuse_other_ropes(c, where)
 
 
 def meta_decoder_config(path: Path, checkpoint: Checkpoint) -> DecoderConfig:
     """Meta's params.json, and what it leaves to the tensors: the vocabulary (-1), a tied output."""
     p = read_json(path / "params.json")
+    refuse_unknown(p, f"{path}/params.json", PARAMS)
     w_q, embeddings, head = "layers.0.attention.wq.weight", "tok_embeddings.weight", "output.weight"
     with reading_config(f"{path}/params.json", "Meta's params.json"):
         D, H, theta, step = p["dim"], p["n_heads"], p.get("rope_theta", 10000.0), p["multiple_of"]

@@ -11,6 +11,7 @@ from model import Decoder, VLM
 from papers import make_bridge
 from support.formats.checkpoint import Checkpoint, Filling, published_tensors
 from support.formats.files import UserError, at_the_door, read_json, write_json, write_tensors
+from support.formats.honoured import LLAVA, refuse_unknown
 from support.formats.hub import tower_folder
 from support.formats.llama import (LLAMA_DEFAULTS, decoder_config, decoder_names, hf_decoder_config,
                                    tie_head)
@@ -45,6 +46,7 @@ def read_hf(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     Three generations of transformers put different prefixes before the same names; the file tells which.
     """
     where, file = f"{path}/config.json", Checkpoint(path)
+    refuse_unknown(c, where, LLAVA)
     if c.get("projector_hidden_act", "gelu") != "gelu":
         raise UserError(f'{where}: projector_hidden_act "{c["projector_hidden_act"]}" is not supported; '
                         "known: gelu.")
@@ -88,8 +90,11 @@ def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     optional = tie_head(decoder.config, names, file, "decoder.")
     inside = file.prefix("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.", "")
     if inside:                                          # the ViT was trained along and lies in the file
-        names |= expand(VIT_NAMES, vit.layers, inside, "vit.")
+        names |= expand(vit_names(vit, family), vit.layers, inside, "vit.")
         return vlm, [Filling(vlm, file, names, optional)]
+    if c.get("unfreeze_mm_vision_tower"):
+        raise UserError(f"{where}: unfreeze_mm_vision_tower is true, but {file.path} holds no "
+                        "model.vision_tower.*; without the ViT that was trained along this is another model.")
     without_vit = nn.ModuleDict({"bridge": bridge, "decoder": decoder})
     return vlm, [Filling(vlm.vit, *vit_file(tower, vit, family)),
                  Filling(without_vit, file, names, optional)]

@@ -8,8 +8,10 @@ from papers.mllama import Mllama
 from papers.mllama_vit import TiledViT, TiledViTConfig
 from support.formats.checkpoint import Checkpoint, Filling
 from support.formats.files import UserError, at_the_door
+from support.formats.honoured import MLLAMA, TILED_VIT, refuse_unknown
 from support.formats.llama import DECODER_NAMES, decoder_config
 from support.formats.names import Names, WB, expand, parameters, renamed
+from support.formats.pictures import canvases
 from support.formats.vision import activation
 
 TILED_VIT_NAMES = {         # transformers' MllamaVisionModel
@@ -42,7 +44,8 @@ CROSS_LAYER_NAMES = {       # a layer of cross-attention has Llama's names, and 
 }
 
 TEXT_DEFAULTS = dict(       # transformers' MllamaTextConfig, where config.json is silent
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=40, rope_theta=5e5,
+    model_type="mllama_text_model", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+    num_hidden_layers=40, rope_theta=5e5,
     num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=131072,
     cross_attention_layers=[3, 8, 13, 18, 23, 28, 33, 38])
 TILED_VIT_FIELDS = dict(    # our field → MllamaVisionConfig's
@@ -54,12 +57,17 @@ TILED_VIT_FIELDS = dict(    # our field → MllamaVisionConfig's
 
 def tiled_vit_config(c: dict, where: str = "config.json") -> TiledViTConfig:
     """Mllama's vision_config; what it leaves out has transformers' default, as in TiledViTConfig."""
+    refuse_unknown(c, where, TILED_VIT)
     given = {ours: c[theirs] for ours, theirs in TILED_VIT_FIELDS.items() if c.get(theirs) is not None}
     if "act" in given:
         given["act"] = activation(given["act"], where)
     if "taps" in given:
         given["taps"] = tuple(given["taps"])
     if "aspects" in given:
+        tiles = given.get("tiles", TiledViTConfig.tiles)
+        if [tuple(canvas) for canvas in given["aspects"]] != canvases(tiles):
+            raise UserError(f"{where}: supported_aspect_ratios are not all canvases of at most {tiles} tiles "
+                            "in their order, by which they are numbered.")
         given["aspects"] = len(given["aspects"])
     with at_the_door(where):
         return TiledViTConfig(**given)
@@ -72,12 +80,18 @@ def read_mllama(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     cross-attention our bridge's.
     """
     where, file = f"{path}/config.json", Checkpoint(path)
-    text = {**TEXT_DEFAULTS, **{k: v for k, v in (c.get("text_config") or {}).items() if v is not None}}
+    refuse_unknown(c, where, MLLAMA)
+    text = {k: v for k, v in (c.get("text_config") or {}).items() if v is not None}
+    theta = text.get("rope_parameters", {}).get("rope_theta", TEXT_DEFAULTS["rope_theta"])
+    text = {**TEXT_DEFAULTS, "rope_theta": theta, **text}
     cross_layers = [n for n in range(text["num_hidden_layers"]) if n in text["cross_attention_layers"]]
     self_layers = [n for n in range(text["num_hidden_layers"]) if n not in cross_layers]
     if not self_layers or cross_layers and cross_layers[-1] > self_layers[-1]:
         raise UserError(f"{where}: cross-attention layer {cross_layers[-1]} is the last; "
                         "one of self-attention must follow.")
+    if text.get("tie_word_embeddings"):
+        raise UserError(f"{where}: tie_word_embeddings is true, but a Llama 3.2 Vision reads 8 ids that it "
+                        "never writes, so its two matrices differ.")
     text |= dict(num_hidden_layers=len(self_layers), tie_word_embeddings=False,
                  extra_tokens=8)                        # the 8 stands in transformers' code alone
     decoder = Decoder(decoder_config(text, where))

@@ -14,6 +14,7 @@ from papers.siglip import Siglip, SiglipConfig, SiglipText, SiglipViT
 from support.formats.checkpoint import Checkpoint, fill, published_tensors
 from support.formats.files import (UserError, at_the_door, read_json, reading_config, write_json,
                                    write_tensors)
+from support.formats.honoured import CLIP_TEXT, DUAL_ENCODER, VIT, refuse_unknown
 from support.formats.names import WB, Names, Part, expand, parameters, split_qkv
 
 # ----------------------------------------------------------------------------------------------------------
@@ -125,6 +126,8 @@ def vit_config(c: dict, where: str = "config.json") -> tuple[ViTConfig, str]:
         raise UserError(f'{where}: model_type "{kind}" is no vision tower that is known here '
                         f'({", ".join(FAMILIES)}).')
     defaults = VIT_DEFAULTS[family]
+    refuse_unknown(c if nested is None else nested, where, VIT)
+    refuse_second_config(c, "vision_config", defaults, where)
     if nested is None:                                  # a config of its own says all of its sizes
         defaults = {k: defaults[k] for k in ("hidden_act", "layer_norm_eps")}
     c = {**defaults, **(c if nested is None else nested)}
@@ -147,10 +150,19 @@ def vit_names(config: ViTConfig, family: str) -> Names:
     return EVA_NAMES if family == "eva" else VIT_NAMES
 
 
+def refuse_second_config(c: dict, part: str, defaults: dict, where: str) -> None:
+    """A UserError where an old CLIP's part + "_dict" says something else than the part itself.
+
+    transformers lets it, and the defaults where it is silent, replace the part.
+    """
+    for key, value in {**defaults, **c[f"{part}_dict"]}.items() if c.get(f"{part}_dict") else ():
+        if key in defaults and value != c[part].get(key, defaults[key]):
+            raise UserError(f'{where}: {part} and {part}_dict give two values of "{key}", '
+                            f"{c[part].get(key, defaults[key])} and {value}; leave one of them out.")
+
+
 def dinov2_fields(c: dict, where: str, kind: str) -> tuple[dict, dict]:
     """A Dinov2Config with the width of its feed-forward, and what no other tower has."""
-    if not c.get("qkv_bias", True):
-        raise UserError(f"{where}: qkv_bias is false, but a DINOv2 here has biases on q, k and v.")
     hidden, swiglu = int(c["hidden_size"] * c.get("mlp_ratio", 4)), c.get("use_swiglu_ffn", False)
     if swiglu:                                          # ⅔ of it: 3 matrices, not 2; up to a multiple of 8
         hidden = -(-int(hidden * 2 / 3) // 8) * 8
@@ -261,6 +273,9 @@ def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = 
         raise UserError(f"{where}: has no text_config of CLIP's or SigLIP's, so this is no dual encoder; "
                         "load_vit reads a vision tower alone.")
     given = {**defaults, **c["text_config"]}
+    refuse_unknown(c, where, DUAL_ENCODER)
+    refuse_unknown(given, f"{where}: text_config", CLIP_TEXT)
+    refuse_second_config(c, "text_config", defaults, where)
     text = text_config(given, f"{where}: text_config")
     with torch.device("meta"), at_the_door(where):
         vit = empty_vit(config, family)

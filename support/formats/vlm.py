@@ -16,8 +16,9 @@ from support.formats.blip2 import qformer_file, read_blip2, read_lavis, read_own
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
 from support.formats.flamingo import openflamingo_file, read_idefics
+from support.formats.honoured import BRIDGES, refuse_unknown
 from support.formats.hub import fetch, is_hub_name, print_licence, tower_folder
-from support.formats.llama import load_decoder, save_decoder
+from support.formats.llama import LLAMAS, load_decoder, save_decoder
 from support.formats.llava import read_llava, save_llava, save_llava_linear
 from support.formats.mapl import mapl_file
 from support.formats.mllama import read_mllama
@@ -132,6 +133,13 @@ def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None,
     fill(bridge, checkpoint, {}, (), device, dtype or torch.float32)
 
 
+def bridge_configs(folder: Path) -> dict[Path, dict]:
+    """What the configs in a folder say about a bridge; a decoder's, which may lie there too, says nothing."""
+    files = (folder / name for name in BRIDGE_CONFIGS)
+    configs = {file: read_json(file) for file in files if file.exists()}
+    return {file: c for file, c in configs.items() if c.get("model_type") not in LLAMAS}
+
+
 def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dtype | None = None,
                 decoder: DecoderConfig | None = None, **options) -> Bridge:
     """A published bridge alone, in eval mode, with the sizes of its tensors; dtype None = float32.
@@ -151,13 +159,17 @@ def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dt
     folder = path if path.is_dir() else path.parent
     if path.is_dir():                                   # the bridge, not the decoder that may lie beside it
         path = next((folder / f for f in BRIDGE_FILE_NAMES if (folder / f).exists()), path)
-    config = {}
-    for file in (folder / config_name for config_name in BRIDGE_CONFIGS):
-        config |= read_json(file) if file.exists() else {}
+    configs = bridge_configs(folder)
+    config = {key: value for c in configs.values() for key, value in c.items()}
     if decoder is not None:
         config |= {"n_layers": decoder.layers}
     checkpoint = Checkpoint(path)
     with torch.device("meta"), at_the_door(str(path)):
         bridge, names, optional = BRIDGE_FILES[name](checkpoint, config, **options)
+    for file, c in configs.items():
+        refuse_unknown(c, str(file), BRIDGES[name])
     fill(bridge, checkpoint, names, optional, device, dtype or torch.float32)
+    if left := [name for name in checkpoint.where if name in optional or name.startswith(optional)]:
+        print(f"{path}: {len(left)} tensors are not the bridge's and stay where they are "
+              f'(first: "{left[0]}").', file=sys.stderr)
     return bridge.eval()

@@ -3,6 +3,8 @@ gradients included."""
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 
 import pytest
@@ -147,3 +149,63 @@ def test_an_unknown_bridge_and_a_foreign_file_are_named(tmp_path):
         load_bridge("mapl", golden("adapter-llama-v1")[0] / "adapter.safetensors")
     with pytest.raises(UserError, match="no gated_cross_attn_layer"):
         load_bridge("flamingo", golden("adapter-llama-v1")[0] / "adapter.safetensors")
+
+
+# --- V2's file, both ways -----------------------------------------------------------------------------------
+
+def adapter_v2(tmp_path, change) -> tuple:
+    """A decoder of the published sizes and an adapter file whose tensors `change` has changed."""
+    folder = golden("adapter-llama-v2-multimodal")[0]
+    shutil.copy(folder / "model.safetensors", tmp_path / "consolidated.00.safetensors")
+    write_json(tmp_path / "params.json",
+               dict(dim=24, n_layers=3, n_heads=4, multiple_of=16, norm_eps=1e-5, vocab_size=72))
+    tensors = load_file(folder / "adapter.safetensors")
+    change(tensors)
+    (tmp_path / "adapter").mkdir()
+    write_tensors(tmp_path / "adapter" / "adapter.safetensors", tensors)
+    shutil.copy(folder / "config.json", tmp_path / "adapter")
+    return load_decoder(tmp_path), tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("name, words", [
+    ("llama.layers.1.attention.lora_wq_l1.weight", "1 tensors are LoRA matrices, which are not added here"),
+    ("llama.layers.2.attention.new_gate", "1 tensors are factors of the gates"),
+    ("llama.layers.0.attention.wk.bias", "1 tensors have no place here"),
+    ("llama.layers.0.attention.wq.weight", "1 tensors have no place here"),
+    ("llama.layers.3.attention_norm.weight", "1 tensors have no place here")])
+def test_what_neither_the_bridge_nor_the_decoder_takes_is_refused_by_both(tmp_path, name, words):
+    decoder, adapter = adapter_v2(tmp_path, lambda tensors: tensors.update({name: torch.zeros(24)}))
+    for load in (lambda: load_bridge("zero_init", adapter), lambda: tune_decoder(decoder, adapter)):
+        with pytest.raises(UserError, match=f'{words}.*"{name}"'):
+            load()
+
+
+@pytest.mark.parametrize("name", ["llama.layers.1.attention.wo.bias", "llama.layers.2.feed_forward.w3.bias"])
+def test_a_layer_that_lacks_what_the_others_tuned_leaves_the_decoder_as_it_was(tmp_path, name):
+    decoder, adapter = adapter_v2(tmp_path, lambda tensors: tensors.pop(name))
+    before = {n: p.clone() for n, p in decoder.named_parameters()}
+    with pytest.raises(UserError, match=f'tensor "{name}" is missing'):
+        tune_decoder(decoder, adapter)
+    after = dict(decoder.named_parameters())
+    assert before.keys() == after.keys() and all(torch.equal(before[n], p) for n, p in after.items())
+
+
+def test_nan_in_the_decoders_part_and_a_bridge_that_leaves_it_are_told(tmp_path, capsys):
+    decoder, adapter = adapter_v2(
+        tmp_path, lambda tensors: tensors["llama.layers.1.attention.wq.bias"].fill_(math.nan))
+    load_bridge("zero_init", adapter)
+    assert "15 tensors are not the bridge's" in capsys.readouterr().err
+    with pytest.raises(UserError, match='1.attention.wq.bias" holds 24 numbers that are not finite'):
+        tune_decoder(decoder, adapter)
+
+
+@pytest.mark.parametrize("name, case, key, value", [
+    ("mapl", "mapl-mapper", "num_layers", 3), ("mapl", "mapl-mapper", "output_dim", 35),
+    ("zero_init", "adapter-llama-v1", "adapter_layer", 2), ("zero_init", "adapter-llama-v1", "dim", 32),
+    ("zero_init", "adapter-llama-v2-multimodal", "v_depth", 3), ("flamingo", "flamingo-open", "vis_dim", 24)])
+def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path, name, case, key, value):
+    shutil.copytree(golden(case)[0], tmp_path / "case")
+    file = tmp_path / "case" / ("flamingo_config.json" if name == "flamingo" else "config.json")
+    write_json(file, {**json.loads(file.read_text()), key: value})
+    with pytest.raises(UserError, match=f"{key} is {value}, but the tensors say"):
+        load_bridge(name, tmp_path / "case")

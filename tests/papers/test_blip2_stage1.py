@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from bridges import QFormer
 from papers.blip2_stage1 import Stage1
-from support.formats.blip2 import init_from_bert, qformer_names
+from support.formats.blip2 import fill_from_stage1, init_from_bert, qformer_names
 from support.formats.vlm import LAYOUTS
 from conftest import GOLDEN, TINY_VIT, check, check_states, fixed_loss, golden, stir
 from model import IMAGE, ViT
-from support.formats.files import UserError
+from support.formats.files import UserError, write_tensors
 from support.formats.vlm import load_bridge, load_vlm
 
 
@@ -555,3 +555,37 @@ def test_every_layout_is_strict_and_names_the_tensor(tmp_path, case, damage):
         with pytest.raises(UserError) as e:
             WORKS[case](tmp_path)
         assert f'"{name}"' in str(e.value), str(e.value)
+
+
+# --- strict both ways ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("key, value", [("hidden_act", "relu"), ("layer_norm_eps", 1e-5),
+                                        ("model_type", "roberta"), ("num_attention_heads", 2),
+                                        ("position_embedding_type", "relative_key"), ("embedding_size", 128)])
+def test_a_bert_that_computes_otherwise_is_refused_and_changes_nothing(tmp_path, key, value):
+    source = GOLDEN / "qformer-from-bert"
+    config = json.loads((source / "config.json").read_text())
+    folder = folder_of(tmp_path, load_file(source / "model.safetensors"), {**config, key: value})
+    former = stir(QFormer(None, 20, **BERT_SIZES))
+    before = {n: p.clone() for n, p in former.named_parameters()}
+    with pytest.raises(UserError, match=f"config.json: .*{key}"):
+        init_from_bert(former, folder)
+    assert all(torch.equal(before[n], p) for n, p in former.named_parameters())
+
+
+@pytest.mark.parametrize("damage", ["missing", "misshapen", "extra", "not finite"])
+def test_stage_two_takes_a_first_stage_whole_or_not_at_all(tmp_path, damage):
+    stage = stir(Stage1(None, QFormer(None, 24, vocab=59, **BERT_SIZES)))
+    tensors, name = dict(stage.state_dict()), "qformer.layers.3.query_mlp.up.bias"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "extra":
+        name = "qformer.layers.4.query_mlp.up.bias"
+    tensors |= {"missing": {}, "misshapen": {name: torch.zeros(7)}, "extra": {name: torch.zeros(36)},
+                "not finite": {name: torch.full((36,), math.nan)}}[damage]
+    write_tensors(tmp_path / "stage1.safetensors", tensors)
+    former = stir(QFormer(None, 24, **BERT_SIZES), seed=3)
+    before = {n: p.clone() for n, p in former.named_parameters()}
+    with pytest.raises(UserError, match=f'"{name}"'):
+        fill_from_stage1(former, tmp_path / "stage1.safetensors")
+    assert all(torch.equal(before[n], p) for n, p in former.named_parameters())
