@@ -448,32 +448,30 @@ class Decoder(nn.Module):
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
         x = self.embed(tokens) if embeds is None else embeds
-        B, T = x.shape[:2]
-        real = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask.bool()
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
         for n in sorted({*real.sum(1).tolist()}):
             if not 0 < n <= self.config.context:
                 raise ValueError(f"a prompt has {n} tokens, soft tokens of images included; this decoder "
                                  f"reads 1 to {self.config.context}.")
-        cache = Cache(self.config, B, T + max_new_tokens, x.device, self.embed.weight.dtype)
+        cache = Cache(self.config, len(x), x.shape[1] + max_new_tokens, x.device, self.embed.weight.dtype)
         hidden = self.states(embeds=x, mask=None if mask is None else real, cache=cache, **seams)[-1]
-        last = (real * torch.arange(T, device=x.device)).argmax(1)              # (B,) padding may follow
-        return self.head(hidden[torch.arange(B, device=x.device), last]), cache
+        last = (real * torch.arange(x.shape[1], device=x.device)).argmax(1)     # (B,) padding may follow
+        return self.head(hidden[torch.arange(len(x), device=x.device), last]), cache
 
     @torch.no_grad()
     def generate(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
                  top_k: int = 0, top_p: float = 1.0, stop: tuple[int, ...] = (),
                  generator: torch.Generator | None = None, mask: Tensor | None = None,
                  embeds: Tensor | None = None, **seams) -> Tensor:
-        """The new tokens only, (B, T_new) int64, until all rows have stopped.
+        """The new tokens only, (B, T_new) int64, until all rows have stopped; seams as in `states`.
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the smallest set whose probability
-        reaches p. A row that has emitted a stop id repeats it. Padding may stand on either side. seams: the
-        bridge and what it sees, as in `states`.
+        reaches p. A row that has emitted a stop id repeats it. Padding may stand on either side.
         """
         logits, cache = self.read_prompt(tokens, max_new_tokens, mask, embeds, **seams)
         stops = torch.tensor(stop, dtype=torch.long, device=logits.device)
         new = [sample(logits, temperature, top_k, top_p, generator)]            # (B,) each
-        while len(new) < max_new_tokens and not (stop and torch.isin(new[-1], stops).all()):
+        while len(new) < max_new_tokens and not (len(stop) and torch.isin(new[-1], stops).all()):
             logits = self.head(self.states(new[-1][:, None], cache=cache, **seams)[-1][:, -1])
             chosen = sample(logits, temperature, top_k, top_p, generator)
             new.append(torch.where(torch.isin(new[-1], stops), new[-1], chosen))
@@ -675,6 +673,8 @@ class VLM(nn.Module):
         `features` (ΣM, N, Di) may stand in for pixels; a text without images needs neither. bridge_tokens
         (ΣM, T) and bridge_mask go to the bridge's `see`: an instruction for the Q-Former itself.
         """
+        if not tokens.shape[1]:
+            raise ValueError("the text is empty; a prompt has one token or more.")
         features = self.features(pixels) if features is None else features
         is_image = tokens == IMAGE
         if int(is_image.sum()) != len(features):

@@ -815,6 +815,8 @@ def test_a_text_without_any_image_is_read_like_one_beside_others():
         torch.testing.assert_close(beside[0, :3], alone[0], atol=1e-4, rtol=1e-4)
         for beams in (1, 2):
             assert generate_ids(vlm, row, 3, beams).shape == (1, 3)
+            with pytest.raises(ValueError, match="the text is empty"):
+                generate_ids(vlm, row[:, :0], 3, beams)
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
