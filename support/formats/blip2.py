@@ -14,7 +14,7 @@ from support.formats.checkpoint import BridgeFile, Checkpoint, Filling, IGNORED,
 from support.formats.files import UserError, read_json, write_json, write_tensors
 from support.formats.honoured import BERT, BLIP2, LAVIS, refuse_unknown
 from support.formats.hub import tower_folder
-from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names, tie_head
+from support.formats.llama import decoder_names, inner_decoder_config, tie_head
 from support.formats.names import Names, Part, Source, WB, ZerosLike, expand, parameters
 from support.formats.vision import EVA_NAMES, VIT_DEFAULTS, empty_vit, vit_config, vit_file
 
@@ -166,8 +166,7 @@ def read_blip2(c: dict, path: Path) -> tuple[VLM | Stage1, list[Filling]]:
         others = {"t5": "an encoder-decoder", "opt": "a decoder with learned positions"}
         raise UserError(f'{where}: the language model is "{kind}" ({others.get(kind, "unknown here")}), but '
                         "only LLaMA decoders are read; instructblip-vicuna-7b and -13b have one.")
-    tied = {"tie_word_embeddings": c.get("tie_word_embeddings", False)}
-    decoder = Decoder(decoder_config({**tied, **LLAMA_DEFAULTS, **text}, where))
+    decoder = Decoder(inner_decoder_config(text, c, where))
     reads_text = layout == "instructblip"
     vit, former, names = vision_part(c, where, layout, decoder.config, "bridge.", reads_text)
     names |= decoder_names(decoder.config, "language_model.model.", "language_model.", "decoder.")

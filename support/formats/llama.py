@@ -78,6 +78,12 @@ ROPES = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}     
 LLAMA_DEFAULTS = dict(  # transformers' LlamaConfig, for a config inside another one that is silent (LLaVA)
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     max_position_embeddings=2048, rms_norm_eps=1e-6)
+QWEN_DEFAULTS = dict(LLAMA_DEFAULTS, vocab_size=151936, intermediate_size=22016, num_key_value_heads=32,
+                     max_position_embeddings=32768)
+DEFAULTS = {            # and of the other families
+    "mistral": dict(LLAMA_DEFAULTS, intermediate_size=14336, num_key_value_heads=8,
+                    max_position_embeddings=131072),
+    "qwen2": QWEN_DEFAULTS, "qwen3": QWEN_DEFAULTS}
 
 
 def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
@@ -110,6 +116,12 @@ def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
             qk_norm=QKNorm if kind == "qwen3" else nn.Identity,
             window=sliding_window(c, where),
             extra_tokens=c.get("extra_tokens", 0))
+
+
+def inner_decoder_config(c: dict, outer: dict, where: str) -> DecoderConfig:
+    """The text_config c inside a config of a whole model, which leaves out what is its family's default."""
+    tied = {"tie_word_embeddings": outer.get("tie_word_embeddings", False)}
+    return decoder_config({**tied, **DEFAULTS.get(family(c), LLAMA_DEFAULTS), **c}, where)
 
 
 def family(c: dict) -> str:

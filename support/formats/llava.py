@@ -13,11 +13,11 @@ from support.formats.checkpoint import Checkpoint, Filling, published_tensors
 from support.formats.files import UserError, at_the_door, read_json, write_json, write_tensors
 from support.formats.honoured import LLAVA, refuse_unknown
 from support.formats.hub import tower_folder
-from support.formats.llama import (LLAMA_DEFAULTS, decoder_config, decoder_names, hf_decoder_config,
-                                   tie_head)
+from support.formats.llama import (decoder_config, decoder_names, hf_decoder_config,
+                                   inner_decoder_config, tie_head)
 from support.formats.names import expand, parameters
-from support.formats.vision import (CLIP_DEFAULTS, VIT_NAMES, empty_vit, hf_vit_config, vit_config,
-                                    vit_file, vit_names)
+from support.formats.vision import (VIT_NAMES, empty_vit, hf_vit_config, vit_config, vit_file,
+                                    vit_names)
 
 
 def projector(kind: str, where: str) -> tuple[str, dict, dict[str, str]]:
@@ -50,9 +50,9 @@ def read_hf(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     if c.get("projector_hidden_act", "gelu") != "gelu":
         raise UserError(f'{where}: projector_hidden_act "{c["projector_hidden_act"]}" is not supported; '
                         "known: gelu.")
-    tied = {"tie_word_embeddings": c.get("tie_word_embeddings", False)}
-    decoder = Decoder(decoder_config({**tied, **LLAMA_DEFAULTS, **c["text_config"]}, where))
-    tower_config, family = vit_config({**CLIP_DEFAULTS, **c["vision_config"]}, where)
+    decoder = Decoder(inner_decoder_config(c["text_config"], c, where))
+    tower = {"model_type": "clip_vision_model", **c["vision_config"]}
+    tower_config, family = vit_config({"vision_config": tower}, where)
     vit = empty_vit(tower_config, family)
     class_token = c.get("vision_feature_select_strategy", "default") == "full"
     if not class_token and vit.config.first != 1:

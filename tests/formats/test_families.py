@@ -13,7 +13,7 @@ from model import IMAGE, Cache, Decoder, ViT
 from papers import make_bridge
 from papers.qk_norm import QKNorm
 from support.formats.files import UserError
-from support.formats.llama import load_decoder, save_decoder
+from support.formats.llama import inner_decoder_config, load_decoder, save_decoder
 from support.formats.llava import projector
 from support.formats.vision import empty_vit, load_clip, load_vit, save_vit, vit_config
 from support.formats.vlm import load_vlm, save_vlm
@@ -248,3 +248,16 @@ def test_the_default_strategy_on_a_tower_without_one_class_token_is_refused(tmp_
     (tmp_path / "config.json").write_text(json.dumps({**config, "vision_config": tower}))
     with pytest.raises(UserError, match="0 tokens come before the patches"):
         load_vlm(tmp_path)
+
+
+def test_a_text_or_vision_config_inside_another_has_its_own_familys_defaults():
+    names = ("vocab_size", "hidden", "kv_heads", "context", "window", "tied")
+    kept = lambda c: {name: getattr(inner_decoder_config(c, {}, "here"), name) for name in names}
+    assert kept({"model_type": "mistral"}) == dict(vocab_size=32000, hidden=14336, kv_heads=8, context=131072,
+                                                   window=4096, tied=False)
+    assert kept({"model_type": "qwen2"}) == dict(vocab_size=151936, hidden=22016, kv_heads=32, context=32768,
+                                                 window=None, tied=False)
+    assert kept({}) == dict(vocab_size=32000, hidden=11008, kv_heads=32, context=2048, window=None,
+                            tied=False)
+    assert inner_decoder_config({}, {"tie_word_embeddings": True}, "here").tied
+    assert inner_decoder_config({"model_type": "qwen3"}, {}, "here").qk_norm is QKNorm
