@@ -12,8 +12,9 @@ from conftest import TINY, TINY_VIT, check, check_states, golden, stir, tiny_dec
 from model import IMAGE, Cache, Decoder, ViT
 from papers import make_bridge
 from papers.qk_norm import QKNorm
+from support.formats import vision
 from support.formats.files import UserError
-from support.formats.llama import inner_decoder_config, load_decoder, save_decoder
+from support.formats.llama import decoder_config, inner_decoder_config, load_decoder, save_decoder
 from support.formats.llava import projector
 from support.formats.vision import empty_vit, load_clip, load_vit, save_vit, vit_config
 from support.formats.vlm import load_vlm, save_vlm
@@ -261,3 +262,50 @@ def test_a_text_or_vision_config_inside_another_has_its_own_familys_defaults():
                             tied=False)
     assert inner_decoder_config({}, {"tie_word_embeddings": True}, "here").tied
     assert inner_decoder_config({"model_type": "qwen3"}, {}, "here").qk_norm is QKNorm
+
+
+# --- published configs, as they lie on the hub --------------------------------------------------------------
+
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+         "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+         "hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 3072,
+         "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+         "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+         "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+         "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+         "use_sliding_window": False, "vocab_size": 151936}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+           "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+           "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+           "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+           "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+           "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000}
+
+
+@pytest.mark.parametrize("config, window, published", [
+    (QWEN3, None, 596_049_920), (MISTRAL, 4096, 7_241_732_096)], ids=["Qwen3-0.6B", "Mistral-7B-v0.1"])
+def test_published_decoders_have_the_published_number_of_parameters(config, window, published):
+    with torch.device("meta"):
+        decoder = Decoder(decoder_config(config))
+    assert sum(p.numel() for p in decoder.parameters()) == published and decoder.config.window == window
+
+
+def test_siglip_base_has_the_published_number_of_parameters(tmp_path, monkeypatch):
+    config = {"architectures": ["SiglipModel"], "initializer_factor": 1.0, "model_type": "siglip",
+              "text_config": {"model_type": "siglip_text_model"}, "torch_dtype": "float32",
+              "transformers_version": "4.37.0.dev0", "vision_config": {"model_type": "siglip_vision_model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"logit_bias": torch.ones(1)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(vision, "fill", lambda *args, **kw: None)               # sizes alone
+    assert sum(p.numel() for p in load_clip(tmp_path).parameters()) == 203_155_970
+
+
+def test_a_published_dinov2_config_is_read_whole():
+    config = {"apply_layernorm": True, "architectures": ["Dinov2Model"], "attention_probs_dropout_prob": 0.0,
+              "drop_path_rate": 0.0, "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "hidden_size": 768,
+              "image_size": 518, "initializer_range": 0.02, "layer_norm_eps": 1e-06, "layerscale_value": 1.0,
+              "mlp_ratio": 4, "model_type": "dinov2", "num_attention_heads": 12, "num_channels": 3,
+              "num_hidden_layers": 12, "out_features": ["stage12"], "out_indices": [12], "patch_size": 14,
+              "qkv_bias": True, "reshape_hidden_states": True, "stage_names": ["stem", "stage1"],
+              "torch_dtype": "float32", "transformers_version": "4.31.0.dev0", "use_swiglu_ffn": False}
+    assert vit_config(config)[0].tokens == 1 + 37**2
