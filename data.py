@@ -29,7 +29,7 @@ class Processor:
     """How a published image processor prepares a picture for a ViT; the defaults are CLIP's at 224 pixels.
 
     how     crop     resize the shorter side to zoom · S, keep the central S × S, lose the rest
-            squash   resize to a square and lose the proportions
+            squash   resize to a square, or to S rows of `columns` pixels, and lose the proportions
             pad      paste into the middle of a square of the mean colour, then as crop
             tiles    cut into up to `tiles` squares (support/formats/pictures.py: tile_pixels)
     """
@@ -41,6 +41,7 @@ class Processor:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     tiles: int = 4                                      # the largest number of tiles, for how = tiles
+    columns: int | None = None                          # of a rectangle, for how = squash; None: a square
 
     def __post_init__(self):
         if self.how not in ("crop", "squash", "pad", "tiles") or min(self.size, self.tiles) < 1:
@@ -61,18 +62,18 @@ def center_slice(length: int, keep: int) -> slice:
 
 def resize(image: np.ndarray, side: int, p: Processor) -> np.ndarray:
     """(h, w, 3) uint8 → both sides at least `side` for crop, exactly `side` for squash and pad."""
-    h, w = image.shape[:2]
-    short, long = sorted((h, w))
+    (h, w), (short, long) = image.shape[:2], sorted(image.shape[:2])
     if p.how == "crop":             # a picture thinner than 1 : 300 would need gigabytes at this size
         image = image[center_slice(h, 300 * short), center_slice(w, 300 * short)]
         h, w = (int(side * n / short) for n in image.shape[:2])
         return np.asarray(Image.fromarray(image).resize((w, h), p.resample))
     picture = Image.fromarray(image)
+    if p.how == "pad" and long > 10_000:    # its square would need gigabytes: first, blocks become their mean
+        return resize(np.asarray(picture.reduce(long // 5_000)), side, p)
     if p.how == "pad":
-        square = Image.new("RGB", (long, long), tuple(int(255 * m) for m in p.mean))
-        square.paste(picture, ((long - w) // 2, (long - h) // 2))
-        picture = square
-    return np.asarray(picture.resize((side, side), p.resample))
+        picture = Image.new("RGB", (long, long), tuple(int(255 * m) for m in p.mean))
+        picture.paste(Image.fromarray(image), ((long - w) // 2, (long - h) // 2))
+    return np.asarray(picture.resize((p.columns or side, side), p.resample))
 
 
 def normalize(squares: np.ndarray, p: Processor) -> Tensor:
@@ -89,9 +90,8 @@ def to_pixels(images: list[np.ndarray], size: int | None = None,
     S, squares = size or p.size, []
     side = round(p.zoom * S)
     for image in images:
-        if image.shape[:2] != (side, side):
-            image = resize(image, side, p)
-        squares.append(image[center_slice(image.shape[0], S), center_slice(image.shape[1], S)])
+        image = image if image.shape[:2] == (side, p.columns or side) else resize(image, side, p)
+        squares.append(image[center_slice(image.shape[0], S), center_slice(image.shape[1], p.columns or S)])
     return normalize(np.stack(squares), p)
 
 

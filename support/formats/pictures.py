@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data import Processor, normalize
 from support.formats.files import UserError, read_json
+from support.formats.honoured import PROCESSOR, refuse_unknown
 from support.formats.hub import tower_folder
 
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")       # Pillow opens no other one
@@ -28,9 +29,9 @@ LARGEST_SIDE, LARGEST_AREA = 20_000, 200_000_000        # pixels; what is larger
 def read_image(path: str | Path) -> np.ndarray:
     """A picture file → (h, w, 3) uint8, turned upright by its EXIF tag.
 
-    As the published processors do: an alpha channel is dropped, but a palette's transparent colour becomes
-    white; of several frames the first is read. Sixteen bits a pixel become eight (theirs lets everything
-    above 255 be white).
+    As the published processors do: an alpha channel is dropped, one of a palette's colours, too, but a
+    single transparent colour becomes white; of several frames the first is read. Sixteen bits a pixel become
+    eight (theirs lets everything above 255 be white).
     """
     Image.MAX_IMAGE_PIXELS = None                       # the check below is ours, and says what to do
     try:
@@ -42,6 +43,8 @@ def read_image(path: str | Path) -> np.ndarray:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):              # 65,535 = 255 · 257 is white
                 image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
+            if isinstance(image.info.get("transparency"), bytes):    # an alpha for each colour
+                del image.info["transparency"]
             if "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.array(image.convert("RGB"))
@@ -72,14 +75,18 @@ PROCESSOR_KINDS = {
 def load_processor(folder: str | Path) -> Processor:
     """The image processor of a tower, a published model or a run.
 
-    It is that of preprocessor_config.json, else of the tower that config.json names (LLaVA's mm_vision_tower,
-    our runs), else the preset of the kind of tower. LLaVA's image_aspect_ratio "pad" pads.
+    It is that of processor_config.json ("image_processor": transformers 5), else of preprocessor_config.json,
+    else of the tower that config.json names (LLaVA's mm_vision_tower, our runs), else the preset of the kind
+    of tower. LLaVA's image_aspect_ratio "pad" pads.
     """
     folder = Path(folder)
     c = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    file = folder / "preprocessor_config.json"
+    file, nesting = folder / "preprocessor_config.json", folder / "processor_config.json"
+    nested = read_json(nesting).get("image_processor") if nesting.exists() else None
     tower = c.get("mm_vision_tower") or ("bridge" in c and c.get("vit"))
-    if file.exists():
+    if nested is not None:
+        p = read_processor(nested, f"{nesting}: image_processor")
+    elif file.exists():
         p = read_processor(read_json(file), file)
     elif tower:
         p = load_processor(tower_folder(folder, tower))
@@ -92,12 +99,13 @@ def load_processor(folder: str | Path) -> Processor:
     return replace(p, how="pad") if c.get("image_aspect_ratio") == "pad" else p
 
 
-def read_processor(c: dict, file: Path) -> Processor:
+def read_processor(c: dict, file: str | Path) -> Processor:
     """The fields of a preprocessor_config.json; one that is absent or null is as in PROCESSORS.
 
     Sizes are numbers (older files), {"shortest_edge": 224} or {"height": 224, "width": 224}; the last one
-    squashes.
+    squashes, to a rectangle where its two numbers differ.
     """
+    refuse_unknown(c, str(file), PROCESSOR)
     c = {k: v for k, v in c.items() if v is not None}
     name = c.get("image_processor_type", c.get("feature_extractor_type", "CLIPImageProcessor"))
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name).lower()
@@ -111,6 +119,8 @@ def read_processor(c: dict, file: Path) -> Processor:
         if set(sides) not in ({"shortest_edge"}, {"height", "width"}) or len(set(sides.values())) > 1:
             raise UserError(f"a size of {json.dumps(value)} makes no square, and the ViTs here read squares")
         return int(min(sides.values()))
+
+    columns = None
     try:
         size = c.get("size", c.get("image_size", p.size))
         how, crop = p.how, c.get("do_center_crop", p.how == "crop")
@@ -119,6 +129,10 @@ def read_processor(c: dict, file: Path) -> Processor:
         if not c.get("do_resize", True) or how == "crop" and not crop:
             raise UserError("do_resize or, with shortest_edge, do_center_crop is false, and the ViTs here "
                             "read squares")
+        stretched = how == "squash" and not crop and not c.get("do_pad")
+        if stretched and isinstance(size, dict) and set(size) == {"height", "width"}:
+            columns = None if size["width"] == size["height"] else size["width"]
+            size = size["height"]
         S = side(c.get("crop_size", size)) if crop else side(size)
         scale = c.get("rescale_factor", 1 / 255) if c.get("do_rescale", True) else 1.0
         mean, std = c.get("image_mean", p.mean), c.get("image_std", p.std)
@@ -128,7 +142,7 @@ def read_processor(c: dict, file: Path) -> Processor:
         if c.get("do_pad") and how != "tiles":
             how = "pad"
         return Processor(how, S, side(size) / S, c.get("resample", p.resample), 1 / scale, mean, std,
-                         c.get("max_image_tiles", p.tiles))
+                         c.get("max_image_tiles", p.tiles), columns)
     except (TypeError, ValueError, ZeroDivisionError) as e:
         why = f"one of its numbers is not what it should be ({e})"
         if isinstance(e, UserError):

@@ -251,6 +251,8 @@ def test_resizing_beyond_the_crop_keeps_the_middle():
             dict(image_processor_type="ConvNextImageProcessor"),
             '"ConvNextImageProcessor" is not known here; known: clip',
         ),
+        (dict(do_image_splitting=True), "the key 'do_image_splitting' (true) is not known here"),
+        (dict(do_flip_channel_order=True), "do_flip_channel_order is true"),
         (dict(size={"longest_edge": 384}), '{"longest_edge": 384} makes no square'),
         (dict(size={"height": 224, "width": 448}), '{"height": 224, "width": 448} makes no square'),
         (dict(do_center_crop=False), "do_center_crop is false"),
@@ -350,3 +352,23 @@ def test_a_truncated_file_of_any_format_gives_one_sentence(name, tmp_path):
             read_image(tmp_path / name)
         assert f"{name}: not a picture that Pillow can read" in str(e.value) and "give a PNG" in str(e.value)
         assert "\n" not in str(e.value)
+
+
+def test_a_very_long_picture_is_padded_without_its_square():
+    """A strip of 12,000 x 30 pixels: the square of the whole needs 0.4 GB, and shows the same."""
+    rng = np.random.default_rng(0)
+    strip = np.repeat(rng.integers(0, 256, (12_000 // 500, 30, 3), np.uint8), 500, axis=0)
+    p = Processor("pad", 24)
+    for image in (strip, strip.transpose(1, 0, 2)):
+        h, w = image.shape[:2]
+        square = Image.new("RGB", (12_000, 12_000), tuple(int(255 * m) for m in p.mean))
+        square.paste(Image.fromarray(image), ((12_000 - w) // 2, (12_000 - h) // 2))
+        whole = to_pixels([np.asarray(square.reduce(20))], None, dataclasses.replace(p, how="squash"))
+        assert (to_pixels([image], None, p) - whole).abs().max() < 0.06         # four grey levels
+
+
+def test_a_palette_with_an_alpha_for_each_colour_keeps_its_colours(tmp_path):
+    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "P")
+    palette.putpalette([9, 9, 9, 50, 60, 70, 1, 2, 3])
+    palette.save(tmp_path / "p.png", transparency=bytes([0, 128, 255]))
+    assert read_image(tmp_path / "p.png").tolist() == np.array(palette.convert("RGB")).tolist()
