@@ -141,31 +141,26 @@ class Document:
 
     >>> Document(tokenizer).image().add("\\nCaption:").add(" a red circle", learn=True).end()
 
-    A tokenizer (support/formats/tokenizers.py) has encode(text), bos and eos (ids or None), special (text →
-    id), text_ids (ids of plain text), and a template (support/formats/chat.py), whose spans(messages, answer)
-    are the arguments of `add` for a conversation.
+    A tokenizer (support/formats/tokenizers.py) has encode(text), begin (ids in front of a text), eos (id or
+    None), special (text → id), text_ids (ids of plain text), and a template (support/formats/chat.py), whose
+    spans(messages, answer) are the arguments of `add`; a `whole` one writes the first token itself, too.
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.tokens: list[int] = [] if tokenizer.bos is None else [tokenizer.bos]
-        self.labels: list[int] = [IGNORE] * len(self.tokens)
+        self.tokenizer, self.tokens = tokenizer, [*tokenizer.begin]
+        self.labels = [IGNORE] * len(self.tokens)
+        self.start = len(self.tokens)                   # where the text starts
 
     def add(self, text: str, learn: bool = False, special: bool = False) -> Document:
-        """Append a text. special: `text` is the name of a special token, or "<image>" for a picture.
-
-        The bos token of a template does not repeat the one at the start of the document. A ValueError names a
-        special token that the tokenizer lacks.
-        """
+        """Append a text. special: it names a special token (a ValueError if there is none), or "<image>"."""
         t = self.tokenizer
         if special and text == "<image>":
             return self.image()
         if special and text not in t.special:
-            raise ValueError(f"this tokenizer has no token {text}, which the chat template needs; "
-                             "take another template.")
+            raise ValueError(f"this tokenizer has no token {text} of the chat template; take another.")
         if special:
-            return self.ids([] if self.tokens == [t.bos] == [t.special[text]] else [t.special[text]], learn)
-        if self.tokens in ([], [t.bos]) or self.tokens[-1] == IMAGE:
+            return self.ids([t.special[text]], learn)
+        if len(self.tokens) == self.start or self.tokens[-1] == IMAGE:
             before = "nothing"                          # LLaVA encodes the text after a picture separately
         else:
             before = "text" if self.tokens[-1] in t.text_ids else "special"
@@ -176,7 +171,10 @@ class Document:
 
         answer=True makes a prompt that ends where the assistant answers, answer=False a document to train on.
         """
-        for span in (template or self.tokenizer.template).spans(messages, answer):
+        template = template or self.tokenizer.template
+        if template.whole and len(self.tokens) == self.start:
+            self.tokens, self.labels, self.start = [], [], 0
+        for span in template.spans(messages, answer):
             self.add(*span)
         return self
 

@@ -49,10 +49,17 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) → (B, T, width), after the final norm. Padding follows the end token: causality hides it."""
+        self.check_length(tokens)
         x = self.embed(tokens) + self.positions[:tokens.shape[1]]
         for block in self.blocks:
             x = block(x, self.causal)
         return self.norm(x)
+
+    def check_length(self, tokens: Tensor) -> None:
+        longest = self.config.context
+        if tokens.shape[1] > longest:
+            raise ValueError(f"a text of {tokens.shape[1]} tokens is longer than the {longest} that this "
+                             "text tower reads; cut it.")
 
     def pool(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, width): the state at the FIRST end-of-text token."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from papers import make_bridge
 from papers.mllama import Mllama
 from papers.mllama_vit import TiledViT, TiledViTConfig, Tiles                   # noqa: E402  (after the path)
 from model import Decoder, DecoderConfig, VLM, ViT, ViTConfig                   # noqa: E402
-from support.formats import load_decoder, load_vit, save_vlm                             # noqa: E402
+from support.formats import load_decoder, load_tokenizer, load_vit, save_vlm      # noqa: E402
+from support.formats.files import write_tensors                                 # noqa: E402
 from support.formats.tokenizers import byte_letters                            # noqa: E402
 from support.worlds.text import shapes_tokenizer                                # noqa: E402
 
@@ -157,6 +159,45 @@ def write_byte_tokenizer(folder: Path, special: tuple[str, ...], post_processor:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def speaking(tmp_path, case: str) -> Path:
+    """A golden model whose vocabulary is as large as that of a small tokenizer: words and head get random
+    rows, config.json knows."""
+    source = golden(case)[0]
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    for other in tmp_path.glob("model.*.safetensors"):
+        other.unlink()
+    content = json.loads((GOLDEN / "sentencepiece-llama-style" / "tokenizer.json").read_text())
+    if "idefics" in case:
+        marks = ("<fake_token_around_image>", "<end_of_utterance>")
+        content["added_tokens"] += [{"id": 640 + n, "content": mark, "special": True}
+                                    for n, mark in enumerate(marks)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((tmp_path / "config.json").read_text())
+    V = 1 + max(*content["model"]["vocab"].values(), *(entry["id"] for entry in content["added_tokens"]))
+    text = config.get("text_config", config)
+    words = text["vocab_size"]
+    tensors = load_file(tmp_path / "model.safetensors")
+    g = torch.Generator().manual_seed(0)
+    for name, t in tensors.items():
+        grown = {"embed_tokens.weight": words + (8 if case == "mllama" else 0), "lm_head.weight": words}
+        if any(name.endswith(end) and len(t) == rows for end, rows in grown.items()):
+            tensors[name] = torch.cat((t, torch.randn(V, t.shape[1], generator=g)))
+    text["vocab_size"] = words + V
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    if case in ("instructblip-llama", "blip2-itm-itc"):  # the Q-Former reads BERT's words
+        (tmp_path / "tokenizer.json").rename(tmp_path / "llama.json") if case == "blip2-itm-itc" else None
+        folder = tmp_path / ("" if case == "blip2-itm-itc" else "qformer_tokenizer")
+        shutil.copytree(GOLDEN / "wordpiece-bert-style" / "old", folder, dirs_exist_ok=True)
+        rows = load_tokenizer(folder).vocab_size
+        config["qformer_config"]["vocab_size"] += rows
+        for name in [n for n in tensors if n.endswith("word_embeddings.weight")]:
+            tensors[name] = torch.cat((tensors[name], torch.randn(rows, tensors[name].shape[1], generator=g)))
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        write_tensors(tmp_path / "model.safetensors", tensors)
+    return tmp_path
 
 
 def chain_decoder(vocab_size: int, follow: dict[int, int]) -> Decoder:

@@ -1,13 +1,18 @@
-"""formats/chat.py: how each family of models writes a conversation."""
+"""formats/chat.py: how each family of models writes a conversation.
+
+Which form a folder's model has (`template_of`): the chat template that the folder publishes, one of TEMPLATES
+where its exact text is known, else rendered (chat_template.py). A model that publishes none has no form, but
+for the families whose authors wrote theirs in code alone. Nothing is guessed.
+"""
 from __future__ import annotations
 
-import json
+import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from support.formats.files import UserError
+from support.formats.chat_template import PublishedTemplate
+from support.formats.files import UserError, read_json
 
 
 SPECIAL = r"<\|\w+\|>|</?s>|<image>|<end_of_utterance>|<fake_token_around_image>"
@@ -28,11 +33,11 @@ class Template:
     end: str = ""                   # after the last message
     image: str = "<image>"          # how a picture is written
     default: str = ""               # system text of a conversation that has none
-    mark: str = ""                  # identifies the family in a chat_template or among special tokens
     strip: bool = False             # messages lose the blanks around them
     system_in_user: bool = False    # the system text is part of the first message
     caption_only: bool = False      # a training document is a picture and its caption, without the question
     ends_with_eos: bool = False     # a training document ends with the tokenizer's eos
+    whole: bool = False             # it writes the first token of a text itself, if the text has one
     prompt: Template | None = None  # prompts are spelled in another way than documents
 
     @property
@@ -100,26 +105,26 @@ class Template:
 
 POLITE = ("A chat between a curious {0} and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the {0}'s questions.")
-VICUNA = Template("vicuna", "{} ", "USER: {} ", "ASSISTANT:⟦ {}</s>⟧", default=POLITE.format("user"),
-                  mark="ASSISTANT:")
+VICUNA = Template("vicuna", "{} ", "USER: {} ", "ASSISTANT:⟦ {}</s>⟧", default=POLITE.format("user"))
+CHATML = Template("chatml", "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n",
+                  "<|im_start|>assistant\n⟦{}<|im_end|>⟧\n", whole=True)
 TEMPLATES = {template.name: template for template in (
-    Template("chatml",                                  # SmolLM2
-             "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n",
-             "<|im_start|>assistant\n⟦{}<|im_end|>⟧\n",
-             default="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-             mark="<|im_start|>"),
+    CHATML,
+    replace(CHATML, name="smollm2",
+            default="You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    replace(CHATML, name="qwen2", default="You are a helpful assistant."),
     Template("llama3",
              "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
              "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
              "<|start_header_id|>assistant<|end_header_id|>\n\n⟦{}<|eot_id|>⟧",
-             begin="<|begin_of_text|>", mark="<|start_header_id|>", strip=True),
-    Template("llama2", "<<SYS>>\n{}\n<</SYS>>\n\n", "<s>[INST] {} [/INST]", "⟦ {} </s>⟧", mark="<<SYS>>",
-             strip=True, system_in_user=True),
+             begin="<|begin_of_text|>", strip=True, whole=True),
+    Template("llama2", "<<SYS>>\n{}\n<</SYS>>\n\n", "<s>[INST] {} [/INST]", "⟦ {} </s>⟧", strip=True,
+             system_in_user=True, whole=True),
     VICUNA,                                             # LLaVA-1.5, in the authors' code "vicuna_v1"
-    replace(VICUNA, name="llava_v1", default=POLITE.format("human"), mark=""),
+    replace(VICUNA, name="llava_v1", default=POLITE.format("human")),
     # LLaVA's first release also supervises "###", which stops the answer, and "### Assistant:"
     Template("llava_v0", "{}\n\n", "⟦###⟧ Human: {}\n", "⟦### Assistant: {}\n⟧", end="⟦### ⟧",
-             default=POLITE.format("human"), mark="###Human",
+             default=POLITE.format("human"),
              prompt=Template("llava_v0", "{}###", "Human: {}###", "Assistant:⟦ {}###⟧",
                              default=POLITE.format("human"))),
     Template("idefics", "{}\n", "User:{}<end_of_utterance>\n", "Assistant:⟦ {}<end_of_utterance>⟧\n",
@@ -129,22 +134,71 @@ TEMPLATES = {template.name: template for template in (
     # LLaVA's first stage: <image>, caption, end of line, no eos
     Template("plain", "{}\n", "{}", "⟦{}\n⟧", caption_only=True),
 )}
-chatml = TEMPLATES["chatml"].text
 
 
-def template_of(folder: Path, settings: dict, special: Iterable[str]) -> Template:
-    """The template whose mark stands in the folder's chat_template; without one, among the special tokens."""
+# digest of a published chat template → its form here: what jinja2 would write, without jinja2
+KNOWN = {"872be49dbb638044": "smollm2", "153280e3ff55d19d": "chatml", "793202280c0910ab": "qwen2",
+         "ba03a121d097859c": "llama3", "e8d5b5a546d3f19d": "llama2"}
+# model_type → the form of models whose authors publish none: LLaVA, IDEFICS
+BY_MODEL_TYPE = {"llava": "vicuna", "llava_llama": "vicuna", "idefics": "idefics"}
 
-    def read(name: str) -> str:
-        return (folder / name).read_text(encoding="utf-8") if (folder / name).exists() else ""
 
-    chat = json.dumps(settings.get("chat_template") or "").strip('"')
-    chat += read("chat_template.jinja") + read("chat_template.json")
-    kind = re.search('"model_type": *"(llava|idefics)', read("config.json"))
-    if not chat and kind:                               # the authors publish none
-        return {"llava": VICUNA, "idefics": TEMPLATES["idefics"]}[kind[1]]
-    chat = chat or " ".join(special)
-    return next((t for t in TEMPLATES.values() if t.mark and t.mark in chat), TEMPLATES["plain"])
+def template_of(folder: Path, settings: dict, tokenizer) -> Template | PublishedTemplate:
+    """The chat template of a folder's model; settings: of its tokenizer (tokenizers.Tokenizer)."""
+    source, where = read_template(folder, settings)
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if source is None:
+        name = BY_MODEL_TYPE.get(config.get("model_type"), "plain")
+        files = {file.name for file in folder.iterdir()}
+        meta = "tokenizer.model" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
+        # Meta's own files have no place for a template.
+        return TEMPLATES["llama3" if meta and "<|eot_id|>" in tokenizer.special else name]
+    known = KNOWN.get(template_digest(source))
+    if known:
+        return TEMPLATES[known]
+    texts = {i: text for text, i in tokenizer.special.items()}
+    variables = {f"{role}_token": texts[i] for role, i in (("bos", tokenizer.bos), ("eos", tokenizer.eos))
+                 if i is not None}
+    for key, token in settings.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if key.endswith("_token") and isinstance(text, str):
+            variables.setdefault(key, text)
+    files = ("processor_config.json", "preprocessor_config.json")
+    processor = any((folder / name).exists() for name in files)
+    return PublishedTemplate(source, where, variables, tuple(tokenizer.special), tokenizer.rules,
+                             texts.get(tokenizer.image), processor)
+
+
+def template_digest(source: str) -> str:
+    return hashlib.sha256(source.strip().encode()).hexdigest()[:16]
+
+
+def read_template(folder: Path, settings: dict) -> tuple[str | None, str]:
+    """(source, file) of the chat template that a folder publishes, (None, "") without one.
+
+    As in transformers: chat_template.jinja comes first, then the files of a processor, then the tokenizer's
+    settings. Of several with names it is the one called "default".
+    """
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8"), str(jinja)
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        content = settings
+        if name != "tokenizer_config.json":
+            content = read_json(folder / name) if (folder / name).exists() else {}
+        source, where = content.get("chat_template"), str(folder / name)
+        if not source:
+            continue
+        if isinstance(source, list):                    # [{"name": …, "template": …}, …]
+            source = {entry["name"]: entry["template"] for entry in source}
+        if isinstance(source, dict):
+            names, source = [*source], source.get("default")
+            if source is None:
+                raise UserError(f"{where}: its chat templates are {', '.join(names)}; none is the default.")
+        if not isinstance(source, str):
+            raise UserError(f"{where}: chat_template is neither a text nor a list of texts with names.")
+        return source, where
+    return None, ""
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:

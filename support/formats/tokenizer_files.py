@@ -5,9 +5,9 @@
     vocab.txt                         BERT
     vocab.json and merges.txt         CLIP, GPT-2
 
-chapters: load_tokenizer · the four files · one step or pattern that is not known is an error. The older files
-are first put into the form of a tokenizer.json. Sources: transformers 5.23, sentencepiece_model.proto, Meta's
-llama3.
+chapters: load_tokenizer · settings, added tokens and roles · the four files · ids. The older files are first
+put into the form of a tokenizer.json; a step that is not known is an error (text_steps.py). Sources:
+transformers 5.24, tokenizers 0.23, sentencepiece_model.proto, Meta's llama3.
 """
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from support.formats.chat import template_of
-from support.formats.files import UserError, atomically, read_json, write_json
-from support.formats.tokenizers import (ByteLevel, ClipBPE, GPT2_SPLIT, LLAMA3_SPLIT, SentencePiece,
-                                        Tokenizer, WordPiece, byte_letters)
+from support.formats.files import UserError, at_the_door, atomically, read_json, write_json
+from support.formats.text_steps import (GPT2_SPLIT, flat_steps, make_normalizer, make_splitter,
+                                        unknown_step)
+from support.formats.tokenizers import (CLIP_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, ByteLevel, ClipBPE,
+                                        SentencePiece, Tokenizer, WordPiece, byte_letters)
 
+RULES = ("lstrip", "rstrip", "single_word", "normalized")
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast",
+                 "LLaMATokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
 USUAL = {"bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "image": ("<image>", "<|image|>"),
          "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")}
 
@@ -31,8 +36,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model's folder, from the first file of READERS that it holds and the SETTINGS beside
     it.
 
-    Tokens added to a vocabulary count as special, whatever their file says. A damaged or unknown file is a
-    UserError.
+    A damaged or unknown file is a UserError.
     """
     folder = Path(folder)
     file = next((folder / name for name in READERS if (folder / name).exists()), None)
@@ -40,21 +44,34 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"{folder / 'tokenizer.json'}: no such file, nor {', '.join([*READERS][1:])}; "
                         "give a folder that holds one.")
     try:
-        settings = {}
-        for name in SETTINGS:
-            if (folder / name).exists():
-                content = read_json(folder / name)
-                settings |= {"added": content} if name == "added_tokens.json" else content
-        tokenizer = READERS[file.name](file, settings)
-        tokenizer.template = template_of(folder, settings, tokenizer.special)
+        settings = read_settings(folder)
+        with at_the_door(str(file)):
+            tokenizer = READERS[file.name](file, settings)
+            tokenizer.template = template_of(folder, settings, tokenizer)
+            check_model_vocabulary(tokenizer, folder)
         tokenizer.ends = read_ends(folder)
         return tokenizer
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError):      # missing or cut off
+    except (KeyError, TypeError, AttributeError, IndexError, OSError):                  # missing or cut off
         raise UserError(f"{file}: with the settings beside it no vocabulary that is known here (byte-level "
                         "BPE, SentencePiece BPE with byte fallback, WordPiece, CLIP's BPE); get the files "
                         "again, or another model.") from None
+
+
+def read_settings(folder: Path) -> dict:
+    """The content of the SETTINGS together; "added" is that of added_tokens.json.
+
+    An empty text is as good as none. As in transformers, tokenizer_config.json overrides
+    special_tokens_map.json only if it lists the added tokens, too.
+    """
+    files = {name: read_json(folder / name) for name in SETTINGS if (folder / name).exists()}
+    config = files.get("tokenizer_config.json", {})
+    both = [files.get("special_tokens_map.json", {}), config]
+    if "added_tokens_decoder" not in config:
+        both.reverse()
+    settings = {key: value for content in both for key, value in content.items() if value != ""}
+    return {**settings, "added": files.get("added_tokens.json", {})}
 
 
 def read_ends(folder: Path) -> frozenset[int]:
@@ -66,91 +83,171 @@ def read_ends(folder: Path) -> frozenset[int]:
         for part in (content, text if isinstance(text, dict) else {}):
             ids = part.get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
-            if not all(i is None or type(i) is int for i in ids):
-                raise UserError(f"{file}: eos_token_id is {json.dumps(part['eos_token_id'])}; "
-                                "it must be a token id, a list of them, or null.")
             ends |= {i for i in ids if i is not None and i >= 0}        # early LLaMA files write −1 for none
     return frozenset(ends)
 
 
-def special_tokens(settings: dict, vocab: dict[str, int],
-                   added: dict[str, int]) -> tuple[dict[str, int], dict]:
-    """Special tokens {text: id}, and the texts of {"bos", "eos", "image"}.
+def token_text(token) -> str | None:
+    """The text of a token in the settings: a string, or an object with its content."""
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise TypeError("a token is a text")
+    return text
 
-    Special are the added tokens and those of the vocabulary that the settings name. A role that the settings
-    do not name has the usual token, if it is there.
+
+def added_tokens(settings: dict, vocab: dict[str, int], entries: list[dict]) -> dict:
+    """What Tokenizer asks about the tokens beside its vocabulary: special, words, rules, bos, eos, image.
+
+    entries: the added_tokens of a tokenizer.json. Special is a token that its entry calls so, one without an
+    entry of its own, and one that has a role in the settings. A role that the settings do not name has the
+    usual token, if it is there.
     """
-    def content(token) -> str:
-        return token["content"] if isinstance(token, dict) else token
+    found = {text: {"id": i} for text, i in settings["added"].items()}
+    for i, token in settings.get("added_tokens_decoder", {}).items():
+        found[token_text(token)] = {**(token if isinstance(token, dict) else {}), "id": int(i)}
+    found |= {entry["content"]: entry for entry in entries}
+    check_ids({**{text: entry["id"] for text, entry in found.items()}}, vocab)
+    roles = {key[:-6]: token_text(token) for key, token in settings.items()
+             if key.endswith("_token") and key != "pad_token" and isinstance(token, str | dict | None)}
+    extra = [token_text(t) for key in ("additional_special_tokens", "extra_special_tokens")
+             if isinstance(settings.get(key), list) for t in settings[key]]
+    for role, texts in USUAL.items():
+        roles.setdefault(role, next((t for t in texts if t in found), None))
+    named = {text for text in (*roles.values(), *extra) if text is not None}
+    ids = {**{text: vocab[text] for text in named if text in vocab}, **{t: e["id"] for t, e in found.items()}}
+    special = {text: i for text, i in ids.items() if text in named or found[text].get("special", True)}
+    rules = {text: frozenset(rule for rule in RULES if entry.get(rule)) for text, entry in found.items()}
+    return {"special": special, "words": {text: i for text, i in ids.items() if text not in special},
+            "rules": {text: rule for text, rule in rules.items() if rule},
+            **{role: roles[role] for role in USUAL}}
 
-    roles = [role for role in (*USUAL, "cls", "sep", "mask") if f"{role}_token" in settings]
-    named = {role: content(settings[f"{role}_token"]) for role in roles}
-    special = {text: vocab[text] for text in named.values() if text in vocab}
-    special |= settings.get("added", {})
-    special |= {content(token): int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-    special |= added
-    usual = {role: next((text for text in texts if text in special), None) for role, texts in USUAL.items()}
-    return special, {role: named.get(role, usual[role]) for role in usual}
+
+def text_frame(processor: dict | None) -> tuple[list[int], list[int]]:
+    """The ids that the post_processor of a tokenizer.json writes in front of a text and behind it."""
+    kind = processor["type"] if processor else None
+    if kind == "Sequence":
+        frames = [text_frame(part) for part in processor["processors"]]
+        return ([i for begin, _ in reversed(frames) for i in begin], [i for _, end in frames for i in end])
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return [processor["cls"][1]], [processor["sep"][1]]
+    if kind == "TemplateProcessing":
+        sides, side = ([], []), 0
+        for part in processor["single"]:
+            if "Sequence" in part:
+                side = 1
+            else:
+                sides[side].extend(processor["special_tokens"][part["SpecialToken"]["id"]]["ids"])
+        return sides
+    if kind not in (None, "ByteLevel"):
+        raise ValueError(f"the post-processor {kind} is not supported.")
+    return [], []
+
+
+def frame_texts(tokenizer: Tokenizer, settings: dict, data: dict) -> Tokenizer:
+    """Set `begin` and `end`: as the post_processor of data writes them, unless the settings say otherwise.
+
+    LLaMA's class puts bos in front where no post-processor is given, and a file that does not have that key
+    leaves it as the kind of vocabulary has it.
+    """
+    llama = settings.get("tokenizer_class", "") in LLAMA_CLASSES or isinstance(tokenizer, SentencePiece)
+    if data.get("post_processor") or "post_processor" in data and not llama:
+        begin, end = text_frame(data["post_processor"])
+        tokenizer.begin, tokenizer.end = tuple(begin), tuple(end)
+    sides = {"add_bos_token": ("begin", tokenizer.bos), "add_eos_token": ("end", tokenizer.eos)}
+    for key, (side, token) in sides.items():
+        if settings.get(key) is not None:
+            setattr(tokenizer, side, (token,) if settings[key] and token is not None else ())
+    return tokenizer
 
 
 def from_json(file: Path, settings: dict, data: dict) -> Tokenizer:
-    """The tokenizer that data describes, the content of a tokenizer.json. file: for the errors.
-
-    The steps of its normalizer and pre-tokenizer must be those of one of the four kinds.
-    """
+    """The tokenizer that data describes, the content of a tokenizer.json. file: for the errors."""
     model, vocab = data["model"], data["model"]["vocab"]
-    added = {t["content"]: t["id"] for t in data["added_tokens"] if t["special"] or t["content"] not in vocab}
-    special, names = special_tokens(settings, vocab, added)
-    entries = [data[key] for key in ("normalizer", "pre_tokenizer") if data.get(key)]
-    steps = [step for entry in entries
-             for step in entry.get("normalizers") or entry.get("pretokenizers") or [entry]]
+    check_ids(vocab)
+    sentencepiece = bool(model.get("byte_fallback"))
+    added = added_tokens(settings, vocab, [      # ▁a, added to its own vocabulary, stays a piece
+        entry for entry in data["added_tokens"]
+        if entry["special"] or not (sentencepiece and entry["content"] in vocab)])
+    normalizers, splits = flat_steps(data.get("normalizer")), flat_steps(data.get("pre_tokenizer"))
+    if model.get("dropout") or model.get("continuing_subword_prefix") not in (None, "", "##"):
+        raise ValueError("its model leaves out merges at random, or marks pieces inside a word by a prefix "
+                         "other than ##; such a vocabulary cannot be read here.")
     if model.get("type") == "WordPiece":
-        return WordPiece(vocab, special, bert_lowercase(steps, file), model["unk_token"], **names)
+        tokenizer = WordPiece(vocab, split=make_splitter(splits), unk=model["unk_token"],
+                              longest=model.get("max_input_chars_per_word", 100),
+                              normalize=make_normalizer(normalizers), **added)
+        return frame_texts(tokenizer, settings, data)
     if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"a {model['type']} vocabulary")
+        raise ValueError(f"a {model['type']} vocabulary; known are BPE and WordPiece.")
     merges = [tuple(m if isinstance(m, list) else m.split(" ")) for m in model["merges"]]
     ids, order = [vocab[a + b] for a, b in merges], {pair: n for n, pair in enumerate(merges)}
-    if model.get("end_of_word_suffix") == "</w>":
-        return ClipBPE(vocab, order, special, **names)
-    if model.get("byte_fallback"):
-        prefix = dummy_prefix(steps, file)
-        return SentencePiece(vocab, order, special, prefix, model.get("unk_token"), **names)
-    if data.get("normalizer"):
-        raise unknown_step(data["normalizer"], file)
-    byte_of = {letter: b for b, letter in byte_letters().items()}
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token not in special}
-    if ids != sorted(ids):                              # tiktoken merges in the order of ids
-        raise UserError(f"{file}: its merges are not in the order of its ids; such a vocabulary "
-                        "cannot be read here.")
-    return ByteLevel(split_pattern(data.get("pre_tokenizer"), file), ranks, special, **names)
+    if sentencepiece:
+        first, prefix = dummy_prefix(normalizers + splits)
+        tokenizer = SentencePiece(vocab, order, prefix=prefix, unk=model.get("unk_token"),
+                                  normalize=make_normalizer(first), **added)
+    elif model.get("end_of_word_suffix") == "</w>":
+        tokenizer = ClipBPE(vocab, order, split=make_splitter(without_names(splits, added["special"])),
+                            normalize=make_normalizer(normalizers), **added)
+    else:
+        byte_of = {letter: b for b, letter in byte_letters().items()}
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()
+                 if token not in added["special"]}
+        if ids != sorted(ids):                          # tiktoken merges in the order of ids
+            raise UserError(f"{file}: its merges are not in the order of its ids; such a vocabulary "
+                            "cannot be read here.")
+        pattern, before = byte_level_splits(splits)
+        tokenizer = ByteLevel(pattern, ranks, split=before, normalize=make_normalizer(normalizers), **added)
+    return frame_texts(tokenizer, settings, data)
 
 
-def unknown_step(step, file: Path) -> UserError:
-    return UserError(f"{file}: the step {json.dumps(step)} is not supported for a vocabulary of its kind.")
+def byte_level_splits(steps: list[dict]):
+    """(pattern, function) of ByteLevel: the function cuts first, the pattern is left to tiktoken, which is
+    faster. A pattern goes there only if it is known to match every character."""
+    if not steps or steps[-1]["type"] != "ByteLevel":
+        raise ValueError("its pre-tokenizer does not end with ByteLevel.")
+    *before, last = steps
+    if last.get("add_prefix_space"):
+        return None, make_splitter(steps)
+    pattern = GPT2_SPLIT
+    if not last.get("use_regex", True):
+        step = before[-1] if before else {}
+        pattern = step.get("pattern", {}).get("Regex") if step.get("behavior") == "Isolated" else None
+        if pattern not in (GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT) or step.get("invert"):
+            return None, make_splitter(steps)
+        before = before[:-1]
+    return pattern, make_splitter(before) if before else None
 
 
-def bert_lowercase(steps: list[dict], file: Path) -> bool:
-    """Whether BERT's two steps make lower case (and then, as the library does, drop accents)."""
-    normalizer, splitter = steps
-    accents = normalizer.get("strip_accents")
-    known = (normalizer["type"], splitter["type"]) == ("BertNormalizer", "BertPreTokenizer")
-    if not known or accents not in (None, normalizer["lowercase"]):
-        raise unknown_step(steps, file)
-    return normalizer["lowercase"]
+def without_names(steps: list[dict], special: dict[str, int]) -> list[dict]:
+    """The steps without the names of special tokens in their patterns: what a user types is no such token."""
+    steps = json.loads(json.dumps(steps))
+    for pattern in (step["pattern"] for step in steps if "Regex" in step.get("pattern", {})):
+        for name in special:
+            pattern["Regex"] = pattern["Regex"].replace(name.replace("|", r"\|") + "|", "")
+    return steps
 
 
-def dummy_prefix(steps: list[dict], file: Path) -> tuple:
-    """Where a SentencePiece vocabulary puts a blank in front: SentencePiece's `prefix`, from the steps of the
-    JSON."""
-    prefix = SentencePiece.NEVER
+def dummy_prefix(steps: list[dict]) -> tuple[list[dict], tuple]:
+    """The steps that change the text, and where a SentencePiece vocabulary puts a blank in front: its
+    `prefix`."""
+    prefix, first, marked = SentencePiece.NEVER, [], False
     for step in steps:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
             prefix = SentencePiece.ALWAYS
         elif step["type"] == "Metaspace" and not step.get("split", True):
             prefix = (*getattr(SentencePiece, step.get("prepend_scheme", "always").upper()), "lazy")
-        elif step["type"] != "Replace" or (step["pattern"], step["content"]) != ({"String": " "}, "▁"):
-            raise unknown_step(step, file)
-    return prefix
+            marked = True
+        elif step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, "▁"):
+            marked = True
+        elif step["type"] == "Split" and step["pattern"] == {"String": " "} and marked:
+            continue                                    # Gemma's: no blank is left
+        elif marked or prefix or step["type"] in ("Metaspace", "Prepend"):
+            raise unknown_step(step)
+        else:
+            first.append(step)
+    if not marked:
+        raise ValueError("neither its normalizer nor its pre-tokenizer writes ▁ for a blank.")
+    return first, prefix
 
 
 def read_tokenizer_json(file: Path, settings: dict) -> Tokenizer:
@@ -163,10 +260,14 @@ def read_vocab_txt(file: Path, settings: dict) -> Tokenizer:
     vocab = {line.rstrip("\r"): n for n, line in enumerate(lines)}
     names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     own = [{"content": text, "id": vocab[text], "special": True} for text in names if text in vocab]
+    frame = {text[1:4].lower(): [text, vocab[text]] for text in ("[CLS]", "[SEP]") if text in vocab}
     return from_json(file, settings, {
         "added_tokens": own, "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]"},
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "normalizer": {"type": "BertNormalizer", "lowercase": settings.get("do_lower_case", True)}})
+        "post_processor": {"type": "BertProcessing", **frame} if len(frame) == 2 else None,
+        "normalizer": {"type": "BertNormalizer", "lowercase": settings.get("do_lower_case", True),
+                       "strip_accents": settings.get("strip_accents"),
+                       "handle_chinese_chars": settings.get("tokenize_chinese_chars", True)}})
 
 
 def read_vocab_json(file: Path, settings: dict) -> Tokenizer:
@@ -175,9 +276,17 @@ def read_vocab_json(file: Path, settings: dict) -> Tokenizer:
     names = ("<|startoftext|>", "<|endoftext|>")
     own = [{"content": text, "id": vocab[text], "special": True} for text in names if text in vocab]
     merges = [line.split() for line in lines if line and not line.startswith("#version")]
-    end = "</w>" if "a</w>" in vocab else None
+    model = {"vocab": vocab, "merges": merges}
+    if "a</w>" not in vocab:
+        prefix = settings.get("add_prefix_space", False)
+        return from_json(file, settings, {"added_tokens": own, "model": model, "post_processor": None,
+                                          "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": prefix}})
+    words = {"type": "Split", "pattern": {"Regex": CLIP_SPLIT}, "behavior": "Removed", "invert": True}
+    frame = {side: [text, vocab[text]] for side, text in zip(("cls", "sep"), names)}
     return from_json(file, settings, {
-        "added_tokens": own, "model": {"vocab": vocab, "merges": merges, "end_of_word_suffix": end}})
+        "added_tokens": own, "model": {**model, "end_of_word_suffix": "</w>"}, "pre_tokenizer": words,
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
+        "post_processor": {"type": "RobertaProcessing", **frame}})
 
 
 def read_tokenizer_model(file: Path, settings: dict) -> Tokenizer:
@@ -197,8 +306,9 @@ def llama3_ranks(raw: bytes, settings: dict) -> ByteLevel:
            reserved[4], "<|eot_id|>", *reserved[5:]]
     if settings.get("added_tokens_decoder"):            # Llama-3.1 gave names to some of the reserved ones
         own = []
-    special, names = special_tokens(settings, {}, {text: len(ranks) + n for n, text in enumerate(own)})
-    return ByteLevel(LLAMA3_SPLIT, ranks, special, **names)
+    entries = [{"content": text, "id": len(ranks) + n} for n, text in enumerate(own)]
+    check_ids({token.decode("latin-1"): i for token, i in ranks.items()})
+    return frame_texts(ByteLevel(LLAMA3_SPLIT, ranks, **added_tokens(settings, {}, entries)), settings, {})
 
 
 def sentencepiece_model(raw: bytes, settings: dict, file: Path) -> SentencePiece:
@@ -227,9 +337,10 @@ def sentencepiece_model(raw: bytes, settings: dict, file: Path) -> SentencePiece
     # a piece.
     order = {(p[:k], p[k:]): -score[p] for p in score for k in range(1, len(p))
              if (k == 1 or p[:k] in score) and (k == len(p) - 1 or p[k:] in score)}
-    special, names = special_tokens(settings, {}, control)
+    added = added_tokens(settings, vocab, [{"content": text, "id": i} for text, i in control.items()])
     prefix = SentencePiece.FIRST if settings.get("legacy") is False else SentencePiece.ALWAYS
-    return SentencePiece(vocab, order, special, prefix if dummy else SentencePiece.NEVER, **names)
+    tokenizer = SentencePiece(vocab, order, prefix=prefix if dummy else SentencePiece.NEVER, **added)
+    return frame_texts(tokenizer, settings, {})
 
 
 def protobuf(raw: bytes):
@@ -258,24 +369,35 @@ def protobuf(raw: bytes):
         yield number, value
 
 
-def split_pattern(pre_tokenizer: dict | None, file: Path) -> str:
-    """One regular expression for the `pre_tokenizer` entry of a tokenizer.json."""
-    steps = [pre_tokenizer] if pre_tokenizer else []
-    if pre_tokenizer and pre_tokenizer["type"] == "Sequence":
-        steps = pre_tokenizer["pretokenizers"]
-    pattern = GPT2_SPLIT
-    for step in steps:
-        if step["type"] == "Digits" and step["individual_digits"]:
-            # Every digit is alone BEFORE the rest is split: a run of blanks ends at a digit as at the end of
-            # the text.
-            pattern = GPT2_SPLIT.replace(r"| ?\p{N}+", r"|\p{N}")
-            pattern = pattern.replace(r"\s+(?!\S)", r"\s+(?=\p{N})|\s+(?!\S)")
-        elif step["type"] == "Split" and "Regex" in step["pattern"]:
-            pattern = step["pattern"]["Regex"]
-        elif step["type"] != "ByteLevel" or step.get("add_prefix_space"):
-            raise UserError(f"{file}: the pre-tokenizer {json.dumps(step)} is not supported; "
-                            "known: Digits, Split, ByteLevel.")
-    return pattern
+def check_ids(tokens: dict[str, int], vocab: dict[str, int] | None = None) -> None:
+    """A ValueError for an id that is none, or that a second token has, here or in vocab."""
+    holders: dict[int, str] = {}
+    for text, i in (*(vocab or {}).items(), *tokens.items()):
+        if type(i) is not int or not 0 <= i < 2**31:
+            raise ValueError(f"the token {text!r} has the id {json.dumps(i)}, which is no id.")
+        if holders.setdefault(i, text) != text:
+            raise ValueError(f"the tokens {holders[i]!r} and {text!r} both have the id {i}.")
+
+
+def check_model_vocabulary(tokenizer: Tokenizer, folder: Path) -> None:
+    """A ValueError for a token of text that the model beside the tokenizer has no row for.
+
+    A special token beyond its rows (a padding token that was added later) is none: what needs it is refused.
+    The picture's may be beyond, as Llama 3.2 Vision's: it is read and never written.
+    """
+    file = folder / "config.json"
+    config = read_json(file) if file.exists() else {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    sizes = [part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)]
+    if not sizes:
+        return
+    size = max(sizes) + sum(part.get("additional_vocab_size") or 0 for part in parts[:1])
+    used = [i for i in (*tokenizer.text_ids, *tokenizer.begin, *tokenizer.end, tokenizer.bos, tokenizer.eos)
+            if i is not None and i >= size]
+    tokenizer.special = {text: i for text, i in tokenizer.special.items() if i < size or i == tokenizer.image}
+    if used:
+        raise ValueError(f"the id {used[0]} is beyond the vocabulary of the model beside it "
+                         f"(config.json: vocab_size {size}); the two belong to different models.")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

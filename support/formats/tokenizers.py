@@ -16,7 +16,6 @@ import functools
 import heapq
 import itertools
 import re
-import unicodedata
 from pathlib import Path
 
 import regex
@@ -24,10 +23,11 @@ import tiktoken
 
 from support.formats.chat import TEMPLATES
 from support.formats.files import write_json
+from support.formats.text_steps import GPT2_SPLIT, Normalizer, Splitter
 
-GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                 r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 LONGEST_RUN = 25_000                # characters of one run (all blanks, or none) that go to tiktoken at once
 
@@ -45,8 +45,11 @@ class Tokenizer:
 
     special: text → id, never split; text_ids: the ids of all other tokens. Only with special=True does encode
     recognise special tokens in a text, and decode spell them: what a user types stays plain text.
+    words: text → id of tokens that were added to the vocabulary and are text as any other; never split.
+    rules: how added tokens are found, for those with a rule (`added_pattern`).
     SentencePiece puts a blank in front of a text, some vocabularies only where nothing precedes it. So both
     directions know what precedes: "nothing", a "special" token, or "text" that goes on.
+    begin, end: the ids that are written in front of a text and behind it, bos and none where no file says.
     template: the chat template of the folder that the tokenizer comes from (chat.py).
     ends: ids that end a text by the configs of that folder.
     """
@@ -54,9 +57,14 @@ class Tokenizer:
     ends: frozenset[int] = frozenset()
 
     def __init__(self, text_ids, special: dict[str, int], bos: str | None = None, eos: str | None = None,
-                 image: str | None = None):
-        self.special, self.text_ids = special, set(text_ids).difference(special.values())
+                 image: str | None = None, words: dict[str, int] | None = None,
+                 rules: dict[str, frozenset[str]] | None = None, normalize: Normalizer = str):
+        self.special, self.words, self.rules, self.normalize = special, words or {}, rules or {}, normalize
+        spelled = set(text_ids).difference(special.values())
+        self.text_ids = spelled | {*self.words.values()}
+        self.unspelled = {i: text for text, i in self.words.items() if i not in spelled}
         self.bos, self.eos, self.image = special.get(bos), special.get(eos), special.get(image)
+        self.begin, self.end = (() if self.bos is None else (self.bos,)), ()
         self.vocab_size = max({*self.text_ids, *special.values()}) + 1
 
     @property
@@ -81,26 +89,40 @@ class Tokenizer:
 
         preceded_by: "nothing", "special" or "text", what stands before this text in the document.
         """
-        names = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) if special else ""
-        parts = re.split(f"({names})", text) if names else [text]       # text, special token, text, …, text
         ids = []
-        for n, part in enumerate(parts):
-            if n % 2:
-                ids.append(self.special[part])
-            elif part:
-                ids += self.encode_plain(part, "special" if n else preceded_by)
+        for part, token in self.cut_added(text, special, normalized=False):
+            rest = [(part, token)]
+            if token is None:
+                rest = self.cut_added(self.normalize(part), special, normalized=True)
+            for piece, added in rest:
+                if added is not None:
+                    ids.append(added)
+                    preceded_by = "special"
+                elif piece:
+                    ids += self.encode_plain(piece, preceded_by)
         return ids
+
+    def cut_added(self, text: str, special: bool, normalized: bool):
+        """(text, None) and (text, id of an added token) in turn."""
+        known, at = {**self.words, **(self.special if special else {})}, 0
+        known = {t: i for t, i in known.items() if ("normalized" in self.rules.get(t, ())) == normalized}
+        if normalized:
+            known = {self.normalize(t): i for t, i in known.items()}
+        for match in added_pattern(tuple(known), self.rules).finditer(text) if known else ():
+            yield text[at:match.start()], None
+            yield match[0], known[match[match.lastindex]]
+            at = match.end()
+        yield text[at:], None
 
     def decode(self, ids, special: bool = False) -> str:
         """Text of ids. Ids that name no token (IMAGE, padding) are left out, broken UTF-8 becomes U+FFFD."""
-        names = {i: text for text, i in self.special.items()} if special else {}
+        names = {**self.unspelled, **({i: text for text, i in self.special.items()} if special else {})}
         ids = [i for i in map(int, ids) if i in self.text_ids or i in names]
-        text = ""
-        for n, (is_special, run) in enumerate(itertools.groupby(ids, names.__contains__)):
-            if is_special:
-                text += "".join(names[i] for i in run)
-            else:
-                text += self.decode_plain(list(run), "special" if n else "nothing")
+        text, before = "", "nothing"
+        for is_named, run in itertools.groupby(ids, names.__contains__):
+            run = [*run]
+            text += "".join(names[i] for i in run) if is_named else self.decode_plain(run, before)
+            before = "text" if run[-1] in self.text_ids else "special"
         return text
 
     def encode_plain(self, text: str, preceded_by: str) -> list[int]:
@@ -112,26 +134,49 @@ class Tokenizer:
         raise NotImplementedError
 
 
+def added_pattern(texts: tuple[str, ...], rules: dict[str, frozenset[str]]):
+    """A regular expression with a group for each of the texts, the longest first.
+
+    Rules of a text: lstrip and rstrip take the blanks beside it, single_word finds it only between words.
+    """
+    def spell(text: str) -> str:
+        rule, word = rules.get(text, ()), f"({regex.escape(text)})"
+        word = rf"(?<!\w){word}(?!\w)" if "single_word" in rule else word
+        return r"\s*" * ("lstrip" in rule) + word + r"\s*" * ("rstrip" in rule)
+
+    return compile_cached("|".join(map(spell, sorted(texts, key=len, reverse=True))))
+
+
+compile_cached = functools.lru_cache(64)(regex.compile)
+
+
 class ByteLevel(Tokenizer):
     """Byte-level BPE through tiktoken: GPT-2, Llama-3, SmolLM2.
 
-    pattern: regular expression that cuts a text into words.
+    split, then pattern, cut a text into words: a function, and a regular expression for tiktoken. Without a
+    pattern each piece of `split` is a word.
     ranks: bytes of a token → its id, also the order of merging.
     """
 
-    def __init__(self, pattern: str, ranks: dict[bytes, int], special: dict[str, int], **names):
+    def __init__(self, pattern: str | None, ranks: dict[bytes, int], special: dict[str, int],
+                 split: Splitter | None = None, **names):
         super().__init__(ranks.values(), special, **names)
-        self.pattern, self.ranks = pattern, ranks
+        self.pattern, self.ranks, self.split = pattern, ranks, split
+        self.encode_word = functools.lru_cache(20_000)(self.encode_piece)
         # SmolLM2 has no token for 21 of the 256 bytes, and tiktoken stops at such a byte.
         # Here the byte gets an id past the end, which encode_plain drops.
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         extra = {b: self.vocab_size + n for n, b in enumerate(missing)}
-        self.coder = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks={**ranks, **extra},
-                                       special_tokens={})
+        self.coder = tiktoken.Encoding("bpe", pat_str=pattern or r"(?s:.+)", special_tokens={},
+                                       mergeable_ranks={**ranks, **extra})
 
     def encode_plain(self, text: str, preceded_by: str) -> list[int]:
+        encode = self.encode_piece if self.pattern else self.encode_word
+        return [i for piece in (self.split(text) if self.split else [text]) for i in encode(piece)]
+
+    def encode_piece(self, text: str) -> list[int]:
         # Llama-3's own code cuts long runs too: 10⁶ blanks overflow the stack of tiktoken's pattern matcher.
-        runs = re.finditer(r"\s+|\S+", text) if len(text) > LONGEST_RUN else ()
+        runs = re.finditer(r"\s+|\S+", text) if self.pattern and len(text) > LONGEST_RUN else ()
         cuts = [i for run in runs for i in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)]
         ids = []
         for start, end in zip([0, *cuts], [*cuts, len(text)]):
@@ -151,12 +196,18 @@ class ByteLevel(Tokenizer):
         merged = [token for token in sorted(self.ranks, key=self.ranks.get) if len(token) > 1]
         merges = [[spell(half) for half in merge_halves(token, self.ranks)] for token in merged]
         flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        begin = names.get(self.bos)
+        first, second = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
+        processor = begin and {
+            "type": "TemplateProcessing", "pair": [first, second],
+            "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, first],
+            "special_tokens": {begin: {"id": begin, "ids": [self.bos], "tokens": [begin]}}}
         write_json(Path(folder) / "tokenizer.json", {
             "version": "1.0",
             "added_tokens": [{"id": i, "content": text, **flags} for text, i in self.special.items()],
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                               "use_regex": True},
-            "decoder": {"type": "ByteLevel"},
+            "post_processor": processor, "decoder": {"type": "ByteLevel"},
             "model": {"type": "BPE", "vocab": {spell(token): i for token, i in self.ranks.items()},
                       "merges": merges}})
         write_json(Path(folder) / "tokenizer_config.json", {
@@ -283,24 +334,22 @@ codecs.register_error("replace-each-byte", lambda e: ("\ufffd" * (e.end - e.star
 
 
 class WordPiece(Tokenizer):
-    """BERT's tokenizer (1810.04805v2): lower case, no accents, punctuation and Chinese characters apart.
+    """BERT's vocabulary (1810.04805v2).
 
     A word is cut from the left into the longest pieces of the vocabulary; ## marks a piece inside the word.
-    A word that has no such cut, or more than 100 characters, is [UNK].
+    A word that has no such cut, or too many characters, is [UNK].
     """
-    SINGLE = ("\u4E00-\u9FFF\u3400-\u4DBF\uF900-\uFAFF\U00020000-\U0002A6DF\U0002A700-\U0002CEAF"
-              "\U0002F800-\U0002FA1F" r"\p{P}$+<=>^`|~")               # inside a regular expression's [ ]
 
-    def __init__(self, vocab: dict[str, int], special: dict[str, int], lower: bool = True, unk: str = "[UNK]",
-                 **names):
-        super().__init__(vocab.values(), special, **names)
-        self.vocab, self.lower, self.unk = vocab, lower, vocab[unk]
-        self.pieces = {i: piece for piece, i in vocab.items()}
+    def __init__(self, vocab: dict[str, int], special: dict[str, int], split: Splitter, unk: str = "[UNK]",
+                 longest: int = 100, words: dict[str, int] | None = None, **names):
+        super().__init__({*vocab.values(), *(words or {}).values()}, special, words=words, **names)
+        self.vocab, self.split, self.unk, self.longest = vocab, split, vocab[unk], longest
+        self.pieces = {i: piece for piece, i in {**vocab, **self.words}.items()}
         self.encode_word = functools.lru_cache(20_000)(self.split_word)
 
     def split_word(self, word: str) -> list[int]:
         ids, start = [], 0
-        while start < len(word) <= 100:
+        while start < len(word) <= self.longest:
             inside = "##" if start else ""
             end = next((e for e in range(len(word), start, -1) if inside + word[start:e] in self.vocab), None)
             if end is None:
@@ -310,13 +359,7 @@ class WordPiece(Tokenizer):
         return ids if start == len(word) else [self.unk]
 
     def encode_plain(self, text: str, preceded_by: str) -> list[int]:
-        # Control, format and private characters go, unassigned ones (Cn) and \t \n \r stay.
-        text = regex.sub(r"[^\P{C}\p{Cn}\t\n\r]|\uFFFD", "", text)
-        if self.lower:
-            text = unicodedata.normalize("NFD", text)
-            text = "".join(c.lower() for c in text if unicodedata.category(c) != "Mn")         # Mn: accents
-        words = regex.findall(f"[{self.SINGLE}]|[^\\s{self.SINGLE}]+", text)
-        return [i for word in words for i in self.encode_word(word)]
+        return [i for word in self.split(text) for i in self.encode_word(word)]
 
     def decode_plain(self, ids: list[int], preceded_by: str) -> str:
         text = " ".join(self.pieces[i] for i in ids).replace(" ##", "").replace(" ' ", "'")
@@ -324,14 +367,14 @@ class WordPiece(Tokenizer):
 
 
 class ClipBPE(Tokenizer):
-    """CLIP's BPE (2103.00020v1): lower case, blanks dropped.
+    """CLIP's BPE (2103.00020v1).
 
     The last letter of a word carries </w>, which is decoded as a blank.
     """
 
-    def __init__(self, vocab: dict[str, int], order: dict, special: dict[str, int], **names):
+    def __init__(self, vocab: dict[str, int], order: dict, special: dict[str, int], split: Splitter, **names):
         super().__init__(vocab.values(), special, **names)
-        self.vocab, self.order = vocab, order
+        self.vocab, self.order, self.split = vocab, order, split
         byte_of = {letter: b for b, letter in byte_letters().items()}
         self.spelling = {}                                                  # id → bytes
         for piece, i in vocab.items():
@@ -346,8 +389,7 @@ class ClipBPE(Tokenizer):
         return [self.vocab[part] for part in parts if part in self.vocab]
 
     def encode_plain(self, text: str, preceded_by: str) -> list[int]:
-        text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
-        return [i for word in regex.findall(CLIP_SPLIT, text) for i in self.encode_word(word)]
+        return [i for word in self.split(text) for i in self.encode_word(word)]
 
     def decode_plain(self, ids: list[int], preceded_by: str) -> str:
         return b"".join(self.spelling[i] for i in ids).decode("utf-8", "replace").strip()

@@ -287,7 +287,14 @@ def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = 
              **expand(TEXT_NAMES, text.layers, "text_model.", "text."),
              "image_projection.weight": "visual_projection.weight"}
     fill(clip, Checkpoint(path), names, (), device, dtype or torch.float32)
+    clip.text.register_forward_pre_hook(refuse_long_text)
     return clip.eval()
+
+
+def refuse_long_text(text: TextTransformer, args: tuple) -> None:
+    """The door of a published text tower: a text that is too long is its user's mistake."""
+    with at_the_door("CLIP"):
+        text.check_length(*args)
 
 
 def save_vit(vit: ViT, path: str | os.PathLike) -> None:

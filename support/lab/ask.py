@@ -4,9 +4,12 @@
     python eval.py ask out/mapl-shapes --image scene.png --prompt "where is the red ring?"
     python eval.py ask llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "What is this?" --dtype bfloat16
     python eval.py ask HuggingFaceTB/SmolLM2-135M-Instruct --prompt "What is the capital of France?"
+    python eval.py ask lmsys/vicuna-7b-v1.5 --template vicuna --prompt "What is the capital of France?"
 
 MODEL is a run of train.py, a published vision-language model (LLaVA, InstructBLIP, BLIP-2's first stage,
 IDEFICS, Llama 3.2 Vision) or a decoder: a folder, or a name on the Hugging Face hub. What it holds decides.
+A published model is asked in the chat template that its folder publishes; one that publishes none continues
+the prompt as it stands. --template takes another one.
 """
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ import data
 from eval import generate_ids, generate_texts
 from model import Decoder, IMAGE, VLM, ViT
 from papers.mllama_vit import TiledViT, Tiles
-from support.formats.files import UserError, read_json
+from support.formats.chat import TEMPLATES
+from support.formats.files import UserError, at_the_door, read_json
 from support.formats.hub import fetch, print_licence
 from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor, read_image, tile_pixels
@@ -45,6 +49,7 @@ class Request:
     prompt: str = ""
     max_new_tokens: int = 64
     beams: int = 1
+    template: str = ""                          # a key of TEMPLATES; "" = the folder's own
     device: str | None = None
     dtype: torch.dtype | None = None            # None = float32
 
@@ -68,8 +73,13 @@ def read_question(vlm: VLM, tokenizer: Tokenizer, image: str, prompt: str) -> tu
 def ask_decoder(name: str, folder: Path, request: Request) -> str:
     """The answer of a decoder alone, asked in its own chat template."""
     print_licence(name, folder, sys.stderr)     # not among the answers
-    tokenizer, decoder = load_tokenizer(folder), load_decoder(folder, request.device, request.dtype)
-    ids = data.Document(tokenizer).chat(request.prompt).tokens
+    tokenizer = open_tokenizer(folder, request.template)
+    decoder = load_decoder(folder, request.device, request.dtype)
+    if not request.template and tokenizer.template is TEMPLATES["llama3"]:
+        print(f"{name}: Meta's own files do not say whether a model chats; asked in Llama 3's chat template. "
+              "For a base model use --template plain.", file=sys.stderr)
+    with at_the_door(f"{name}, chat template {tokenizer.template.name}"):
+        ids = data.Document(tokenizer).chat(request.prompt).tokens
     if IMAGE in ids:
         raise UserError('a decoder alone sees no picture; leave "<image>" out of --prompt.')
     answer = write_answer(decoder, torch.tensor([ids], device=request.device), tokenizer, request)
@@ -77,6 +87,14 @@ def ask_decoder(name: str, folder: Path, request: Request) -> str:
         print(f"warning: the answer runs past the {decoder.config.context} positions that this decoder was "
               "trained on; its end means little.", file=sys.stderr)
     return answer
+
+
+def open_tokenizer(folder: Path, template: str) -> Tokenizer:
+    """The tokenizer of a published model with a chat template of TEMPLATES, or "" for the folder's own."""
+    tokenizer = load_tokenizer(folder)
+    if template:
+        tokenizer.template = TEMPLATES[template]
+    return tokenizer
 
 
 @torch.no_grad()
@@ -88,18 +106,19 @@ def ask_published(folder: Path, request: Request) -> str:
     """
     model = load_vlm(folder, request.device, request.dtype)
     print_licence(str(folder), folder, sys.stderr)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder, request.template)
     facts = read_json(folder / "config.json")
     if not request.image and facts["model_type"] not in QUESTION_FORMS:
         raise UserError(f"{folder} answers about a picture only: give it one, --image FILE.")
     pixels = picture_pixels(model.vit, folder, request.image) if request.image else None
     if not isinstance(model, VLM):
         return match_caption(model, tokenizer, pixels, request.prompt)
-    tokens = question_tokens(facts, tokenizer, request.prompt, bool(request.image))
+    with at_the_door(f"{folder}, chat template {tokenizer.template.name}"):
+        tokens = question_tokens(facts, tokenizer, request.prompt, bool(request.image))
     images, device = {"pixels": pixels}, model.decoder.embed.weight.device
     if facts["model_type"] == "instructblip":   # the Q-Former reads the question, too, in BERT's words
         words = load_tokenizer(folder / "qformer_tokenizer")
-        ids = [words.bos, *words.encode(request.prompt), words.eos]
+        ids = [*words.begin, *words.encode(request.prompt), *words.end]
         images["bridge_tokens"] = torch.tensor([ids], device=device)
     return write_answer(model, torch.tensor([tokens], device=device), tokenizer, request, **images)
 
@@ -132,7 +151,8 @@ def picture_pixels(vit: ViT | TiledViT, folder: Path, file: str) -> Tensor | Til
 
 def match_caption(stage1: nn.Module, tokenizer: Tokenizer, pixels: Tensor, caption: str) -> str:
     """BLIP-2's two scores of a caption: does it belong to the picture, and how similar are they?"""
-    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(caption), tokenizer.eos]], device=pixels.device)
+    ids = [*tokenizer.begin, *tokenizer.encode(caption), *tokenizer.end]
+    ids = torch.tensor([ids], device=pixels.device)
     features = stage1.features(pixels)
     cosine = stage1.itc(features, ids)[0, 0] * (stage1.temperature if stage1.full else 1)
     match = stage1.itm(features, ids).softmax(-1)[0, 1]
@@ -159,6 +179,8 @@ def make_parser() -> Parser:
     asked = parser.add_argument_group("the question")
     asked.add_argument("--image", default="", metavar="FILE", help="a picture file")
     asked.add_argument("--prompt", default="", metavar="TEXT", help="without it a run writes a caption")
+    asked.add_argument("--template", default="", choices=[*TEMPLATES], metavar="NAME",
+                       help=f"a chat template in place of the model's own: {', '.join(TEMPLATES)}")
     answer = parser.add_argument_group("the answer")
     answer.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)")
     answer.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
@@ -174,12 +196,16 @@ def main(argv: list[str]) -> None:
         raise UserError("--max-new-tokens and --beams must be at least 1.")
     folder = fetch(args.model)
     facts = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    request = Request(args.image, args.prompt, args.max_new_tokens, args.beams, device, DTYPES[args.dtype])
+    request = Request(args.image, args.prompt, args.max_new_tokens, args.beams, args.template, device,
+                      DTYPES[args.dtype])
+    kind = facts.get("model_type")
+    if args.template and ("bridge" in facts or kind in LAYOUTS and kind not in QUESTION_FORMS):
+        raise UserError(f"{args.model} is not asked in a chat template; leave out --template.")
     if "bridge" in facts:
         if not args.image:
             raise UserError(f"{args.model} is a run: give it a picture, --image FILE.")
         print(ask_run(args.model, request))
-    elif facts.get("model_type") in LAYOUTS:
+    elif kind in LAYOUTS:
         if not args.prompt:
             raise UserError(f"{args.model} needs --prompt TEXT, and --image FILE if it is about a picture.")
         print(ask_published(folder, request))

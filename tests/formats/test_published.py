@@ -6,18 +6,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from support.formats.tokenizer_files import load_tokenizer
 import eval as evaluation
-from conftest import GOLDEN, check, fixed_loss, golden
+from conftest import GOLDEN, check, fixed_loss, golden, speaking
 from model import IGNORE, IMAGE
-from support.formats.files import UserError, write_tensors
+from support.formats.files import UserError
 from support.formats.vlm import load_bridge, load_vlm, save_vlm
 
 LLAVA_FILES = [
@@ -169,44 +167,6 @@ def test_what_we_export_loads_back_and_what_has_no_class_elsewhere_is_refused(tm
             save_vlm(tiny_vlm(name, **options), tmp_path / "no", layout="hf")
     with pytest.raises(UserError, match='unknown layout "onnx"'):
         save_vlm(vlm, tmp_path / "no", layout="onnx")
-
-
-def speaking(tmp_path, case: str) -> Path:
-    """A golden model whose vocabulary is as large as that of a small tokenizer: words and head get random
-    rows, config.json knows."""
-    source = golden(case)[0]
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    for other in tmp_path.glob("model.*.safetensors"):
-        other.unlink()
-    content = json.loads((GOLDEN / "sentencepiece-llama-style" / "tokenizer.json").read_text())
-    if "idefics" in case:
-        marks = ("<fake_token_around_image>", "<end_of_utterance>")
-        content["added_tokens"] += [{"id": 640 + n, "content": mark, "special": True}
-                                    for n, mark in enumerate(marks)]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    config, V = json.loads((tmp_path / "config.json").read_text()), load_tokenizer(tmp_path).vocab_size
-    text = config.get("text_config", config)
-    words = text["vocab_size"]
-    tensors = load_file(tmp_path / "model.safetensors")
-    g = torch.Generator().manual_seed(0)
-    for name, t in tensors.items():
-        grown = {"embed_tokens.weight": words + (8 if case == "mllama" else 0), "lm_head.weight": words}
-        if any(name.endswith(end) and len(t) == rows for end, rows in grown.items()):
-            tensors[name] = torch.cat((t, torch.randn(V, t.shape[1], generator=g)))
-    text["vocab_size"] = words + V
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    write_tensors(tmp_path / "model.safetensors", tensors)
-    if case in ("instructblip-llama", "blip2-itm-itc"):  # the Q-Former reads BERT's words
-        (tmp_path / "tokenizer.json").rename(tmp_path / "llama.json") if case == "blip2-itm-itc" else None
-        folder = tmp_path / ("" if case == "blip2-itm-itc" else "qformer_tokenizer")
-        shutil.copytree(GOLDEN / "wordpiece-bert-style" / "old", folder, dirs_exist_ok=True)
-        rows = load_tokenizer(folder).vocab_size
-        config["qformer_config"]["vocab_size"] += rows
-        for name in [n for n in tensors if n.endswith("word_embeddings.weight")]:
-            tensors[name] = torch.cat((tensors[name], torch.randn(rows, tensors[name].shape[1], generator=g)))
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        write_tensors(tmp_path / "model.safetensors", tensors)
-    return tmp_path
 
 
 @pytest.mark.parametrize(
