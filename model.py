@@ -231,8 +231,7 @@ class Cache:
         shape = (config.layers, batch, config.kv_heads, longest, config.head_width)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.real = torch.ones(batch, longest, dtype=torch.bool, device=device)     # False = padding
-        self.padded = False
-        self.length = 0
+        self.padded, self.length = False, 0         # whether there is padding; how many positions are held
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         end = self.length + k.shape[2]
@@ -349,7 +348,8 @@ def visible_keys(T: int, past: int, real: Tensor | None, document: Tensor | None
     t, s = torch.arange(past, past + T, device=device), torch.arange(past + T, device=device)
     visible = (s <= t[:, None])[None, None]                                     # (1, 1, T, S)
     if window is not None:
-        visible = visible & (s > t[:, None] - window)
+        p = s[None] if real is None else real.cumsum(-1)                # (B or 1, S) padding has no width
+        visible = visible & (p[:, None, None] > p[:, None, past:, None] - window)
     if real is not None:
         visible = visible & real[:, None, None] | (s == t[:, None])     # padding sees itself: no empty row
     if document is not None:

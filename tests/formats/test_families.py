@@ -88,6 +88,18 @@ def test_a_window_agrees_with_the_cache_with_padding_and_with_packing():
         torch.testing.assert_close(packed, torch.cat((whole[:1], whole[1:]), 1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_takes_no_room_in_the_window_of_what_is_generated(side):
+    decoder = tiny_decoder(window=4)
+    long, short = torch.randint(61, (2, 9))
+    short, padding = short[:5], torch.zeros(4, dtype=torch.long)
+    row = torch.cat((padding, short) if side == "left" else (short, padding))
+    real = torch.arange(9) >= 4 if side == "left" else torch.arange(9) < 5
+    both = decoder.generate(torch.stack((long, row)), 6, mask=torch.stack((torch.ones(9).bool(), real)))
+    assert torch.equal(both[:1], decoder.generate(long[None], 6))
+    assert torch.equal(both[1:], decoder.generate(short[None], 6))
+
+
 def test_a_text_within_the_window_is_a_plain_decoders_to_the_bit():
     plain, windowed = tiny_decoder(), tiny_decoder(window=9)
     tokens = torch.randint(61, (2, 9))
