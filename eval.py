@@ -290,6 +290,7 @@ def answer_accuracy(q: data.QA, answer: str, evaluator: str = "") -> float:
     Of multiple choice it is 1 if the answer names the right choice.
     """
     if is_multiple_choice(q):
+        answer = answer.replace("###\nANSWER:", "The answer is")                # of the form QCM-LEPA
         return float(scienceqa_choice(answer, len(q.choices)) == q.correct)
     evaluator = evaluator or (q.kind if q.kind in EVALUATORS else "vqa")
     return vqa_accuracy(answer, q.answers or [q.answer] * 10, evaluator)

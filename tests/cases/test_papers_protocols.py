@@ -138,6 +138,7 @@ def test_a_model_of_the_form_qcm_lepa_is_asked_for_the_letter_behind_its_reasons
     world = open_data(f"scienceqa:{scienceqa(tmp_path)}:test")
     answer = scienceqa_text(world.item(0).qas[0], "QCM-LEPA")[1]
     assert answer == "LECTURE: Look.\nSOLUTION: So.\n###\nANSWER: B."
+    assert answer_accuracy(world.item(0).qas[0], answer) == 1
     with pytest.raises(UserError, match='--form "QCM-LEP"'):
         scienceqa_text(world.item(0).qas[0], "QCM-LEP")
     run = Path(shutil.copytree(untrained_run, tmp_path / "run"))
