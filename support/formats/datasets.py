@@ -215,14 +215,15 @@ def read_vqa(folder: Path, split: str, version="v2_"):
     fields_of: dict[int, dict] = {}                     # question id → the fields that its annotation fills
 
     def collect_answers(n, row):
-        more = {"question_type": row.get("question_type"), "most_common": row.get("multiple_choice_answer")}
+        chosen = row.get("multiple_choice_answer")
+        more = {"question_type": row.get("question_type"), "most_common": chosen and checked_text(chosen)}
         answers = [a["answer"] for a in row["answers"]]
         fields_of[same_id(row["question_id"])] = dict(answers=answers, kind=row.get("answer_type") or "",
                                                       more=more)
 
     def question(n, row):
         i = same_id(row["question_id"])
-        path = find(pictures, f"COCO_{pictures}_{int(row['image_id']):012d}.jpg")
+        path = find(pictures, f"COCO_{pictures}_{same_id(row['image_id']):012d}.jpg")
         if not split.startswith("test") and i not in fields_of:
             raise ValueError(f"question {i} has no annotation, or is asked twice")
         return Record(i, [path], part, question=row["question"], **fields_of.pop(i, {}))
@@ -321,6 +322,22 @@ def read_mme(folder: Path, split: str):
 SPEAKERS = {"system": "system", "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
+def message_text(content) -> str:
+    """A message's text; of OpenAI's parts {"type": text | image | image_url, …} the texts, with <image> for
+    pictures."""
+    if not isinstance(content, list):
+        return checked_text(content)
+    return "\n".join("<image>" if part["type"] in ("image", "image_url") else checked_text(part["text"])
+                     for part in content)
+
+
+def message_pictures(turns: list[dict]) -> list[str]:
+    """The pictures that OpenAI's parts name."""
+    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+    return [part["image_url"]["url"] if part["type"] == "image_url" else part["image"]
+            for part in parts if part["type"] in ("image", "image_url")]
+
+
 def read_turns(turns: list[dict]) -> tuple[tuple[str, str], ...]:
     """Turns {"from", "value"}, or as OpenAI calls them {"role", "content"}, as (speaker, text).
 
@@ -332,7 +349,7 @@ def read_turns(turns: list[dict]) -> tuple[tuple[str, str], ...]:
         speaker, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
         if speaker not in SPEAKERS:
             raise ValueError(f'the speaker "{speaker}" is none of {", ".join(SPEAKERS)}')
-        said.append((SPEAKERS[speaker], checked_text(text)))
+        said.append((SPEAKERS[speaker], message_text(text)))
     system = said[:1] if said and said[0][0] == "system" else []
     talk = said[len(system):]
     talk = talk[1:] if talk and talk[0][0] == "gpt" else talk
@@ -357,7 +374,7 @@ def read_llava(path: Path, split: str):
     def sample(n, row):
         row = row_object(row)
         turns = row["messages"] if "messages" in row else row["conversations"]
-        images = row.get("image") or row.get("images") or []
+        images = row.get("image") or row.get("images") or message_pictures(turns)
         images = images if isinstance(images, list) else [images]
         paths = [path_inside(file.parent, image, ".", "images", "coco/train2017") for image in images]
         return Record(n if row.get("id") is None else row["id"], paths, turns=read_turns(turns))

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import data
+from conftest import GOLDEN
 from model import IGNORE, IMAGE
 from support.formats.chat import TEMPLATES
 from support.formats.files import UserError
@@ -92,6 +95,24 @@ def test_first_turns_of_gpt_and_last_ones_of_the_human_go_and_a_system_text_stay
     assert [[t["content"] for t in items(world)[i].turns] for i in ("talk", "messages")] == [kept, kept]
     if len(kept) == 3:
         assert items(world)["talk"].turns[0]["role"] == "system"
+
+
+def test_openais_messages_name_their_pictures_in_parts_or_beside_them(talks):
+    def user(*pictures: dict) -> dict:
+        return {"role": "user", "content": [*pictures, {"type": "text", "text": "what differs?"}]}
+    answer = {"role": "assistant", "content": "the colour"}
+    one = {"type": "image"}
+    world = talks([
+        dict(id="beside", images=["1.png", "2.png"], messages=[user(one, one), answer]),
+        dict(id="parts", messages=[user({"type": "image", "image": "1.png"},
+                                        {"type": "image_url", "image_url": {"url": "2.png"}}), answer]),
+        dict(id="text", messages=[user(), answer]),
+        dict(id="bad", messages=[user({"type": "video"}), answer])])
+    found = items(world)
+    assert [*world.broken.values()] == ['"text" is missing'] and {*found} == {"beside", "parts", "text"}
+    for i, count in (("beside", 2), ("parts", 2), ("text", 0)):
+        assert found[i].turns[0]["content"] == "<image>\n" * count + "what differs?"
+        assert [p[0, 0, 0] for p in found[i].pictures] == [80, 160][:count]
 
 
 def test_the_first_stage_of_llava_learns_the_answer_after_a_system_text_too(talks):
@@ -240,6 +261,54 @@ def test_mme_files_differ_in_blank_lines_case_and_endings(tmp_path, text, ending
     (folder / "0001.txt").write_text(text, encoding="utf-8")
     item = open_data(f"mme:{tmp_path}:test", strict=True).item(0)
     assert [(q.question, q.answer) for q in item.qas] == [("Is it?", "Yes"), ("Is it not?", "No")]
+
+
+# --- wrong types --------------------------------------------------------------------------------------------
+
+def places(value, at=()):
+    """Every place in a JSON value, of a list the first two entries."""
+    yield at
+    if isinstance(value, (dict, list)):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value[:2]):
+            yield from places(entry, (*at, key))
+
+
+def replaced(value, at, new):
+    if not at:
+        return new
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    changed[at[0]] = replaced(value[at[0]], at[1:], new)
+    return changed
+
+
+@pytest.mark.parametrize("spec, file", [
+    ("coco:coco_captions:val2014", "annotations/captions_val2014.json"),
+    ("karpathy:coco_captions:train", "dataset_coco.json"),
+    ("textcaps:textcaps:train", "TextCaps_0.1_train.json"),
+    ("vqav2:vqav2:val", "v2_OpenEnded_mscoco_val2014_questions.json"),
+    ("vqav2:vqav2:val", "v2_mscoco_val2014_annotations.json"),
+    ("textvqa:textvqa:train", "TextVQA_0.5.1_train.json"),
+    ("vizwizvqa:vizwiz_vqa:train", "Annotations/train.json"), ("scienceqa:scienceqa:train", "problems.json"),
+    ("scienceqa:scienceqa:train", "pid_splits.json"),
+    ("llava:llava_instruct:all", "llava_instruct_150k.json"), ("alpaca:alpaca:all", "alpaca_data.json"),
+])
+def test_a_value_of_the_wrong_type_is_counted_or_refused_in_one_sentence(spec, file, tmp_path):
+    kind, name, split = spec.split(":")
+    shutil.copytree(GOLDEN / "datasets" / name, tmp_path, dirs_exist_ok=True)
+    original, generator = json.loads((tmp_path / file).read_text(encoding="utf-8")), random.Random(0)
+    for at in generator.sample(found := [*places(original)], min(12, len(found))):
+        for new in generator.sample(WRONG, 4):
+            (tmp_path / file).write_text(json.dumps(replaced(original, at, new)))
+            try:
+                world = open_data(f"{kind}:{tmp_path}:{split}")
+                for i in range(len(world)):
+                    world.item(i, turns=2)
+            except UserError as e:
+                assert "\n" not in str(e)
+
+
+WRONG = [None, 0, -1, 1.5, 1e400, float("nan"), "", "x", "<image>", "../x", [], {}, [None], ["a", 1],
+         {"a": 1}, True]
 
 
 # --- your own pictures --------------------------------------------------------------------------------------
