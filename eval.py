@@ -19,6 +19,9 @@ import math
 import sys
 from pathlib import Path
 
+from support.plumbing.stop import end_at_once
+if __name__ == "__main__":
+    end_at_once()                   # Ctrl-C while the next lines load: no traceback
 import numpy as np
 import torch
 from torch import Tensor

@@ -19,18 +19,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 import os
-import re
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from support.plumbing.stop import Stop, end_at_once, stoppable
+
+if __name__ == "__main__":
+    end_at_once()                   # Ctrl-C while the next lines load: no traceback
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 import papers
@@ -41,25 +44,25 @@ from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task, print_recipe
 from papers.systems import SYSTEMS
 from support.formats.benchmarks import scienceqa_text
 from support.formats.chat import TEMPLATES
-from support.formats.files import UserError, at_the_door, read_json, write_json
+from support.formats.files import UserError, at_the_door, write_json
 from support.formats.hub import pin_revision, print_licence
-from support.formats.llama import load_decoder
-from support.formats.tokenizer_files import copy_tokenizer, load_tokenizer
-from support.formats.towers import (WEIGHTS, fill_from_run, load_answer_parts, load_stage1_parts,
-                                    portable_name, resolve_folder, save_clip_run, tower_names)
-from support.formats.vlm import save_vlm
-from support.plumbing.cli import (check_settings, make_parser, parse_flags, parse_options, parse_weighted,
-                                  run_cli, setting)
+from support.formats.towers import LOADERS, WEIGHTS, fill_from_run, resolve_folder, save_answer_run
+from support.plumbing.cli import parse_options, parse_weighted, run_cli, setting
 from support.plumbing.curves import draw_curves
 from support.plumbing.device import frozen_dtype, pick_dtype
-from support.plumbing.doctor import gradient_norms, print_first_document, print_modules, report_blind_loss
+from support.plumbing.digest import data_digest, parts_digest
+from support.plumbing.doctor import (gate_details, gradient_norms, print_first_document, print_modules,
+                                     report_blind_loss)
 from support.plumbing.features import FeatureCache
+from support.plumbing.folder import clean_folder, owned
 from support.plumbing.log import append_line, rewind_log
-from support.plumbing.meter import Meter, count_flops, count_positions
+from support.plumbing.meter import Meter, Progress, count_flops, count_positions
+from support.plumbing.optimizers import clip_gradients, make_optimizers, schedule
 from support.plumbing.packing import pack_documents, require_room
 from support.plumbing.ranks import Ranks, prefetch
-from support.plumbing.state import TrainState, load_state, save_state
-from support.worlds import open_data, open_split, take_items, text
+from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
+from support.plumbing.state import TrainState, load_state, require_finite, save_state
+from support.worlds import open_data, open_split, take_items, text, unread_settings
 from support.worlds.pairs import contrastive_pair, require_captions
 from support.worlds.trained import earlier_sets, name_split
 
@@ -170,13 +173,14 @@ def main(argv: list[str] | None = None) -> nn.Module:
     command = " ".join(sys.argv[1:] if argv is None else argv)
     for stage in SYSTEMS.get(asked.recipe, (asked.recipe,)):
         s = asked if resume else with_recipe(asked, stage)
-        module = train(s, command, resume)
+        with owned(Path(s.out)), stoppable(Path(s.out)) as stop:
+            module = train(s, stop, command, resume)
     return module
 
 
 # The loop ---------------------------------------------------------------------------------------------------
 
-def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
+def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> nn.Module:
     # 1. settings --------------------------------------------------------------------------------------------
     recipe = RECIPES[s.recipe]
     if s.offline:
@@ -215,49 +219,45 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
         torch.manual_seed(s.seed + ranks.rank)
 
     # 4. optimiser and schedule ------------------------------------------------------------------------------
-    optimizers = make_optimizers(task.module, trained, s)
+    optimizers = make_optimizers(task.module, trained, s, recipe.numbers(s.scale))
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
     warmup = s.warmup if s.warmup < 1 else s.warmup / s.steps
     mean = {n: p.detach().clone() for n, p in trained} if s.ema else {}
-    state = TrainState(trained, optimizers, mean)
+    identity = {"settings": settings_digest(s), "data": data_digest(sets), "weights": task.frozen}
+    state = TrainState(trained, optimizers, mean, identity)
 
     # 5. resume ----------------------------------------------------------------------------------------------
+    seconds = 0.0                                       # of training, over all starts of the run
     if resume:
         load_state(state, ranks, out)
         if ranks.first:
-            rewind_log(out / "log.jsonl", state.step)
+            seconds = rewind_log(out / "log.jsonl", state.step)
             print(f"resume   at step {state.step} of {out}")
     elif ranks.first:
+        clean_folder(out, {name: r.trained for name, r in RECIPES.items()}, (s.init, s.lm, s.vit))
         write_json(out / "config.json", {"settings": dataclasses.asdict(s)})
-        for earlier in ("log.jsonl", "loss.png", "gates.png", "samples.html", "results.json"):
-            (out / earlier).unlink(missing_ok=True)
 
     # 6. the loop --------------------------------------------------------------------------------------------
     task.module.train()
     batches = prefetch(task.batch, state.step, s.workers, pin=device.type == "cuda")
     with ranks.eager_layers(), autocast(enabled=mixed):
         flops = 0.0 if s.shard else task.flops_per_position()                   # slices are not counted
-    meter, start = Meter(s.steps, flops, task.visual_tokens, ranks.size), time.monotonic() - state.seconds
-    bar = tqdm(total=s.steps, initial=state.step, disable=not (sys.stderr.isatty() and ranks.first),
-               leave=False)
+    meter = Meter(s.steps, flops, task.visual_tokens, ranks.size)
+    progress = Progress(out / "log.jsonl", meter, state.step, seconds, ranks.first)
+    stop.hold()                                         # from here on a signal waits for the end of a step
     while state.step < s.steps:
-        step = state.step
-        if step and step % s.save_every == 0:
-            state.seconds = time.monotonic() - start
-            save_state(state, ranks, out)
-        if s.check_every and step and step % s.check_every == 0:
+        step, new = state.step, state.step != state.saved           # not new: the step of a resumed state
+        if s.check_every and step and step % s.check_every == 0 and new:
             task.module.eval()
             with ranks.unsharded(forward), autocast(enabled=task.mixed):
                 scores = task.check()
-            if ranks.first:
-                append_line(out / "log.jsonl", {"step": step, **scores})
-                bar.write(f"check  {step:6d}  " + "  ".join(f"{k} {100 * v:.1f}" for k, v in scores.items()),
-                          file=sys.stdout)
+            progress.check(step, scores)
             task.module.train()
         rate = schedule(step / s.steps, warmup, s.schedule)
         for o, peak in zip(optimizers, peaks):
             for group, lr in zip(o.param_groups, peak):
                 group["lr"] = lr * rate
+        state.keep_random(device)
 
         # --------------------------------------------------------------------------------------- the step ---
         pieces = task.to_device(next(batches))          # `accumulate` parts of one batch
@@ -272,17 +272,18 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
         norms = gradient_norms(trained) if step == 0 else ""
         norm = clip_gradients(trained, s.clip).item()
         loss = ranks.average(loss)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            save_state(state, ranks, out)
-            raise UserError(f"loss is not finite at step {step} (loss {loss}, gradient norm {norm}; "
-                            f"batch: {task.describe_batch(step)} of {s.data}); the state before it is in "
-                            f"{out}/state.safetensors; try --lr {s.lr / 3:.0e} or --dtype float32.")
-        if step == 0:
+        require_finite(state, s, task.describe_batch, loss, norm)
+        if step == 0 and new:
             if ranks.first:
                 print(f"step 0   loss {loss:.3f}   {task.expect}")
                 print(f"gradient {norms}")
             with ranks.unsharded(forward):
                 task.first_step(pieces, scales, out)
+        asked = ranks.any(stop.asked)
+        if asked or new and step % s.save_every == 0:   # its loss is finite, its update yet to come
+            save_state(state, ranks, out)
+        if asked:
+            raise KeyboardInterrupt
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
@@ -293,22 +294,18 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
 
         state.smooth_loss = loss if state.smooth_loss is None else 0.98 * state.smooth_loss + 0.02 * loss
         state.step = step = step + 1
-        meter.add(pieces)
-        bar.update()
-        if step == 20 and ranks.first:
-            print(meter.forecast(s.steps - step, device))
+        progress.step(step, pieces, device)
         if step % s.log_every == 0 or step == 1:
             with ranks.unsharded(forward):
                 metrics, details = task.metrics(), task.log_details()
             line = {"step": step, "loss": loss, "ema": state.smooth_loss, "grad_norm": norm,
-                    "lr": s.lr * rate, **metrics, **meter.rates(device)}
-            seconds = time.monotonic() - start
-            if ranks.first:
-                append_line(out / "log.jsonl", {**line, "seconds": seconds, **details})
-                bar.write(meter.line(line, seconds), file=sys.stdout)
-    bar.close()
-    state.seconds = time.monotonic() - start
+                    "lr": s.lr * rate, **metrics}
+            progress.line(line, details, device)
+    require_finite(state, s, task.describe_batch)       # the last update, too
+    seconds = progress.close()
+    state.keep_random(device)
     save_state(state, ranks, out)
+    stop.release()
 
     # 7. final evaluation and report -------------------------------------------------------------------------
     with torch.no_grad():
@@ -317,10 +314,10 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
     task.module = ranks.gather_module(task.module, lambda: make_task().module).eval()
     if ranks.first:
         learned = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
-        facts = {"settings": dataclasses.asdict(s), "steps": state.step, "seconds": round(state.seconds, 1),
+        facts = {"settings": dataclasses.asdict(s), "steps": state.step, "seconds": round(seconds, 1),
                  "trained_parameters": learned, "training_examples": state.step * s.batch}
         task.save(out, facts)
-        print(f"\ntrained  {state.step} steps in {state.seconds / 60:.1f} minutes")
+        print(f"\ntrained  {state.step} steps in {seconds / 60:.1f} minutes")
         with ranks.eager_layers(), autocast(enabled=task.mixed):
             for name, content in task.report(out).items():
                 write_json(out / name, content)
@@ -329,45 +326,6 @@ def train(s: Settings, command: str = "", resume: bool = False) -> nn.Module:
         print(f"files    {out}/   ({', '.join(sorted(p.name for p in out.iterdir()))})")
     ranks.barrier()
     return task.module
-
-
-def clip_gradients(trained: list[tuple[str, nn.Parameter]], limit: float) -> Tensor:
-    """The norm of all gradients together, which are scaled down to `limit` where it is larger (0: never)."""
-    norm = nn.utils.clip_grad_norm_([p for _, p in trained], limit or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def schedule(progress: float, warmup: float, kind: str = "cosine", floor: float = 0.02) -> float:
-    """A factor of the peak rate at `progress` (0 … 1) of the run.
-
-    A linear warm-up over its first share, then half a cosine down to `floor`, or what `kind` names.
-    """
-    if progress < warmup:
-        return max(progress / warmup, 0.02)
-    rest = (progress - warmup) / (1 - warmup)
-    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * rest))
-    return {"cosine": cosine, "constant": 1.0, "linear": 1 - rest}[kind]
-
-
-def make_optimizers(module: nn.Module, trained: list[tuple[str, nn.Parameter]],
-                    s: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on matrices only. Muon: matrices of Linear layers by Muon, the rest by AdamW.
-
-    Muon gets a tiny decoder off the plateau where it knows the words of a scene but not which belong together
-    (measured: AdamW stayed there for thousands of steps). On slices (--shard) it is exact but slow, because
-    each of its matrix products puts them together.
-    """
-    fused, numbers = trained[0][1].device.type == "cuda", numbers_of(s)
-    if s.optimizer == "muon":
-        linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
-        matrices = [p for _, p in trained if id(p) in linear]
-        rest = [p for _, p in trained if id(p) not in linear]
-        return [torch.optim.Muon(matrices, lr=numbers.muon_lr * s.lr / numbers.lr,
-                                 weight_decay=s.weight_decay),
-                torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=fused)]
-    groups = [{"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
-              {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=fused)]
 
 
 # The answer task --------------------------------------------------------------------------------------------
@@ -379,17 +337,19 @@ class AnswerTask(Task):
     """
 
     def __init__(self, given: Ingredients, s: Settings, ranks: Ranks, sets: list[tuple]):
+        if s.pack and not given.bridge.soft_tokens:
+            raise UserError(f"--pack: a {s.bridge} bridge reaches into the layers, where documents in one "
+                            "row would share its image; it packs for prefix bridges only.")
         self.given, self.s, self.ranks, self.sets = given, s, ranks, sets
         self.world, self.tokenizer = given.world, given.tokenizer
         self.template = TEMPLATES[s.template] if s.template else None           # None = as the model knows it
         self.module = VLM(given.vit, given.bridge, given.decoder, self.tokenizer.image)
         self.module.processor = given.processor
         self.choice_text = functools.partial(scienceqa_text, form=s.form)
+        self.module.decoder.checkpoint = s.checkpoint
         self.trained = RECIPES[s.recipe].trained
         self.vit_learns = "vit" in self.trained         # pixels go into the step, not features
-        self.cache = None
-        if s.cache and not self.vit_learns:
-            self.cache = FeatureCache(s.cache, self.module, (s.data, s.seed, s.frozen, s.dtype), ranks.rank)
+        self.cache = FeatureCache(s.cache, self.module, given.processor) if s.cache else None
         self.visual_tokens = self.count_visual_tokens()
         self.cut_documents = 0                          # longer than --longest, of those trained on
         V = self.module.decoder.config.vocab_size
@@ -433,44 +393,43 @@ class AnswerTask(Task):
         """Documents and pictures of data set m as tensors, pictures in the order of their places."""
         documents, K = [d for d, _ in pairs], self.visual_tokens
         cut = sum(d.cut(self.s.longest, K) for d in documents)
-        rows = [[i] for i in range(len(documents))]
         if self.s.pack:
             rows = pack_documents(documents, self.s.longest, K)
             tokens, labels, mask = data.collate([[documents[i] for i in row] for row in rows])
+            pairs = [pairs[i] for row in rows for i in row]
         else:
             tokens, labels, mask = data.collate(documents)
-        pictures, keys = [], []
-        for document, item in (pairs[i] for row in rows for i in row):
-            for n, picture in enumerate(item.pictures[:document.tokens.count(IMAGE)]):
-                pictures.append(picture)
-                keys.append(f"{m}/{item.id}/{n}")
-        fresh = [n for n, key in enumerate(keys) if self.cache is None or key not in self.cache.rows]
-        size = self.module.vit.config.image_size
-        pixels = torch.zeros(0, 3, size, size)          # of pictures without cached features
-        if fresh:
-            pixels = data.to_pixels([pictures[n] for n in fresh], size, self.given.processor)
+        pictures = [p for d, item in pairs for p in item.pictures[:d.tokens.count(IMAGE)]]
         all_tokens = mask.dtype == torch.bool and mask.all()
-        return dict(tokens=tokens, labels=labels, mask=None if all_tokens else mask, pixels=pixels, keys=keys,
-                    fresh=fresh, set=m, weight=weight, count=int((labels != IGNORE).sum()), cut=cut)
+        return dict(tokens=tokens, labels=labels, mask=None if all_tokens else mask, set=m, weight=weight,
+                    count=int((labels != IGNORE).sum()), cut=cut, **self.look_at(pictures))
+
+    def look_at(self, pictures: list[np.ndarray]) -> dict:
+        """Their pixels (m, 3, S, S); with --cache of those alone whose features it does not know."""
+        size, known = self.module.vit.config.image_size, None
+        if self.cache is not None:
+            known = self.cache.look_up(pictures)
+            pictures = [pictures[n] for n in known.missing]
+        pixels = torch.zeros(0, 3, size, size)
+        if pictures:
+            pixels = data.to_pixels(pictures, size, self.given.processor)
+        return {"pixels": pixels, "known": known}
 
     def to_device(self, pieces: list[dict]) -> list[dict]:
         """Pieces on the device; pictures become features unless the ViT learns too."""
         pieces = super().to_device(pieces)
         for p in pieces:
             self.cut_documents += p.pop("cut")
-            keys, fresh = p.pop("keys"), p.pop("fresh")
-            if not self.vit_learns:
-                p["features"] = self.features(p.pop("pixels"), keys, fresh)
+            known = p.pop("known")
+            if known is not None:
+                p["features"] = self.cache.complete(known, p.pop("pixels"), self.features)
+            elif not self.vit_learns:
+                p["features"] = self.features(p.pop("pixels"))
         return pieces
 
     @torch.no_grad()
-    def features(self, pixels: Tensor, keys: list[str], fresh: list[int]) -> Tensor:
-        """(m, N, Di) of the pictures named by keys (m); pixels: of those in `fresh`, the rest is cached."""
-        if self.cache is None:
-            return self.vision_features(pixels)
-        return self.cache({keys[n]: p for n, p in zip(fresh, pixels)}, keys, self.vision_features)
-
-    def vision_features(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Tensor) -> Tensor:
+        """(m, 3, S, S) → (m, N, Di) of the frozen ViT."""
         return self.module.features(pixels.to(next(self.module.vit.parameters()).dtype))
 
     # the loss
@@ -493,37 +452,20 @@ class AnswerTask(Task):
         """Counted on a few rows, no more than a step has; with --cache the ViT does not run."""
         rows = min(rows, math.ceil(self.s.batch / self.s.accumulate))
         piece = self.piece([self.example(self.world, i) for i in range(rows)], 0, 1.0) | {"cut": 0}
-        pictures = len(piece["keys"])
-
-        def loss() -> Tensor:
-            if self.cache is None:
-                return self.loss(**self.to_device([dict(piece)])[0])
-            features = torch.zeros(pictures, *self.cache.shape, dtype=self.cache.dtype)
-            return self.loss(**Task.to_device(self, [piece | {"features": features}])[0])
-
-        return count_flops(loss, self.module) / count_positions(piece, self.visual_tokens)
+        if self.cache is not None:                      # as if it knew them all
+            piece["known"] = piece["known"]._replace(missing=[])
+        return count_flops(lambda: self.loss(**self.to_device([dict(piece)])[0]),
+                           self.module) / count_positions(piece, self.visual_tokens)
 
     def metrics(self) -> dict[str, float]:
         gates = self.module.bridge.gates()
         return {} if gates is None else {"gate": gates.abs().mean().item()}
 
     def log_details(self) -> dict:
-        """Gates (layers, gates of a layer), the layers, and whether a gate belongs to a head."""
-        gates = self.module.bridge.gates()
-        if gates is None:
-            return {}
-        per_head = gates.shape[1] in (1, self.module.decoder.config.heads)
-        return {"gates": gates.tolist(), "layers": self.module.bridge.gated_layers, "per_head": per_head}
+        return gate_details(self.module.bridge, self.module.decoder.config.heads)
 
     def save(self, out: Path, facts: dict) -> None:
-        """The bridge, and every part that learned or is new; of the others the names."""
-        names = tower_names(self.s.lm, self.s.vit, self.s.init)
-        for part, name in names.items():
-            new = part in self.trained or name == "random"
-            names[part] = "" if new else portable_name(name, out)
-        save_vlm(self.module, out, facts, names["vit"], names["decoder"])
-        if not names["decoder"]:
-            copy_tokenizer(resolve_folder(self.s.lm), out / "decoder")
+        save_answer_run(self.module, self.trained, out, facts, self.s.lm, self.s.vit, self.s.init)
 
     def check(self) -> dict[str, float]:
         items = first_items(self.world, self.world.held_out, 100)
@@ -567,48 +509,46 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
     """Load what a recipe's task needs, and freeze the parts that do not learn, `stored` in that dtype."""
     trained = [world for world, _ in sets] + earlier_sets(s.init)
     world = trained[0]
+    if recipe.task != "answer":
+        ranks.require_one(s.recipe)
+        if len(sets) > 1:
+            raise UserError(f'--data "{s.data}": recipe {s.recipe} learns from one data set.')
     given = Ingredients(
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
-        generate_texts=generate_texts, open_held_out=lambda: open_split(world, world.held_out),
-        take_items=take_items, trained=trained, name_split=lambda split: name_split(split, trained))
+        generate_texts=generate_texts, contrastive_pair=contrastive_pair, take_items=take_items,
+        open_held_out=lambda: open_split(world, world.held_out), trained=trained,
+        name_split=lambda split: name_split(split, trained))
+    if world.says_scenes:                               # its words have a tokenizer of their own
+        given.tokenizer = text.shapes_tokenizer()
+    LOADERS[recipe.task](given, s.lm, s.vit, s.init)
     if recipe.task == "answer":
-        load_answer_parts(given, s.lm, s.vit, s.init)
-        given.decoder.checkpoint = s.checkpoint
         given.bridge = new_bridge(s, s.bridge, given.decoder.config, given.vit.config.width).to(given.device)
         if s.init:
             fill_from_run(given.bridge, Path(s.init))
-        if s.pack and not given.bridge.soft_tokens:
-            raise UserError(f"--pack: a {s.bridge} bridge reaches into the layers, where documents in one "
-                            "row would share its image; it packs for prefix bridges only.")
         task = AnswerTask(given, s, ranks, sets)
         for each, _ in sets:
             first = [task.example(each, i)[0] for i in range(min(8, s.batch))]
             require_room(first, s.longest, task.visual_tokens, each.name)
     else:
-        ranks.require_one(s.recipe)
-        if len(sets) > 1:
-            raise UserError(f'--data "{s.data}": recipe {s.recipe} learns from one data set.')
         if recipe.task == "stage1":
             require_captions(world)
-            load_stage1_parts(given, s.lm, s.vit, s.init)
             vocab = given.tokenizer.vocab_size
             given.bridge = new_bridge(s, "qformer", None, given.vit.config.width, vocab=vocab)
-        elif recipe.task == "clip":
-            own = world.says_scenes                     # its words have a tokenizer of their own
-            given.tokenizer = text.shapes_tokenizer() if own else load_tokenizer(resolve_folder(s.lm))
-            given.save, given.contrastive_pair = save_clip_run, contrastive_pair
-        elif s.init:                                    # lm: a second training
-            given.decoder = load_decoder(Path(s.init) / "decoder")
         task = TASKS[recipe.task](given)
+    task.frozen = parts_digest(task.module, recipe.trained)
     task.freeze(recipe.trained, stored)
     return task
 
 
 def new_bridge(s: Settings, name: str, decoder, vision_width: int, **options) -> Bridge:
     """A bridge in the sizes of the recipe (toy) or of its paper, with what --option changes."""
+    own = parse_options(s.option)
     with at_the_door("--option"):
         sizes = toy_options(name, s.recipe) if s.scale == "toy" else {}
-        return make_bridge(name, decoder, vision_width, **options, **{**sizes, **parse_options(s.option)})
+        bridge = make_bridge(name, decoder, vision_width, **options, **{**sizes, **own})
+    known = {"version", "reads", "reads_cls", *inspect.signature(type(bridge)).parameters}
+    refuse_unread(set(own), set(own) - known, f"--option: {name} of version {bridge.options.get('version')}")
+    return bridge
 
 
 def toy_options(bridge: str, recipe: str) -> dict:
@@ -621,59 +561,27 @@ def toy_options(bridge: str, recipe: str) -> dict:
 
 def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
     """(the flags, whether a run is resumed); what the recipe says is still None."""
-    parser = make_parser(Settings, __doc__)
-    run = parser.add_argument_group("instead of training anew")
-    run.add_argument("--resume", metavar="RUN", help="go on with this run, in the settings it began with")
-    run.add_argument("--curves", metavar="RUN", help="draw loss.png and gates.png from this run's log.jsonl")
-    run.add_argument("--list", action="store_true", help="print the recipes")
-    args = vars(parse_flags(parser, argv))
-    resume, curves, listed = (args.pop(name) for name in ("resume", "curves", "list"))
-    if listed:
+    mode, s, given = read_command(Settings, __doc__, argv)
+    if mode == "list":
         print_recipes(RECIPES, SYSTEMS)
+    elif mode == "curves":
+        draw_curves(Path(s.out), RECIPES.get(s.recipe, RECIPES["mlp"]).task in PER_TOKEN)
+    if mode in ("list", "curves"):
         raise SystemExit(0)
-    if folder := resume or curves:
-        settings = read_json(Path(folder) / "config.json").object("settings")
-        if curves:
-            task = RECIPES.get(settings.text("recipe"), RECIPES["mlp"]).task
-            draw_curves(Path(folder), task in PER_TOKEN)
-            raise SystemExit(0)
-        known = {k: v for k, v in settings.items() if k in args}                # a flag may have left since
-        s = Settings(**{**known, "out": folder})
-        check_settings(s, f"{folder}/config.json: settings.{{}}".format)
-    else:
-        s = Settings(**args)
-        check_settings(s)
     s.recipe = s.recipe or s.bridge or "mlp"
     if s.recipe not in RECIPES and s.recipe not in SYSTEMS:
         raise UserError(f'unknown recipe "{s.recipe}"; {nearest(s.recipe, {**RECIPES, **SYSTEMS})}')
-    return s, bool(resume)
+    if mode == "train":
+        recipes = [RECIPES[name] for name in SYSTEMS.get(s.recipe, (s.recipe,))]
+        refuse_unread(given, set.intersection(*(r.unread for r in recipes)), f"recipe {s.recipe}")
+        specs = [spec for r in recipes for spec, _ in parse_weighted(s.data or r.toy_data)]
+        refuse_unread(given, unread_settings(specs), f"data {' + '.join(dict.fromkeys(specs))}")
+    return s, mode == "resume"
 
 
 def with_recipe(s: Settings, name: str) -> Settings:
     """The settings with everything that the command line left open taken from the recipe."""
-    r, system = RECIPES[name], s.recipe != name
-    filled = dataclasses.asdict(numbers_of(dataclasses.replace(s, recipe=name)))
-    filled |= {"captions": r.captions, "template": r.template, "form": r.form, "data": r.toy_data}
-    filled = {k: v for k, v in filled.items() if hasattr(s, k) and getattr(s, k) is None}
-    s = dataclasses.replace(s, recipe=name, bridge=s.bridge or r.bridge, **filled)
-    if s.batch is None:
-        raise UserError(f"the paper's batch of {name} is not in our sources; "
-                        "give --batch beside --scale paper.")
-
-    def folder(recipe: str) -> str:
-        return f"{s.out}/{recipe}" if s.out and system else f"out/{recipe}-{re.split('[: ]', s.data)[0]}"
-
-    start, out = folder(r.start), s.out if s.out and not system else folder(name)
-    if r.start and not s.init:
-        if not Path(start).is_dir():
-            raise UserError(f"recipe {name} starts from a run of {r.start}, and there is none at {start}; "
-                            "train that first, give --init RUN, or --init none to start fresh.")
-        s.init = start
-    return dataclasses.replace(s, out=out, init="" if s.init == "none" else s.init)
-
-
-def numbers_of(s: Settings) -> Numbers:
-    return RECIPES[s.recipe].paper if s.scale == "paper" else RECIPES[s.recipe].toy
+    return fill_settings(s, name, RECIPES)
 
 
 if __name__ == "__main__":

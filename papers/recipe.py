@@ -37,6 +37,11 @@ class Numbers:
 
 
 MUON = dict(optimizer="muon")
+ANSWERS = {"bridge", "turns", "captions", "template", "form", "longest", "cache", "pack"}
+UNREAD = {                          # task → the settings of the command line that it does not read
+    "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
+    "clip": ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"},
+    "lm": ANSWERS | {"option", "lm", "vit", "data", "share", "examples", "frozen", "checkpoint"}}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,14 @@ class Recipe:
     form: str = "QCM-LEA"           # order of a multiple choice's parts: reasoning, then the answer
     toy_data: str = "shapes"
     start: str = ""                 # the recipe whose run it starts from
+
+    @property
+    def unread(self) -> set[str]:
+        """The settings that its task does not read; a ViT that learns has no features to keep."""
+        return UNREAD[self.task] | ({"cache"} if "vit" in self.trained else set())
+
+    def numbers(self, scale: str) -> Numbers:
+        return self.paper if scale == "paper" else self.toy
 
 
 def print_recipes(recipes: dict[str, Recipe], systems: dict[str, tuple[str, ...]]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
@@ -109,16 +108,6 @@ def test_accumulation_equals_one_large_batch_with_answers_of_unequal_length(tmp_
     np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "3"), rtol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
-    argv = ["--bridge", "linear", "--steps", "30", "--batch", "4", "--lr", "1e37", "--warmup", "0"]
-    done = command(*argv, "--out", tmp_path, *QUICK, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert all(words in done.stderr for words in ("not finite at step", "items ", "state.safetensors"))
-    with safe_open(tmp_path / "state.safetensors", "pt") as state:
-        names = [n for n in state.keys() if n.startswith("parameter.")]
-        assert names and all(torch.isfinite(state.get_tensor(n)).all() for n in names)
-
-
 @pytest.mark.parametrize("argv, words", [
     (["--bridge", "qfomer"], ['unknown bridge "qfomer"', 'did you mean "qformer"', "flamingo"]),
     (["--bridge", "mapl", "--option", "widht=3"], ['no option "widht"', '"width"']),
@@ -133,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (["--data", "shapes + shapes * two"], ['weight "two"', "SPEC * 0.2"]),
     (["--batc", "3"], ['unknown argument "--batc"', 'did you mean "--batch"']),
     (["--steps", "many"], ["--steps", "many"]),
-    (["--steps", "0"], ["--steps 0", "at least 1"]),
+    (["--steps", "0"], ["--steps is 0", "at least 1"]),
     (["--lm", "no/such/folder"], ["no/such/folder: no such folder"]),
     (["--resume", "no/such/run"], ["no/such/run", "no such file"]),
     (["--data", "shaps"], ["shaps", "shapes"]),

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Iterator
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -122,13 +123,14 @@ def finite(number: str) -> float:
 def atomically(path: str | os.PathLike) -> Iterator[Path]:
     """Write to a temporary name, flush it to the disk, rename it.
 
-    A reader or a crash at any moment finds the old file or the new one, never half of one.
+    A reader or a crash at any moment finds the old file or the new one, never half of one. A full disk, or a
+    place where nothing may be written, is a UserError.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    path, name = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
         yield Path(name)
         with open(name, "rb+") as f:
             os.fsync(f.fileno())
@@ -137,8 +139,16 @@ def atomically(path: str | os.PathLike) -> Iterator[Path]:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+    except OSError as e:
+        raise cannot_write(path, e) from None
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name:
+            Path(name).unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); what was there is unchanged; "
+                     "free some space, or choose another folder.")
 
 
 def write_json(path: str | os.PathLike, value) -> None:
@@ -151,4 +161,19 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor],
     """Write a safetensors file; `metadata` are strings in its header."""
     with atomically(path) as tmp:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, tmp, {"format": "pt", **(metadata or {})})
+        try:
+            save_file(contiguous, tmp, {"format": "pt", **(metadata or {})})
+        except SafetensorError as e:                    # its own name for an error of the disk
+            raise OSError(str(e)) from None
+        sort_metadata(tmp)
+
+
+def sort_metadata(file: Path) -> None:
+    """The library writes metadata in random order. Sorted, the same tensors make the same bytes."""
+    with open(file, "rb+") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        f.seek(8)
+        f.write(text.ljust(size))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model import Bridge, ViT, ViTConfig
+from model import Bridge, VLM, ViT, ViTConfig
 from papers.recipe import Ingredients, Task
 from support.formats.blip2 import fill_from_stage1, save_stage1
 from support.formats.files import UserError, write_json
 from support.formats.hub import fetch, is_hub_name
 from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor
-from support.formats.tokenizer_files import load_tokenizer
+from support.formats.tokenizer_files import copy_tokenizer, load_tokenizer
 from support.formats.vision import load_vit, save_vit
-from support.formats.vlm import load_bridge_file
+from support.formats.vlm import load_bridge_file, save_vlm
 
 HERE = Path(__file__).parents[2]
 WEIGHTS = "weights"                                     # the bundled towers: weights/decoder, weights/vit
@@ -70,6 +70,35 @@ def load_stage1_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
         save_stage1(task.module, out, facts, portable_name(name, out))
 
     given.save = save
+
+
+def load_clip_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """A tokenizer, unless the world brought its own, and how the run is written; both towers are new."""
+    given.tokenizer = given.tokenizer or load_tokenizer(resolve_folder(lm))
+    given.save = save_clip_run
+
+
+def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """A decoder that is trained further, if there is one."""
+    if init:
+        given.decoder = load_decoder(Path(init) / "decoder")
+
+
+# task of a recipe → what loads its ingredients
+LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
+           "lm": load_text_parts}
+
+
+def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,
+                    init: str = "") -> None:
+    """The bridge, and every part that learned or is new; of the others the names."""
+    names = tower_names(lm, vit, init)
+    for part, name in names.items():
+        new = part in trained or name == "random"
+        names[part] = "" if new else portable_name(name, out)
+    save_vlm(vlm, out, facts, names["vit"], names["decoder"])
+    if not names["decoder"]:
+        copy_tokenizer(resolve_folder(lm), out / "decoder")
 
 
 def save_clip_run(task: Task, out: Path, facts: dict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from papers.bounds import nearest
 from support.formats.files import UserError, at_the_door, check_value, parse_json
+from support.plumbing.stop import CODES, Stop, Stopped
 
 ROOT = Path(__file__).parents[2]
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}     # of a setting
@@ -155,8 +157,15 @@ def is_error_of_the_math(error: ValueError) -> bool:
 
 def run_cli(main_function: Callable[[], object]) -> None:
     """Run a command: a user's mistake is one sentence on stderr, exit code 2; a bug shows its traceback."""
+    stop = Stop()
+    outside = signal.signal(signal.SIGINT, stop)
     try:
-        main_function()
+        try:
+            main_function()
+        except Exception:
+            if stop.asked:                              # a library made another error of the interrupt
+                raise KeyboardInterrupt from None
+            raise
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except ValueError as e:
@@ -166,7 +175,11 @@ def run_cli(main_function: Callable[[], object]) -> None:
             time.sleep(5)                               # torchrun ends this one meanwhile
         print(str(e), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as e:                      # a run that was stopped says how to go on
+        if not int(os.environ.get("RANK", 0)):
+            print(e if isinstance(e, Stopped) else "stopped", file=sys.stderr)
+        sys.exit(e.code if isinstance(e, Stopped) else CODES[signal.SIGINT])
     except BrokenPipeError:
         os._exit(0)
+    finally:
+        signal.signal(signal.SIGINT, outside)

@@ -47,6 +47,14 @@ def gradient_norms(trained: list[tuple[str, nn.Parameter]]) -> str:
     return "  ".join(f"{name} {math.sqrt(v):.2g}" for name, v in squares.items())
 
 
+def gate_details(bridge: Bridge, heads: int) -> dict:
+    """Gates (layers, gates of a layer), the layers, and whether a gate belongs to a head; {} without any."""
+    gates = bridge.gates()
+    if gates is None:
+        return {}
+    return {"gates": gates.tolist(), "layers": bridge.gated_layers, "per_head": gates.shape[1] in (1, heads)}
+
+
 def print_first_document(document, pictures: list[np.ndarray], tokenizer, out: Path) -> None:
     """The first picture as first.png, and the document's tokens above what is learned of them."""
     for picture in pictures[:1]:

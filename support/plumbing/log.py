@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from support.formats.files import atomically
+from support.formats.files import atomically, cannot_write
 
 
 def read_log(file: Path) -> list[dict]:
@@ -14,12 +14,19 @@ def read_log(file: Path) -> list[dict]:
 
 
 def append_line(file: Path, line: dict) -> None:
-    with open(file, "a", encoding="utf-8") as f:
-        f.write(json.dumps(line) + "\n")
+    try:
+        with open(file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+    except OSError as e:
+        raise cannot_write(file, e) from None
 
 
-def rewind_log(file: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again, and a last line that is cut off."""
-    kept = [json.dumps(x) + "\n" for x in read_log(file) if x["step"] <= step]
+def rewind_log(file: Path, step: int) -> float:
+    """Drop the lines after `step`, which a resumed run writes again, and a last line that is cut off.
+
+    Returns the seconds of training at the last line that stays.
+    """
+    kept = [line for line in read_log(file) if line["step"] <= step]
     with atomically(file) as tmp:
-        tmp.write_text("".join(kept), encoding="utf-8")
+        tmp.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return max((line["seconds"] for line in kept if "seconds" in line), default=0.0)

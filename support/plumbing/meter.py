@@ -1,14 +1,18 @@
 """plumbing/meter.py: rates, operations, and the line of progress."""
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from model import IMAGE, VLM
+from support.plumbing.log import append_line
 
 # Dense bfloat16 products, operations a second, as the makers publish them. An unknown card has no
 # utilisation.
@@ -105,3 +109,47 @@ class Meter:
                 f"lr {x['lr']:.1e}  {x['learned_per_s'] / 1e3:.1f}/{x['tokens_per_s'] / 1e3:.1f}k tok/s"
                 f"{device}  "
                 f"eta {eta // 60}m{eta % 60:02d}s")
+
+
+class Progress:
+    """What a run says between its steps: a bar, printed lines, log.jsonl. Only the first process says it.
+
+    step: where the run starts; seconds: what it has trained before.
+    """
+
+    def __init__(self, log: Path, meter: Meter, step: int = 0, seconds: float = 0.0, first: bool = True):
+        self.log, self.meter, self.first = log, meter, first
+        self.start = time.monotonic() - seconds
+        quiet = not (sys.stderr.isatty() and first)
+        self.bar = tqdm(total=meter.steps, initial=step, disable=quiet, leave=False)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all starts of the run."""
+        return time.monotonic() - self.start
+
+    def write(self, line: dict, text: str) -> None:
+        if self.first:
+            append_line(self.log, line)
+            self.bar.write(text, file=sys.stdout)
+
+    def check(self, step: int, scores: dict[str, float]) -> None:
+        """The scores of a short evaluation."""
+        text = "  ".join(f"{k} {100 * v:.1f}" for k, v in scores.items())
+        self.write({"step": step, **scores}, f"check  {step:6d}  {text}")
+
+    def step(self, step: int, pieces: list[dict], device: torch.device) -> None:
+        """`step` updates are done, the last one from `pieces`."""
+        self.meter.add(pieces)
+        self.bar.update()
+        if step == 20 and self.first:
+            print(self.meter.forecast(self.meter.steps - step, device))
+
+    def line(self, line: dict, details: dict, device: torch.device) -> None:
+        """A line of numbers; `details` go into the log alone."""
+        line, seconds = {**line, **self.meter.rates(device)}, self.seconds
+        self.write({**line, "seconds": seconds, **details}, self.meter.line(line, seconds))
+
+    def close(self) -> float:
+        self.bar.close()
+        return self.seconds

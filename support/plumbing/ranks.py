@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 from datetime import timedelta
 from typing import Callable, ContextManager, Iterator
 
@@ -14,6 +15,7 @@ if torch.distributed.is_available():                    # PyTorch can be built w
     from torch.distributed.fsdp import fully_shard
 
 from support.formats.files import UserError
+from support.plumbing.cli import is_error_of_the_math
 from support.plumbing.device import pick_device
 
 
@@ -137,6 +139,10 @@ class Ranks:
             torch.distributed.all_reduce(loss)
         return loss.item() / self.size
 
+    def any(self, fact: bool) -> bool:
+        """Whether it is so in one of the processes."""
+        return any(self.all_gather(bool(fact)))
+
     def all_gather(self, value) -> list:
         """The value of every process, by rank."""
         values = [value] * self.size
@@ -168,8 +174,14 @@ class Steps(torch.utils.data.Dataset):
     def __init__(self, batch: Callable[[int], list[dict]]):
         self.batch = batch
 
-    def __getitem__(self, step: int) -> list[dict]:
-        return self.batch(step)
+    def __getitem__(self, step: int) -> list[dict] | UserError:
+        """A user's mistake returns: raised here, it would arrive with a traceback of this process."""
+        try:
+            return self.batch(step)
+        except ValueError as e:
+            if isinstance(e, UserError) or is_error_of_the_math(e):
+                return UserError(str(e))
+            raise
 
 
 def prefetch(batch: Callable[[int], list[dict]], step: int, workers: int, pin: bool) -> Iterator[list[dict]]:
@@ -178,9 +190,27 @@ def prefetch(batch: Callable[[int], list[dict]], step: int, workers: int, pin: b
     pin: into page-locked memory, from which a GPU copies faster.
     """
     if not workers:
-        return map(batch, itertools.count(step))
-    return iter(torch.utils.data.DataLoader(Steps(batch), sampler=range(step, 2**40), batch_size=None,
-                                            num_workers=workers, pin_memory=pin))
+        yield from map(batch, itertools.count(step))
+    batches = iter(torch.utils.data.DataLoader(
+        Steps(batch), sampler=range(step, 2**40), batch_size=None, num_workers=workers, pin_memory=pin,
+        worker_init_fn=leave_the_terminal, generator=torch.Generator()))        # not the run's random numbers
+    while True:
+        try:
+            pieces = next(batches)
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            raise UserError(f"a process of --workers {workers} ended, perhaps for want of memory ({e}); "
+                            "use fewer workers.") from None
+        if isinstance(pieces, UserError):
+            raise pieces
+        yield pieces
+
+
+def leave_the_terminal(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal's group. A run stops itself, and needs its readers then."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -22,6 +22,16 @@ from support.worlds.forms import (ShapesAnswers, ShapesChoices, ShapesPages, Sha
 WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, ShapesChoices, ShapesReasons,
                                           ShapesAnswers, ShapesWeb, Emoji)}
 
+CHOICES = {"scienceqa", ShapesChoices.name}             # kinds with multiple choice
+NO_QUESTIONS = {"coco", "karpathy", "flickr30k", "flickr8k", "cc", "textcaps", "vizwiz", "llava", "alpaca",
+                "interleaved", ShapesWeb.name}
+
+
+def unread_settings(specs: list[str]) -> set[str]:
+    """The settings of training that none of these data sets reads."""
+    kinds = {spec.partition(":")[0] for spec in specs}
+    return ({"form"} if not kinds & CHOICES else set()) | ({"turns"} if kinds <= NO_QUESTIONS else set())
+
 
 def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0, follow_links: bool = False):
     """A data set by its spec "kind[:path][:split]": shapes, emoji:val, coco:PATH:val.

@@ -32,7 +32,7 @@ def seconds_of_a_step(argv: list[str], steps: int, epoch: int) -> float:
     sets = [(train.open_data(s.data, s.seed), 1.0)]
     task = train.load_task(s, train.RECIPES[s.recipe], Ranks("cpu"), sets, torch.float32)
     trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]
-    optimizers, times = train.make_optimizers(task.module, trained, s), []
+    optimizers, times = train.make_optimizers(task.module, trained, s, train.RECIPES[s.recipe].toy), []
     dtype, _ = pick_dtype("auto", torch.device("cpu"))
     for step in range(epoch + steps):
         start = time.monotonic()

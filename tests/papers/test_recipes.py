@@ -27,6 +27,7 @@ from support.worlds import open_data
 ROOT = Path(__file__).parents[2]
 QUICK = ["--dtype", "float32", "--log-every", "1", "--eval-items", "8", "--samples", "0", "--batch", "16"]
 SAME = ["--examples", "16", "--warmup", "0"]            # one batch over and over: its loss must fall
+STILL = ["--lr", 1e-30]                                 # an update moves a zero by 1e-30, and nothing else
 STEPS = {"lm": 8, "clip": 8, "blip2-1": 25}
 FIRST_STAGES = [name for name, r in train.RECIPES.items() if not r.start and name not in ALL_BRIDGES]
 
@@ -42,7 +43,8 @@ def run(*argv, out: Path) -> torch.nn.Module:
 @pytest.mark.parametrize("name", FIRST_STAGES)
 def test_a_miniature_run_of_each_first_stage(name, tmp_path):
     r = train.RECIPES[name]
-    module = run("--recipe", name, "--steps", STEPS.get(name, 20), *SAME, out=tmp_path)
+    same = SAME[2:] if r.task in ("lm", "clip") else SAME           # they draw their own
+    module = run("--recipe", name, "--steps", STEPS.get(name, 20), *same, out=tmp_path)
     loss = losses(tmp_path)
     assert np.mean(loss[-2:]) < np.mean(loss[:2]), loss
     if r.task == "answer":
@@ -74,9 +76,9 @@ def test_a_system_runs_through_its_stages_and_each_starts_from_the_last(system, 
 
 def test_stage_two_begins_exactly_where_stage_one_ended(tmp_path):
     run("--recipe", "llava-1", "--steps", 2, out=tmp_path / "1")
-    module = run("--recipe", "llava-2", "--init", tmp_path / "1", "--steps", 1, "--lr", 0, out=tmp_path / "2")
+    module = run("--recipe", "llava-2", "--init", tmp_path / "1", "--steps", 1, *STILL, out=tmp_path / "2")
     saved = load_file(tmp_path / "1" / "bridge.safetensors")
-    assert all(torch.equal(p, saved[n]) for n, p in module.bridge.state_dict().items())
+    assert all(torch.allclose(p, saved[n], rtol=0, atol=1e-29) for n, p in module.bridge.state_dict().items())
 
 
 def test_the_second_stage_of_blip2_begins_with_the_qformer_of_the_first(tmp_path):
@@ -85,10 +87,11 @@ def test_the_second_stage_of_blip2_begins_with_the_qformer_of_the_first(tmp_path
     stage = load_vlm(tmp_path / "1")                    # the first stage opens again as it was trained
     assert all(torch.equal(p, saved[n]) for n, p in stage.state_dict().items() if not n.startswith("vit."))
     assert torch.equal(stage.vit.positions, load_vit(ROOT / "weights/vit").positions)
-    module = run("--recipe", "blip2-2", "--init", tmp_path / "1", "--steps", 1, "--lr", 0, out=tmp_path / "2")
+    module = run("--recipe", "blip2-2", "--init", tmp_path / "1", "--steps", 1, *STILL, out=tmp_path / "2")
     shared = [n for n, _ in module.bridge.named_parameters() if not n.startswith("project.")]
     assert len(shared) > 20
-    assert all(torch.equal(module.bridge.state_dict()[n], saved[f"qformer.{n}"]) for n in shared)
+    bridge = module.bridge.state_dict()
+    assert all(torch.allclose(bridge[n], saved[f"qformer.{n}"], rtol=0, atol=1e-29) for n in shared)
 
 
 def test_the_weighted_sum_of_two_data_sets_is_what_flamingo_writes(tmp_path):
@@ -149,7 +152,7 @@ def test_the_mean_of_the_parameters_is_what_is_saved_and_survives_a_resume(tmp_p
         return run(*argv, *flags, out=tmp_path / name).bridge.map.weight.detach().clone()
 
     mean = weight("--steps", 3, "--ema", 0.5, name="mean")
-    expected = weight("--steps", 3, "--examples", 48, "--lr", 0, name="start")
+    expected = weight("--steps", 3, "--examples", 48, *STILL, name="start")
     for n in (1, 2, 3):
         expected = expected.lerp(after := weight("--steps", n, name=str(n)), 0.5)       # m ← ½ m + ½ θ
     assert torch.allclose(mean, expected, atol=1e-7) and not torch.allclose(mean, after)

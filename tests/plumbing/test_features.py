@@ -1,17 +1,37 @@
 """Features of the frozen ViT come back from the cache bit for bit, and no picture is computed twice."""
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import train
 from conftest import tiny_vlm
+from data import Processor, to_pixels
 from model import ViT
+from support.formats.files import UserError
 from support.plumbing.features import FeatureCache
 from support.plumbing.log import read_log
 
 RUN = ["--bridge", "linear", "--steps", "6", "--batch", "16", "--examples", "32", "--dtype", "float32",
        "--log-every", "1", "--eval-items", "8", "--samples", "0"]
+
+
+CLIP, PICTURES = Processor(), list(np.random.default_rng(0).integers(0, 255, (3, 24, 24, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def plain(vlm, pictures: list[np.ndarray]) -> torch.Tensor:
+    return vlm.features(to_pixels(pictures, 24))
+
+
+@torch.no_grad()
+def features(cache: FeatureCache, vlm, pictures: list[np.ndarray]) -> torch.Tensor:
+    """As a run reads them: looked up, then completed."""
+    known = cache.look_up(pictures)
+    missing = [pictures[n] for n in known.missing]
+    pixels = to_pixels(missing, 24) if missing else torch.zeros(0, 3, 24, 24)
+    return cache.complete(known, pixels, vlm.features)
 
 
 def losses(out) -> list[float]:
@@ -43,20 +63,64 @@ def test_a_second_run_reads_what_the_first_computed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["linear", "mapl", "clipcap"])    # without class token, with it, pooled
 def test_rows_come_back_in_the_order_asked_for_and_a_half_written_row_is_dropped(name, tmp_path):
     vlm = tiny_vlm(name)
-    cache = FeatureCache(tmp_path, vlm, ("shapes", 0))
-    pixels = {key: torch.randn(3, 24, 24) for key in "abc"}
+    cache, (a, b, c) = FeatureCache(tmp_path, vlm, CLIP), PICTURES
+    first = features(cache, vlm, [a, b, a])
+    assert torch.equal(first, plain(vlm, [a, b])[[0, 1, 0]])
+    with open(cache.file, "ab") as f:
+        f.write(b"half a row")                          # a crash between the row and its line
+    again = FeatureCache(tmp_path, vlm, CLIP)
+    second = features(again, vlm, [c, b])
+    assert torch.equal(second[1], first[1]) and torch.equal(second[0], plain(vlm, [c])[0])
+    assert features(again, vlm, []).shape == (0, *cache.shape)
 
-    def compute(x: torch.Tensor) -> torch.Tensor:
-        return vlm.features(x).detach()
 
+def test_a_file_is_named_by_the_tower_the_layer_and_the_preparation(tmp_path):
+    vlm = tiny_vlm("linear")
+    names = [FeatureCache(tmp_path, vlm, CLIP).file, FeatureCache(tmp_path, vlm, Processor("pad")).file]
+    vlm.bridge.reads = -1
+    names.append(FeatureCache(tmp_path, vlm, CLIP).file)
     with torch.no_grad():
-        first = cache(pixels, ["a", "b", "a"], compute)
-        fresh = compute(torch.stack([pixels[key] for key in "ab"]))
-        assert torch.equal(first, fresh[[0, 1, 0]])
-        with open(cache.file, "ab") as f:
-            f.write(b"half a row")                      # a crash between the row and its name
-        again = FeatureCache(tmp_path, vlm, ("shapes", 0))
-        second = again({"c": pixels["c"]}, ["c", "b"], compute)
-        assert torch.equal(second[1], first[1]) and torch.equal(second[0], compute(pixels["c"][None])[0])
-    assert FeatureCache(tmp_path, vlm, ("emoji", 0)).file != cache.file
-    assert again({}, [], compute).shape == (0, *cache.shape)
+        last = list(vlm.vit.parameters())[-1]
+        last.copy_(last.flip(0))                        # the same numbers in another order
+    names.append(FeatureCache(tmp_path, vlm, CLIP).file)
+    assert len(set(names)) == 4
+
+
+def test_two_runs_fill_one_cache_in_turns(tmp_path):
+    """Neither knows the rows of the other before it appends; a third finds all of them right."""
+    vlm = tiny_vlm("linear")
+    one, two = FeatureCache(tmp_path, vlm, CLIP), FeatureCache(tmp_path, vlm, CLIP)
+    a, b, c = PICTURES
+    for cache, pictures in ((one, [a]), (two, [b]), (one, [c]), (two, [a, c])):
+        assert torch.equal(features(cache, vlm, pictures), plain(vlm, pictures))
+    third = FeatureCache(tmp_path, vlm, CLIP)
+    known = third.look_up([a, b, c])
+    assert not known.missing and torch.equal(known.rows, plain(vlm, [a, b, c]))
+    assert third.count == 3                             # nothing was computed twice
+
+
+def test_damaged_rows_are_computed_again_and_a_foreign_file_is_begun_anew(tmp_path, capsys):
+    vlm = tiny_vlm("linear")
+    cache, expected = FeatureCache(tmp_path, vlm, CLIP), plain(vlm, PICTURES)
+    features(cache, vlm, PICTURES)
+    content = bytearray(cache.file.read_bytes())
+    content[cache.row_bytes + 3] ^= 1                   # one bit of the second row
+    for damaged in (bytes(content), bytes(content)[:cache.row_bytes], b""):
+        cache.file.write_bytes(damaged)
+        again = FeatureCache(tmp_path, vlm, CLIP)
+        assert torch.equal(features(again, vlm, PICTURES), expected)
+        assert capsys.readouterr().out.count("damaged rows") == 1
+        assert not again.look_up(PICTURES).missing      # and stay right
+    for foreign in (b"0/a/0\n0/b/0\n" * 9, bytes(500), b'{"id": 1}' * 20):
+        cache.names.write_bytes(foreign)
+        again = FeatureCache(tmp_path, vlm, CLIP)
+        assert torch.equal(features(again, vlm, PICTURES), expected)
+        assert capsys.readouterr().out.count("made anew") == 1
+    cache.names.write_bytes(cache.names.read_bytes()[:-5])          # a crash in a line
+    assert torch.equal(features(FeatureCache(tmp_path, vlm, CLIP), vlm, PICTURES), expected)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache .*file/cache: cannot be written"):
+        FeatureCache(tmp_path / "file/cache", tiny_vlm("linear"), CLIP)

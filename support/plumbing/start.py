@@ -1,0 +1,87 @@
+"""plumbing/start.py: what a command line asks of train.py: a new run, an old one to go on, none."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+from support.formats.files import UserError, read_json
+from support.plumbing.cli import check_settings, flag_name, make_parser, parse_flags
+from support.plumbing.digest import text_digest
+
+# what may change when a run goes on: where it computes, not what
+RESUME_READS = ("device", "threads", "workers", "offline")
+
+
+def read_command(kind: type, description: str, argv: list[str] | None) -> tuple[str, object, set[str]]:
+    """(mode, settings of that kind, the names of what was given); mode: train | resume | curves | list.
+
+    resume and curves give the settings that the run began with, `out` its folder.
+    """
+    parser = make_parser(kind, description)
+    group = parser.add_argument_group("instead of training anew")
+    takes = ", ".join(map(flag_name, RESUME_READS))
+    group.add_argument("--resume", metavar="RUN", help=f"go on with this run as it began; {takes} may differ")
+    group.add_argument("--curves", metavar="RUN", help="draw loss.png and gates.png of this run from its log")
+    group.add_argument("--list", action="store_true", help="print the recipes")
+    args = vars(parse_flags(parser, argv))
+    nothing = argparse.Namespace(**dict.fromkeys(args))             # None is no flag's value
+    given = {name: value for name, value in vars(parser.parse_known_args(argv, nothing)[0]).items()
+             if value is not None}
+    modes = {name: args.pop(name) for name in ("resume", "curves", "list")}
+    mode = next((name for name in modes if name in given), "train")
+    if mode != "train":
+        reads = RESUME_READS if mode == "resume" else ()
+        refuse_unread(set(given) - {mode}, set(given) - {mode, *reads}, f"--{mode}", reads)
+    if mode in ("resume", "curves"):
+        run = Path(modes[mode])
+        saved = read_json(run / "config.json").object("settings")
+        saved.text("recipe")
+        settings = kind(**{**{k: v for k, v in saved.items() if k in args}, "out": str(run)})
+    else:
+        settings = kind(**args)
+    if mode == "resume":                # a flag may have left since; all others have their values
+        check_settings(settings, f"{run}/config.json: settings.{{}}".format)
+        settings = dataclasses.replace(settings, **{n: given[n] for n in RESUME_READS if n in given})
+    if mode in ("train", "resume"):
+        check_settings(settings)
+    return mode, settings, set(given)
+
+
+def fill_settings(s, name: str, recipes: dict):
+    """The settings with everything that the command line left open taken from the recipe `name`."""
+    r, system = recipes[name], s.recipe != name
+    filled = dataclasses.asdict(r.numbers(s.scale))
+    filled |= {"captions": r.captions, "template": r.template, "form": r.form, "data": r.toy_data}
+    filled = {k: v for k, v in filled.items() if hasattr(s, k) and getattr(s, k) is None}
+    s = dataclasses.replace(s, recipe=name, bridge=s.bridge or r.bridge, **filled)
+    if s.batch is None:
+        raise UserError(f"the paper's batch of {name} is not in our sources; "
+                        "give --batch beside --scale paper.")
+
+    def folder(recipe: str) -> str:
+        return f"{s.out}/{recipe}" if s.out and system else f"out/{recipe}-{re.split('[: ]', s.data)[0]}"
+
+    start, out = folder(r.start), s.out if s.out and not system else folder(name)
+    if r.start and not s.init:
+        if not Path(start).is_dir():
+            raise UserError(f"recipe {name} starts from a run of {r.start}, and there is none at {start}; "
+                            "train that first, give --init RUN, or --init none to start fresh.")
+        s.init = start
+    return dataclasses.replace(s, out=out, init="" if s.init == "none" else s.init)
+
+
+def settings_digest(s) -> str:
+    """Of the settings that must stay as they are when a run goes on, where they are not at their defaults."""
+    defaults = vars(type(s)())
+    facts = {name: value for name, value in dataclasses.asdict(s).items() if value != defaults[name]}
+    return text_digest({name: facts[name] for name in facts.keys() - {"out", *RESUME_READS}})
+
+
+def refuse_unread(given: set[str], unread: set[str], who: str, reads: tuple[str, ...] = ()) -> None:
+    """A UserError for a flag that was given and that nobody will read."""
+    flags = sorted(flag_name(name) for name in given & unread)
+    if flags:
+        but = f" (it reads {', '.join(map(flag_name, reads))})" if reads else ""
+        raise UserError(f"{who} does not read {', '.join(flags)}{but}; leave out what it does not read.")

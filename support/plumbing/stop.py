@@ -1,0 +1,80 @@
+"""plumbing/stop.py: Ctrl-C and SIGTERM, from the first second of a command to its last.
+
+The standard library alone: train.py and eval.py import it before the libraries that take seconds to load.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Iterator
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}       # exit codes, as a shell reports these signals
+
+
+def end_at_once() -> None:
+    """Before a command begins and after its end, a signal ends the process at once: a line, no traceback."""
+    def leave(number: int, frame) -> None:
+        os.write(2, b"stopped\n")
+        os._exit(CODES[number])
+
+    for number in CODES:
+        signal.signal(number, leave)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was stopped from outside: a sentence that says how to go on, and the exit code."""
+
+    def __init__(self, sentence: str, code: int):
+        super().__init__(sentence)
+        self.code = code
+
+
+class Stop:
+    """What a signal does to a run. On hold it waits: `asked` is then its number, and the loop stops itself.
+
+    A second Ctrl-C, a second later, does not wait. (Some shells and tools pass the first one on twice.)
+    """
+
+    def __init__(self):
+        self.asked, self.on_hold, self.time = 0, False, 0.0
+
+    def __call__(self, number: int, frame) -> None:
+        again = self.asked and number == signal.SIGINT and time.monotonic() - self.time > 1
+        if not self.asked:
+            self.asked, self.time = number, time.monotonic()
+        if again or not self.on_hold:
+            raise KeyboardInterrupt
+
+    def hold(self) -> None:
+        self.on_hold = True
+
+    def release(self) -> None:
+        """From here on a signal acts at once, and so does one that waits."""
+        self.on_hold = False
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stoppable(out: Path) -> Iterator[Stop]:
+    """While it lasts, Ctrl-C and SIGTERM stop the run in folder `out`: Stopped says how to go on with it."""
+    stop, earlier = Stop(), {}
+    if threading.current_thread() is threading.main_thread():       # no other thread may set handlers
+        earlier = {number: signal.signal(number, stop) for number in CODES}
+    try:
+        yield stop
+    except BaseException as e:
+        if not (stop.asked or isinstance(e, KeyboardInterrupt)):
+            raise                       # asked: a library may have made another error of the interrupt
+        hint = f"go on with: python train.py --resume {shlex.quote(str(out))}"
+        if not (out / "state.safetensors").exists():
+            hint = "no state was saved yet, so start it again"
+        raise Stopped(f"stopped; {hint}", CODES[stop.asked or signal.SIGINT]) from None
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
