@@ -26,7 +26,7 @@ from support.formats.pickles import TensorPickle
 
 IGNORED = ("rotary_emb.inv_freq", "rope.freqs", "position_ids")     # buffers of older files, which we compute
 PICKLES = (".pth", ".pt", ".bin")
-PATTERNS = ("model.safetensors", "*.safetensors", "pytorch_model.bin", "consolidated.*.pth", "*.pth")
+PATTERNS = ("model.safetensors", "*.safetensors", "pytorch_model.bin", "consolidated.*.pth", "*.pth", "*.pt")
 
 
 def open_tensors(file: Path):

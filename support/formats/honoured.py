@@ -31,7 +31,7 @@ PARAMS = keys("""dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_
     use_scaled_rope""")                                                                 # Meta's params.json
 VIT = keys("""model_type image_size patch_size hidden_size embed_dim num_hidden_layers num_attention_heads
     intermediate_size hidden_act layer_norm_eps vision_use_head mlp_ratio use_swiglu_ffn
-    num_register_tokens""")
+    num_register_tokens vocab_size""")                  # vocab_size stands in LLaVA's vision_config, unused
 TILED_VIT = keys("""model_type image_size patch_size vision_output_dim num_hidden_layers attention_heads
     intermediate_size norm_eps hidden_size num_global_layers max_num_tiles intermediate_layers_indices
     supported_aspect_ratios hidden_act""")
@@ -45,7 +45,7 @@ LAVIS = QFORMER | keys("vision_config vit vit_layer num_query_token embed_dim")
 BLIP2 = keys("""model_type text_config vision_config qformer_config num_query_tokens image_text_hidden_size
     tie_word_embeddings""")
 LLAVA = keys("""model_type text_config vision_config vision_feature_layer vision_feature_select_strategy
-    projector_hidden_act multimodal_projector_bias tie_word_embeddings""")              # transformers'
+    projector_hidden_act multimodal_projector_bias tie_word_embeddings vocab_size""")  # transformers'
 LLAVA_AUTHORS = DECODER | keys("""mm_vision_tower mm_projector_type mm_vision_select_layer
     mm_vision_select_feature unfreeze_mm_vision_tower image_aspect_ratio""")
 MLLAMA_TEXT = DECODER | keys("cross_attention_layers")
@@ -74,24 +74,25 @@ BRIDGES = {                 # what lies beside a bridge alone
 
 WITHOUT_EFFECT = keys("""
     architectures transformers_version id2label label2id problem_type finetuning_task task_specific_params
-    tokenizer_class processor_class auto_map return_dict use_cache use_bfloat16 chunk_size_feed_forward
+    processor_class auto_map return_dict use_cache use_bfloat16 chunk_size_feed_forward
     pretraining_tp gradient_checkpointing attn_implementation cache_implementation is_llama_config
     output_attentions output_hidden_states output_scores output_past return_dict_in_generate tf_legacy_loss
     max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups temperature top_k
     top_p typical_p num_return_sequences bad_words_ids remove_invalid_values suppress_tokens
     begin_suppress_tokens prefix model_max_length max_sequence_length max_seq_len max_batch_size
-    tokenizer_padding_side tokenizer_model_max_length ignore_index image_seq_length projection_dim
+    ignore_index image_seq_length projection_dim
     projection_size layerscale_value out_features out_indices stage_names apply_layernorm use_mask_token
     reshape_hidden_states logit_scale_init_value use_qformer_text_input inference_mode task_type
     base_model_name_or_path revision auto_mapping vision_model_name ffn_dim word_embed_proj_dim
     alphas_initializer_range mm_hidden_size mm_use_im_start_end mm_use_im_patch_token
     image_grid_pinpoints image_crop_resolution image_split_resolution max_token image_processor
     media_token_id eoc_token_id im_start_end_token_ids w_bias lora_rank clip
-    tie_word_embeddings do_convert_rgb input_data_format device return_tensors disable_grouping""")
+    default_to_square tie_word_embeddings do_convert_rgb input_data_format device return_tensors
+    disable_grouping""")
 # training, generation, and what begins with "_"
 PATTERN = re.compile(r"^_|dropout|^drop_|_pdrop$|layerdrop|initializer|^init_|_init$|_token_ids?$|_lr$|_loss"
-                     r"|_token_index$|^unsloth|^transformers\.|^(un)?(tune|freeze)_|_version$|_penalty$"
-                     r"|_ngram_size$")
+                     r"|_token_index$|^tokenizer_|flash_att|^unsloth|^transformers\.|^(un)?(tune|freeze)_"
+                     r"|_version$|_penalty$|_ngram_size$")
 DTYPES = keys("""auto float16 bfloat16 float32 float64
     torch.float16 torch.bfloat16 torch.float32 torch.float64""")
 
@@ -100,8 +101,8 @@ ONLY = {
     **dict.fromkeys(("torch_dtype", "dtype"), DTYPES),
     **dict.fromkeys(("num_channels", "image_num_channels"), {3}),
     **dict.fromkeys(("is_decoder", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder",
-                     "torchscript", "rope_interleaved", "use_mrope", "w_lora", "w_new_gate",
-                     "do_flip_channel_order", "do_reduce_labels"), {False}),
+                     "torchscript", "sep_image_conv_front", "rope_interleaved", "use_mrope", "w_lora",
+                     "w_new_gate", "do_flip_channel_order", "do_reduce_labels"), {False}),
     **dict.fromkeys(("qkv_bias", "proj_bias", "use_mm_proj", "use_decoder_only_language_model",
                      "only_attend_immediate_media"), {True}),
     "partial_rotary_factor": {1},

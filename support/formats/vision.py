@@ -192,6 +192,8 @@ def hf_vit_config(vit: ViT) -> dict:
 def openai_vit_config(checkpoint: Checkpoint, heads: int | None = None) -> ViTConfig:
     """CLIP's image tower by the shapes in its authors' file, as their build_model does; heads are 64 wide."""
     file, root = checkpoint.path, checkpoint.prefix("clip.visual.", "visual.")
+    if not checkpoint.missing(root + "layer1.0.conv1.weight"):
+        raise UserError(f"{file}: holds a ResNet of CLIP's; of its towers only ViTs are read.")
     if checkpoint.missing(root + "conv1.weight"):
         raise UserError(f"{file}: without a config.json only CLIP's own layout is read, "
                         f'and tensor "{root}conv1.weight" is missing.')

@@ -166,13 +166,14 @@ BESIDE = {                  # and what else published files say
                   "partial_rotary_factor": 1.0, "quantization_config": None, "sliding_window": 4096},
     "qwen2-bias": {"use_mrope": False, "sliding_window": 32},
     "clip-model": {"projection_dim": 20, "logit_scale_init_value": 2.6592},
-    "llava-hf": {"ignore_index": -100, "image_seq_length": 16, "pad_token_id": 32001},
+    "llava-hf": {"ignore_index": -100, "image_seq_length": 16, "pad_token_id": 32001, "vocab_size": 32064},
     "llava-original-v15": {
         "freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False, "mm_resampler_type": None,
         "mm_projector_lr": 2e-5, "mm_vision_tower_lr": 2e-6, "pretrain_mm_mlp_adapter": None,
         "tokenizer_model_max_length": 2048, "tokenizer_padding_side": "right", "tune_mm_mlp_adapter": False,
         "tune_mm_vision_resampler": False, "unfreeze_mm_vision_tower": False, "mm_patch_merge_type": "flat",
-        "image_grid_pinpoints": None, "pretraining_tp": 1, "image_aspect_ratio": "pad"},
+        "image_grid_pinpoints": None, "pretraining_tp": 1, "sep_image_conv_front": False,
+        "image_aspect_ratio": "pad"},
     "idefics-plain": {
         "cross_layer_activation_function": "swiglu", "ffn_dim": 64, "max_new_tokens": 128,
         "word_embed_proj_dim": 16},
