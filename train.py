@@ -43,7 +43,7 @@ from papers import ALL_BRIDGES, blip2_stage1, clip, make_bridge, nearest, system
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task, print_recipes
 from papers.systems import SYSTEMS
 from support.formats.benchmarks import scienceqa_text
-from support.formats.chat import TEMPLATES
+from support.formats.chat import TEMPLATES, choose_template
 from support.formats.files import UserError, at_the_door, write_json
 from support.formats.hub import pin_revision, print_licence
 from support.formats.towers import LOADERS, WEIGHTS, fill_from_run, resolve_folder, save_answer_run
@@ -342,7 +342,7 @@ class AnswerTask(Task):
                             "row would share its image; it packs for prefix bridges only.")
         self.given, self.s, self.ranks, self.sets = given, s, ranks, sets
         self.world, self.tokenizer = given.world, given.tokenizer
-        self.template = TEMPLATES[s.template] if s.template else None           # None = as the model knows it
+        self.template = choose_template(s.template, self.tokenizer) if s.template else None    # None: its own
         self.module = VLM(given.vit, given.bridge, given.decoder, self.tokenizer.image)
         self.module.processor = given.processor
         self.choice_text = functools.partial(scienceqa_text, form=s.form)

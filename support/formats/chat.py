@@ -169,6 +169,17 @@ def template_of(folder: Path, settings: dict, tokenizer) -> Template | Published
                              texts.get(tokenizer.image), processor)
 
 
+def choose_template(name: str, tokenizer) -> Template:
+    """The template of --template NAME; a UserError for a special token of it that the tokenizer lacks."""
+    template = TEMPLATES[name]
+    forms = (template.begin, template.system, template.user, template.assistant, template.end)
+    for text in re.findall(SPECIAL, " ".join(forms)):
+        if text not in tokenizer.special and text != "<image>":
+            raise UserError(f"--template {name} writes {text}, and this model's tokenizer has no such token; "
+                            "take another template.")
+    return template
+
+
 def template_digest(source: str) -> str:
     return hashlib.sha256(source.strip().encode()).hexdigest()[:16]
 
@@ -187,7 +198,7 @@ def read_template(folder: Path, settings: dict) -> tuple[str | None, str]:
         if name != "tokenizer_config.json":
             content = read_json(folder / name) if (folder / name).exists() else {}
         source, where = content.get("chat_template"), str(folder / name)
-        if not source:
+        if source is None or source == "":
             continue
         if isinstance(source, list):                    # [{"name": …, "template": …}, …]
             source = {entry["name"]: entry["template"] for entry in source}

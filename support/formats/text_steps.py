@@ -23,16 +23,27 @@ WORD = r"\p{Alphabetic}\p{M}\p{Pc}"              # inside a regular expression's
 CHINESE = ("\u4E00-\u9FFF\u3400-\u4DBF\uF900-\uFAFF\U00020000-\U0002A6DF\U0002A700-\U0002CEAF"
            "\U0002F800-\U0002FA1F")
 PUNCTUATION = r"\p{P}$+<=>^`|~"
+FLAGS = ("strip_left", "strip_right", "lowercase", "strip_accents", "clean_text", "handle_chinese_chars",
+         "individual_digits", "invert", "add_prefix_space", "use_regex", "split")      # true or false
+TEXTS = ("content", "prepend", "behavior", "delimiter", "prepend_scheme")
 BEHAVIORS = ("Removed", "Isolated", "Contiguous", "MergedWithPrevious", "MergedWithNext")
 
 
 def flat_steps(entry: dict | None) -> list[dict]:
     """The steps of a normalizer or pre-tokenizer entry, sequences within sequences unfolded."""
-    if not entry:
+    if entry is None:
         return []
+    if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+        raise ValueError(f"{json.dumps(entry)} is no step: it has no type.")
+    for key, value in entry.items():
+        kind = bool if key in FLAGS else str if key in TEXTS else object
+        if not isinstance(value, kind) and (key, value) != ("strip_accents", None):
+            raise unknown_step(entry)
     if entry["type"] != "Sequence":
         return [entry]
     inside = entry["normalizers"] if "normalizers" in entry else entry["pretokenizers"]
+    if not isinstance(inside, list) or None in inside:
+        raise unknown_step(entry)
     return [step for part in inside for step in flat_steps(part)]
 
 

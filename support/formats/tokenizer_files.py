@@ -25,6 +25,7 @@ from support.formats.text_steps import (GPT2_SPLIT, flat_steps, make_normalizer,
 from support.formats.tokenizers import (CLIP_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, ByteLevel, ClipBPE,
                                         SentencePiece, Tokenizer, WordPiece, byte_letters)
 
+DECODERS = (None, "ByteLevel", "BPEDecoder", "Metaspace", "Sequence", "WordPiece")
 RULES = ("lstrip", "rstrip", "single_word", "normalized")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast",
                  "LLaMATokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
@@ -102,10 +103,13 @@ def added_tokens(settings: dict, vocab: dict[str, int], entries: list[dict]) -> 
     entry of its own, and one that has a role in the settings. A role that the settings do not name has the
     usual token, if it is there.
     """
+    check_ids(settings["added"])
     found = {text: {"id": i} for text, i in settings["added"].items()}
     for i, token in settings.get("added_tokens_decoder", {}).items():
         found[token_text(token)] = {**(token if isinstance(token, dict) else {}), "id": int(i)}
     found |= {entry["content"]: entry for entry in entries}
+    if "" in found:
+        raise ValueError("an added token is the empty text, which is everywhere.")
     check_ids({**{text: entry["id"] for text, entry in found.items()}}, vocab)
     roles = {key[:-6]: token_text(token) for key, token in settings.items()
              if key.endswith("_token") and key != "pad_token" and isinstance(token, str | dict | None)}
@@ -124,7 +128,7 @@ def added_tokens(settings: dict, vocab: dict[str, int], entries: list[dict]) -> 
 
 def text_frame(processor: dict | None) -> tuple[list[int], list[int]]:
     """The ids that the post_processor of a tokenizer.json writes in front of a text and behind it."""
-    kind = processor["type"] if processor else None
+    kind = processor["type"] if processor is not None else None
     if kind == "Sequence":
         frames = [text_frame(part) for part in processor["processors"]]
         return ([i for begin, _ in reversed(frames) for i in begin], [i for _, end in frames for i in end])
@@ -150,8 +154,11 @@ def frame_texts(tokenizer: Tokenizer, settings: dict, data: dict) -> Tokenizer:
     leaves it as the kind of vocabulary has it.
     """
     llama = settings.get("tokenizer_class", "") in LLAMA_CLASSES or isinstance(tokenizer, SentencePiece)
-    if data.get("post_processor") or "post_processor" in data and not llama:
+    if data.get("post_processor") is not None or "post_processor" in data and not llama:
         begin, end = text_frame(data["post_processor"])
+        for i in (*begin, *end):
+            if type(i) is not int or i not in {*tokenizer.special.values(), *tokenizer.text_ids}:
+                raise ValueError(f"its post-processor writes the id {json.dumps(i)}, which no token has.")
         tokenizer.begin, tokenizer.end = tuple(begin), tuple(end)
     sides = {"add_bos_token": ("begin", tokenizer.bos), "add_eos_token": ("end", tokenizer.eos)}
     for key, (side, token) in sides.items():
@@ -169,6 +176,8 @@ def from_json(file: Path, settings: dict, data: dict) -> Tokenizer:
         entry for entry in data["added_tokens"]
         if entry["special"] or not (sentencepiece and entry["content"] in vocab)])
     normalizers, splits = flat_steps(data.get("normalizer")), flat_steps(data.get("pre_tokenizer"))
+    if (data.get("decoder") or {}).get("type") not in DECODERS:
+        raise ValueError(f"the decoder {json.dumps(data['decoder'])} is not known.")
     if model.get("dropout") or model.get("continuing_subword_prefix") not in (None, "", "##"):
         raise ValueError("its model leaves out merges at random, or marks pieces inside a word by a prefix "
                          "other than ##; such a vocabulary cannot be read here.")
@@ -278,15 +287,28 @@ def read_vocab_json(file: Path, settings: dict) -> Tokenizer:
     merges = [line.split() for line in lines if line and not line.startswith("#version")]
     model = {"vocab": vocab, "merges": merges}
     if "a</w>" not in vocab:
-        prefix = settings.get("add_prefix_space", False)
-        return from_json(file, settings, {"added_tokens": own, "model": model, "post_processor": None,
-                                          "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": prefix}})
+        steps = byte_level_steps(settings)
+        return from_json(file, settings,
+                         {"added_tokens": own, "model": model, "post_processor": None, **steps})
     words = {"type": "Split", "pattern": {"Regex": CLIP_SPLIT}, "behavior": "Removed", "invert": True}
     frame = {side: [text, vocab[text]] for side, text in zip(("cls", "sep"), names)}
     return from_json(file, settings, {
         "added_tokens": own, "model": {**model, "end_of_word_suffix": "</w>"}, "pre_tokenizer": words,
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
         "post_processor": {"type": "RobertaProcessing", **frame}})
+
+
+def byte_level_steps(settings: dict) -> dict:
+    """The steps that a class of tokenizers has in its code, where there is no tokenizer.json to say them."""
+    kind = (settings.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    last = {"type": "ByteLevel", "add_prefix_space": settings.get("add_prefix_space") or False}
+    if kind == "GPT2Tokenizer":
+        return {"pre_tokenizer": last}
+    if kind == "Qwen2Tokenizer":
+        words = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated"}
+        return {"normalizer": {"type": "NFC"}, "pre_tokenizer": {
+            "type": "Sequence", "pretokenizers": [words, {**last, "use_regex": False}]}}
+    raise ValueError(f"no file of its folder says how a {kind} cuts a text; a tokenizer.json would.")
 
 
 def read_tokenizer_model(file: Path, settings: dict) -> Tokenizer:
@@ -326,18 +348,19 @@ def sentencepiece_model(raw: bytes, settings: dict, file: Path) -> SentencePiece
     if not (is_bpe and fallback) or rules or one_blank:
         raise UserError(f"{file}: a SentencePiece model, but not BPE with byte fallback that leaves the "
                         "text as it is; no other is known.")
-    vocab, control, score = {}, {}, {}
+    vocab, control, score, entries = {}, {}, {}, []
     pieces = [{1: b"", 3: 1, **dict(protobuf(message))} for n, message in fields if n == 1]
     for i, piece in enumerate(pieces):
         text = piece[1].decode()
         (control if piece[3] in (3, 4) else vocab)[text] = i
+        entries += [{"content": text, "id": i, "special": piece[3] == 3}] * (text in control)
         if piece[3] == 1:
             score[text] = float(np.frombuffer(piece[2], "<f4")[0])
     # Two neighbours are joined where the result is a piece, the highest score first. A part is a character or
     # a piece.
     order = {(p[:k], p[k:]): -score[p] for p in score for k in range(1, len(p))
              if (k == 1 or p[:k] in score) and (k == len(p) - 1 or p[k:] in score)}
-    added = added_tokens(settings, vocab, [{"content": text, "id": i} for text, i in control.items()])
+    added = added_tokens(settings, vocab, entries)
     prefix = SentencePiece.FIRST if settings.get("legacy") is False else SentencePiece.ALWAYS
     tokenizer = SentencePiece(vocab, order, prefix=prefix if dummy else SentencePiece.NEVER, **added)
     return frame_texts(tokenizer, settings, {})

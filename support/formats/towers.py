@@ -12,6 +12,7 @@ from support.formats.hub import fetch, is_hub_name
 from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor
 from support.formats.tokenizer_files import copy_tokenizer, load_tokenizer
+from support.formats.tokenizers import Tokenizer
 from support.formats.vision import load_vit, save_vit
 from support.formats.vlm import load_bridge_file, save_vlm
 
@@ -47,10 +48,19 @@ def tower_names(lm: str, vit: str, init: str = "") -> dict[str, str]:
     return names
 
 
+def load_words(lm: str) -> Tokenizer:
+    """The tokenizer that a training writes its documents with: it has a token that ends an answer."""
+    tokenizer = load_tokenizer(resolve_folder(lm))
+    if tokenizer.eos is None:
+        raise UserError(f"{lm}: its tokenizer names no token that ends a text; write one as eos_token into "
+                        "its tokenizer_config.json.")
+    return tokenizer
+
+
 def load_answer_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """Tokenizer, decoder, ViT and image processor, on given.device; vit "random" is a new ViT."""
     names = tower_names(lm, vit, init)
-    given.tokenizer = load_tokenizer(resolve_folder(lm))
+    given.tokenizer = load_words(lm)
     given.decoder = load_decoder(resolve_folder(names["decoder"]), given.device)
     if names["vit"] == "random":
         given.vit = ViT(ViTConfig()).to(given.device)
@@ -62,7 +72,7 @@ def load_answer_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
 def load_stage1_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """Tokenizer, ViT and its image processor, and how the run is written."""
     name = tower_names(lm, vit, init)["vit"]
-    given.tokenizer = load_tokenizer(resolve_folder(lm))
+    given.tokenizer = load_words(lm)
     given.vit = load_vit(resolve_folder(name), given.device)
     given.processor = load_processor(resolve_folder(name))
 

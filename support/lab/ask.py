@@ -25,7 +25,7 @@ import data
 from eval import generate_ids, generate_texts
 from model import Decoder, IMAGE, VLM, ViT
 from papers.mllama_vit import TiledViT, Tiles
-from support.formats.chat import TEMPLATES
+from support.formats.chat import TEMPLATES, choose_template
 from support.formats.files import UserError, at_the_door, read_json
 from support.formats.hub import fetch, print_licence
 from support.formats.llama import load_decoder
@@ -93,7 +93,7 @@ def open_tokenizer(folder: Path, template: str) -> Tokenizer:
     """The tokenizer of a published model with a chat template of TEMPLATES, or "" for the folder's own."""
     tokenizer = load_tokenizer(folder)
     if template:
-        tokenizer.template = TEMPLATES[template]
+        tokenizer.template = choose_template(template, tokenizer)
     return tokenizer
 
 

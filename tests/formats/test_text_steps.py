@@ -10,7 +10,9 @@ from conftest import GOLDEN, write_byte_tokenizer
 from data import Document
 from support.formats import load_tokenizer
 from support.formats.files import UserError
+from support.formats.tokenizers import byte_letters
 from support.formats.text_steps import flat_steps, make_normalizer, make_splitter
+from support.formats.towers import load_words
 
 CASE = json.loads((GOLDEN / "tokenizer-steps" / "expected.json").read_text(encoding="utf-8"))
 
@@ -101,6 +103,48 @@ def test_a_file_that_does_not_speak_of_a_post_processor_has_bos(tmp_path):
     assert load_tokenizer(tmp_path).begin == (256,)
 
 
+SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("change", [
+    {"normalizer": {"type": "Sequence", "normalizers": [None]}}, {"normalizer": {"type": "Sequence"}},
+    {"normalizer": {"type": "Sequence", "normalizers": {}}}, {"normalizer": {"type": 3}},
+    {"normalizer": {"type": "Strip", "strip_left": "yes", "strip_right": True}},
+    {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": 0}},
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": "(("}, "content": ""}},
+    {"pre_tokenizer": {**SPLIT, "invert": 1}}, {"pre_tokenizer": {**SPLIT, "behavior": None}},
+    {"pre_tokenizer": {**SPLIT, "pattern": {"Glob": "*"}}}, {"pre_tokenizer": {"type": "Digits"}},
+    {"post_processor": {**template_processing("<s>", "A"), "special_tokens": {}}},
+    {"post_processor": {"type": "BertProcessing", "cls": ["x", 999], "sep": ["</s>", 257]}},
+    {"post_processor": {"type": "BertProcessing", "cls": "x", "sep": None}},
+    {"post_processor": {}}, {"decoder": {"type": "Morse"}}], ids=json.dumps)
+def test_a_step_of_the_wrong_kind_is_one_sentence(change, tmp_path):
+    write_byte_tokenizer(tmp_path, ("<s>", "</s>"))
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    if "pre_tokenizer" in change:
+        change = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            change["pre_tokenizer"], {"type": "ByteLevel", "add_prefix_space": False}]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**file, **change}))
+    with pytest.raises(UserError) as e:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(e.value) and "\n" not in str(e.value)
+
+
+def test_files_without_a_tokenizer_json_have_the_steps_of_their_class(tmp_path):
+    """vocab.json and merges.txt: GPT-2 splits "12" as one word, Qwen2 normalizes and tells digits apart."""
+    vocab = {letter: b for b, letter in byte_letters().items()}
+    vocab |= {"12": 256, "Ã©": 257, "<|endoftext|>": 258}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n1 2\nÃ ©\n", encoding="utf-8")
+    assert load_tokenizer(tmp_path).encode("12e\u0301") == [256, *"e\u0301".encode()]
+    for name, ids in (("Qwen2Tokenizer", [*b"12", 257]), ("GPT2TokenizerFast", [256, *"e\u0301".encode()])):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+        assert load_tokenizer(tmp_path).encode("12e\u0301") == ids
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "WhisperTokenizer"}))
+    with pytest.raises(UserError, match="vocab.json: no file of its folder says how a WhisperTokenizer"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("settings", [{"add_bos_token": "yes"}, {"add_eos_token": 1}])
 def test_a_switch_is_true_or_false(settings, tmp_path):
     write_byte_tokenizer(tmp_path, ("<s>", "</s>"), **settings)
@@ -138,6 +182,7 @@ def test_of_two_files_the_one_that_lists_the_added_tokens_counts(listed, eos, tm
     ({}, {"aa": 5}, "both have the id 5"),
     ({}, {"aa": -5}, "the token 'aa' has the id -5"),
     ({}, {"aa": None}, "the token 'aa' has the id null"),
+    ({"content": ""}, {}, "an added token is the empty text"),
 ])
 def test_an_id_that_is_none_or_another_token_s_is_refused(added, vocab, words, tmp_path):
     write_byte_tokenizer(tmp_path, ("<s>",), added=({"content": "<x>", **added},))
@@ -160,6 +205,13 @@ def test_a_token_beyond_the_model_s_vocabulary_is_refused(config, refused, tmp_p
             load_tokenizer(tmp_path)
     else:
         assert load_tokenizer(tmp_path).vocab_size == 258
+
+
+def test_a_training_asks_for_a_token_that_ends_a_text(tmp_path):
+    write_byte_tokenizer(tmp_path, ("<x>",))
+    assert load_tokenizer(tmp_path).eos is None
+    with pytest.raises(UserError, match="names no token that ends a text; write one as eos_token"):
+        load_words(str(tmp_path))
 
 
 def test_a_special_token_beyond_the_model_s_vocabulary_is_none(tmp_path):
