@@ -168,8 +168,9 @@ def refuse_other_ropes(c: dict, where: str) -> None:
         raise UserError(f'{where}: RoPE scaling "{kind}" is not supported; known: {", ".join(ROPES)}.')
     for ropes in spellings:
         refuse_unknown(ropes, f"{where}: RoPE", ROPE if ROPES[kind] else keys("rope_type type rope_theta"))
-    values = {(key.removeprefix("rope_"), value) for ropes in (*spellings, {"theta": c.get("rope_theta")})
-              for key, value in ropes.items() if value is not None}
+    said = [item for ropes in (*spellings, {"theta": c.get("rope_theta")}) for item in ropes.items()]
+    values = {(key.removeprefix("rope_"), value if isinstance(value, (int, float)) else str(value))
+              for key, value in said if value is not None}
     if len(values) > len({key for key, _ in values}):
         raise UserError(f"{where}: rope_theta, rope_scaling and rope_parameters contradict each other: "
                         f"{sorted(values)}.")

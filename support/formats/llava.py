@@ -80,6 +80,8 @@ def read_original(c: dict, path: Path) -> tuple[VLM, list[Filling]]:
     """The authors' layout (github.com/haotian-liu/LLaVA): Llama's names, a ViT of its own."""
     where = f"{path}/config.json"
     name, options, maps = projector(c.get("mm_projector_type", "linear"), where)
+    if c["mm_vision_tower"] is None:
+        raise UserError(f"{where}: mm_vision_tower is null, so this is a language model alone.")
     tower = tower_folder(path, c["mm_vision_tower"])
     vit, family = vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
     decoder = Decoder(decoder_config(c, where))

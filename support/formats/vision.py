@@ -155,7 +155,10 @@ def refuse_second_config(c: dict, part: str, defaults: dict, where: str) -> None
 
     transformers lets it, and the defaults where it is silent, replace the part.
     """
-    for key, value in {**defaults, **c[f"{part}_dict"]}.items() if c.get(f"{part}_dict") else ():
+    second = c.get(f"{part}_dict") or {}
+    if not isinstance(second, dict):
+        raise UserError(f"{where}: the key '{part}_dict' is {second!r:.40}, not an object.")
+    for key, value in {**defaults, **second}.items() if second else ():
         if key in defaults and value != c[part].get(key, defaults[key]):
             raise UserError(f'{where}: {part} and {part}_dict give two values of "{key}", '
                             f"{c[part].get(key, defaults[key])} and {value}; leave one of them out.")

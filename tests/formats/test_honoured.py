@@ -212,3 +212,13 @@ def test_an_old_clips_second_configs_must_agree_with_the_first(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(odd))
         with pytest.raises(UserError, match=f'{part} and {part}_dict give two values of "hidden_size"'):
             load_clip(tmp_path)
+
+
+def test_a_rope_may_be_spelled_twice_if_both_say_the_same():
+    config = config_of("llama-rope-linear")
+    ropes = config["rope_parameters"]
+    both = {**config, "rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": ropes["rope_theta"]}
+    assert decoder_config(both) == decoder_config(config)
+    for change in ({"rope_theta": 1.0}, {"rope_scaling": {"type": "linear", "factor": 2.0}}):
+        with pytest.raises(UserError, match="contradict each other"):
+            decoder_config({**both, **change}, "config.json")
