@@ -43,10 +43,10 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **o
         raise ValueError(f'unknown bridge "{name}"; {nearest(name, ALL_BRIDGES)}')
     versions = VERSIONS.get(name, {})
     version = options.get("version", max(versions, default=None))
-    if versions and version not in versions:
+    if versions and version not in [*versions]:
         *first, last = versions
         raise ValueError(f"{name} has version {', '.join(map(str, first))} and {last}, not {version!r}.")
-    kind = versions.get(version, ALL_BRIDGES[name])
+    kind = versions[version] if versions else ALL_BRIDGES[name]
     own = arguments(kind)
     known = {key: a for other in (*versions.values(), kind) for key, a in arguments(other).items()}
     known |= {"version": "int"} if versions else {}

@@ -18,6 +18,7 @@ class Key:
     null: bool = False                      # null is right, too: it means the default
     each: Key | None = None                 # every element of a list, every value of an object
     keys: dict[str, Key] | None = None      # the table of an object
+    among: tuple = ()                       # the values that we compute, where there are few
 
     def check(self, path: str, value) -> None:
         """A ValueError that names the path of keys, if the value is not what it may be."""
@@ -25,11 +26,14 @@ class Key:
             return
         kind = next((k for k in self.kinds if isinstance(value, k)), self.kinds[0])
         check_value(f"the key '{path}'", value, kind, **self.bounds if kind in (int, float) else {})
+        if self.among and value not in self.among:
+            raise ValueError(f"the key '{path}' is {value!r:.40}, which is not supported; "
+                             f"known: {', '.join(map(repr, self.among))}.")
         if kind is dict and self.keys:
             check_keys(value, self.keys, f"{path}.")
         inside = value.values() if kind is dict else value if kind is list else ()
-        if not self.each or {*map(type, inside)} <= {self.each.kinds[0]} <= {str}:
-            return                          # 100,000 texts at once
+        if not self.each:
+            return
         for n, element in value.items() if kind is dict else enumerate(inside):
             self.each.check(f"{path}.{n}" if kind is dict else f"{path}[{n}]", element)
 
@@ -81,7 +85,10 @@ CONFIG = {
     **these("tie_word_embeddings attention_bias mlp_bias use_sliding_window multimodal_projector_bias "
             "vision_use_head qkv_bias use_swiglu_ffn qk_layer_norms qk_layer_norms_perceiver "
             "use_resampler", FLAG),
-    **these("architectures layer_types", Key((list,), null=True, each=TEXT)),
+    "architectures": Key((list,), null=True, each=TEXT),
+    "layer_types": Key((list,), null=True, each=Key((str,), among=("full_attention", "sliding_attention"))),
+    "num_channels": Key((int,), among=(3,)),
+    "partial_rotary_factor": Key((float,), null=True, among=(1,)),
     **these("eos_token_id bos_token_id image_token_index image_token dec", IDS),
     "vision_feature_layer": Key((int, list), LAYER.bounds, each=LAYER),
     "vision_feature_select_strategy": TEXT,
@@ -93,7 +100,11 @@ CONFIG = {
     "intermediate_layers_indices": Key((list,), each=COUNT),
     "supported_aspect_ratios": Key((list,), each=Key((list,), each=COUNT)),
     **these("bridge vit decoder", TEXT),                                                # a run of train.py
-    **these("bridge_options settings", OBJECT),
+    "bridge_options": OBJECT,
+    "settings": Key((dict,), keys={         # what eval.py reads; --resume checks them all
+        "data": TEXT, "seed": Key((int,), dict(least=0)), "share": number(above=0, most=100),
+        "follow_links": FLAG}),
+    **these("trained_parameters training_examples seconds", number(null=True, least=0)),
     **these("adapter_layers adapter_len query_len v_num_heads num_heads", size(null=True)),     # of a bridge
     **these("gated_cross_attention perceiver", Key((dict,), keys={"dim_head": size()})),
 }
@@ -145,7 +156,8 @@ FILES = {                   # the end of a file's name → its table
     "tokenizer.json": TOKENIZER, "tokenizer_config.json": TOKENIZER_CONFIG,
     "special_tokens_map.json": TOKENIZER_CONFIG,
     "flamingo_config.json": CONFIG, "adapter_config.json": CONFIG,
-    "results.json": {"items": size(), "world": TEXT, "rows": Key((list,), each=OBJECT)},
+    "results.json": {"items": size(), "world": TEXT, "rows": Key((list,), each=Key((dict,), keys={
+        "row": TEXT}))},
     "index.json": {"weight_map": Key((dict,), each=TEXT)},
 }
 

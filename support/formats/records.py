@@ -97,7 +97,7 @@ def parse_rows(where: str, rows, make) -> Iterator[Record | BrokenRecord]:
             record = BrokenRecord(f"{where} {n}", f'"{e.args[0]}" is missing')
         except (TypeError, AttributeError) as e:
             record = BrokenRecord(f"{where} {n}", f"not of the form that {LAYOUT} ({e})")
-        except (ValueError, RecursionError) as e:
+        except (ValueError, OverflowError, RecursionError) as e:
             record = BrokenRecord(f"{where} {n}", str(e))
         if record is not None:
             yield record
@@ -111,7 +111,7 @@ def naming_file(file: Path):
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({type(e).__name__}); lay the files out as {LAYOUT}."
                         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise UserError(f"{file}: holds no usable record ({type(e).__name__}: {e}), nothing that {LAYOUT}."
                         ) from None
 

@@ -163,6 +163,8 @@ class ByteLevel(Tokenizer):
         super().__init__(ranks.values(), special, **names)
         self.pattern, self.ranks, self.split = pattern, ranks, split
         self.encode_word = functools.lru_cache(20_000)(self.encode_piece)
+        if b"" in ranks or pattern is not None and (not pattern or regex.match(pattern, "")):
+            raise ValueError("a piece of the vocabulary, or a match of its pattern, is empty.")     # a panic
         # SmolLM2 has no token for 21 of the 256 bytes, and tiktoken stops at such a byte.
         # Here the byte gets an id past the end, which encode_plain drops.
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]

@@ -215,6 +215,8 @@ def openai_vit_config(checkpoint: Checkpoint, heads: int | None = None) -> ViTCo
 def text_config(c: dict, where: str) -> TextConfig:
     """CLIP's or SigLIP's text_config in transformers' words."""
     end = c.get("eos_token_id", 2)                      # OpenAI's files say 2, which is wrong …
+    if isinstance(end, list):
+        raise UserError(f"{where}: eos_token_id is {end!r:.40}, but one token of a caption is read out.")
     with at_the_door(where):
         return TextConfig(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
                           c["intermediate_size"], c["max_position_embeddings"],

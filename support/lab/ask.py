@@ -33,7 +33,7 @@ from support.formats.pictures import load_processor, read_image, tile_pixels
 from support.formats.tokenizer_files import load_tokenizer
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import LAYOUTS, load_vlm, open_run
-from support.plumbing.flags import Parser, add_machine_flags, use_machine
+from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.plumbing.packed import packed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,8 +182,10 @@ def make_parser() -> Parser:
     asked.add_argument("--template", default="", choices=[*TEMPLATES], metavar="NAME",
                        help=f"a chat template in place of the model's own: {', '.join(TEMPLATES)}")
     answer = parser.add_argument_group("the answer")
-    answer.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)")
-    answer.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
+    answer.add_argument("--max-new-tokens", type=number(least=1, most=10**6), default=64, metavar="N",
+                        help="longest answer (64)")
+    answer.add_argument("--beams", type=number(least=1, most=1000), default=1, metavar="W",
+                        help="beam width; 1 = greedy (1)")
     answer.add_argument("--dtype", default="float32", choices=[*DTYPES], help="of the weights (float32)")
     add_machine_flags(parser)
     return parser
@@ -192,8 +194,6 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     device = use_machine(args)
-    if args.max_new_tokens < 1 or args.beams < 1:
-        raise UserError("--max-new-tokens and --beams must be at least 1.")
     folder = fetch(args.model)
     facts = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     request = Request(args.image, args.prompt, args.max_new_tokens, args.beams, args.template, device,

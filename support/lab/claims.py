@@ -35,7 +35,7 @@ from support.formats.vlm import open_run
 from support.lab.attention import gate_history
 from support.lab.claims_list import ARMS, CLAIMS, COMMON, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
-from support.plumbing.flags import Parser
+from support.plumbing.flags import Parser, number
 from support.plumbing.log import read_log
 from support.worlds import open_data
 
@@ -269,8 +269,10 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
 def main(argv: list[str]) -> None:
     parser = Parser("eval.py claims", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of: {', '.join(CLAIMS)}")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per arm (3)")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one core each (2)")
+    parser.add_argument("--seeds", type=number(least=1, most=1000), default=3, metavar="N",
+                        help="runs per arm (3)")
+    parser.add_argument("--jobs", type=number(least=1, most=256), default=2, metavar="N",
+                        help="runs at a time, one core each (2)")
     parser.add_argument("--out", default=Setup.report, metavar="FILE", help=f"of the report ({Setup.report})")
     args = parser.parse_args(argv)
     if not args.names:
@@ -279,6 +281,4 @@ def main(argv: list[str]) -> None:
     for name in names:
         if name not in CLAIMS:
             raise UserError(f'unknown claim "{name}"; {nearest(name, ["all", *CLAIMS])}')
-    if args.seeds < 1 or args.jobs < 1:
-        raise UserError("--seeds and --jobs must be at least 1.")
     print(run_claims(names, Setup(args.seeds, args.jobs, report=args.out)))

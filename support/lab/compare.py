@@ -33,7 +33,7 @@ from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
 from support.lab.measures import Cells, EvaluationSet, Settings, chance_cells, measure_cells, open_set
 from support.lab.protocols import Comparison, PROTOCOLS
-from support.plumbing.flags import Parser, add_machine_flags, use_machine
+from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.worlds import WORLDS
 from support.worlds.trained import name_split, training_sets
 
@@ -244,9 +244,11 @@ def make_parser() -> Parser:
                        help="another data set than the run's; several give a column each and their Overall")
     asked.add_argument("--protocol", default="ours", help=f"whose prompts: {' | '.join(PROTOCOLS)} (ours)")
     asked.add_argument("--shots", default="0,4,8", help="numbers of examples in the prompt (0,4,8)")
-    asked.add_argument("--seed", type=int, default=0, help="draws examples and choices (0)")
-    asked.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures a row (400)")
-    asked.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
+    asked.add_argument("--seed", type=number(least=0), default=0, help="draws examples and choices (0)")
+    asked.add_argument("--items", "--limit", type=number(least=1, most=10**6), default=400, metavar="N",
+                       help="pictures a row (400)")
+    asked.add_argument("--beams", type=number(least=1, most=1000), default=1, metavar="W",
+                       help="beam width; 1 = greedy (1)")
     asked.add_argument("--follow-links", action="store_true", help="read pictures behind links, too")
     written = parser.add_argument_group("what is written")
     written.add_argument("--predictions", metavar="FOLDER",
@@ -262,13 +264,12 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Print the table, its footnotes and its minutes; of CSV the footnotes go to standard error."""
     start, args = time.monotonic(), make_parser().parse_args(argv)
-    shots = args.shots.split(",")
-    if not all(k.isdecimal() for k in shots):
-        raise UserError(f'--shots "{args.shots}" is no list of numbers; write for example 0,4,8.')
+    shots = [k.strip() for k in args.shots.split(",")]
+    if not all(k.isdecimal() and len(k) < 4 for k in shots):
+        raise UserError(f'--shots "{args.shots:.40}" is no list of numbers under 1,000; write for example '
+                        "0,4,8.")
     if not args.runs:
         raise UserError("give at least one run folder: python eval.py compare out/mapl-shapes.")
-    if args.items < 1 or args.beams < 1:
-        raise UserError("--items and --beams must be at least 1.")
     settings = Settings(tuple(args.data), args.protocol, tuple(map(int, shots)), args.items, args.seed,
                         args.beams, args.predictions, use_machine(args), args.follow_links)
     rows, notes = compare_runs(args.runs, settings)

@@ -7,7 +7,7 @@ from eval import SUBCOMMANDS, __doc__ as COMMANDS, baseline_rows, format_table, 
 from papers.bounds import nearest
 from support.formats.files import UserError, read_json
 from support.formats.vlm import open_run
-from support.plumbing.flags import Parser, add_machine_flags, use_machine
+from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.worlds.trained import training_sets
 
 
@@ -16,8 +16,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of train.py")
     table = parser.add_argument_group("the table")
     table.add_argument("--saved", action="store_true", help="the rows that each run measured at its end")
-    table.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures a row (400)")
-    table.add_argument("--beams", type=int, default=1, metavar="W", help="beam width; 1 = greedy (1)")
+    table.add_argument("--items", "--limit", type=number(least=1, most=10**6), default=400, metavar="N",
+                       help="pictures a row (400)")
+    table.add_argument("--beams", type=number(least=1, most=1000), default=1, metavar="W",
+                       help="beam width; 1 = greedy (1)")
     table.add_argument("--follow-links", action="store_true", help="read pictures behind links, too")
     add_machine_flags(parser)
     args = parser.parse_args(argv)
@@ -27,8 +29,6 @@ def main(argv: list[str]) -> None:
     first = args.runs[0]
     if not Path(first).exists() and "/" not in first:
         raise UserError(f'"{first}" is neither a run folder nor a subcommand; {nearest(first, SUBCOMMANDS)}')
-    if args.items < 1 or args.beams < 1:
-        raise UserError("--items and --beams must be at least 1.")
     if args.saved:
         tables = saved_tables(args.runs)
     else:

@@ -25,7 +25,7 @@ from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
 from support.lab.attention import attention_to_patches
 from support.lab.words import nearest_words
-from support.plumbing.flags import Parser, add_machine_flags, use_machine
+from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 
 
 def require_cell_patches(vlm: VLM) -> None:
@@ -132,11 +132,10 @@ def words_on_target(vlm: VLM, tokenizer: Tokenizer, count: int = 200, split: str
 def main(argv: list[str]) -> None:
     parser = Parser("eval.py targets", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, with weights/vit")
-    parser.add_argument("--items", "--limit", type=int, default=400, metavar="N", help="pictures (400)")
+    parser.add_argument("--items", "--limit", type=number(least=1, most=10**6), default=400, metavar="N",
+                        help="pictures (400)")
     add_machine_flags(parser)
     args = parser.parse_args(argv)
-    if args.items < 1:
-        raise UserError("--items must be at least 1.")
     device = use_machine(args)
     for run in args.runs:
         vlm, tokenizer, _ = open_run(run, device)

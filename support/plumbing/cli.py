@@ -155,6 +155,21 @@ def is_error_of_the_math(error: ValueError) -> bool:
     return any(file == place or place in file.parents for place in MATH)
 
 
+def mistake(error: Exception) -> str | None:
+    """The sentence of a user's mistake, or of a machine that lacks disk or memory; None: a bug of ours.
+
+    Files are read and written behind doors that name them; this is what passes between the doors.
+    """
+    if isinstance(error, UserError) or isinstance(error, ValueError) and is_error_of_the_math(error):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{str(error.filename or 'the system'):.200}: {error.strerror}."
+    full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if full or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "memory is full; give a smaller --batch or --longest, or split the batch with --accumulate."
+    return None
+
+
 def run_cli(main_function: Callable[[], object]) -> None:
     """Run a command: a user's mistake is one sentence on stderr, exit code 2; a bug shows its traceback."""
     stop = Stop()
@@ -168,18 +183,19 @@ def run_cli(main_function: Callable[[], object]) -> None:
             raise
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except ValueError as e:
-        if not (isinstance(e, UserError) or is_error_of_the_math(e)):
+    except BrokenPipeError:
+        os._exit(0)
+    except Exception as e:
+        sentence = mistake(e)
+        if sentence is None:
             raise
         if int(os.environ.get("RANK", 0)):              # the first process prints the sentence for all;
             time.sleep(5)                               # torchrun ends this one meanwhile
-        print(str(e), file=sys.stderr)
+        print(sentence, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:                      # a run that was stopped says how to go on
         if not int(os.environ.get("RANK", 0)):
             print(e if isinstance(e, Stopped) else "stopped", file=sys.stderr)
         sys.exit(e.code if isinstance(e, Stopped) else CODES[signal.SIGINT])
-    except BrokenPipeError:
-        os._exit(0)
     finally:
         signal.signal(signal.SIGINT, outside)

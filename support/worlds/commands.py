@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from support.formats.files import UserError, at_the_door, check_value
 from support.worlds import open_data
 from support.worlds.instruct import generate_instructions
 
@@ -30,26 +31,38 @@ def main(arguments: list[str] | None = None) -> None:
     generate = arguments[:1] == ["generate"]
     parser = argparse.ArgumentParser("data.py generate" if generate else "data.py", description=DESCRIPTION,
                                      epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     parser.add_argument("spec", nargs="?", default="shapes",
                         help="data set: KIND, KIND:SPLIT, KIND:PATH or KIND:PATH:SPLIT")
     parser.add_argument("--follow-links", action="store_true",
                         help="read pictures behind links that leave the data set's folder, too")
     if generate:
         parser.add_argument("out", nargs="?", default="out/instruct", help="folder that is written")
-        parser.add_argument("count", nargs="?", default="100", help="number of pictures")
+        parser.add_argument("count", nargs="?", type=whole, default=100, help="number of pictures")
         parser.add_argument("teacher", nargs="?", default="rules",
                             help='"rules" (for shapes), or the folder or hub name of a decoder that chats')
         options = parser.parse_args(arguments[1:])
         generate_instructions(options.spec, options.out, options.count, options.teacher,
                               follow_links=options.follow_links)
     else:
-        parser.add_argument("count", nargs="?", type=int, default=3, help="number of items")
+        parser.add_argument("count", nargs="?", type=whole, default=3, help="number of items")
         options = parser.parse_args(arguments)
         show_items(options.spec, options.count, options.follow_links)
 
 
+def refuse(message: str):
+    raise UserError(f"{message}; see python data.py --help.")
+
+
+def whole(text: str) -> int | str:
+    """The number that a text is; what is none stays a text, which is refused with the bounds."""
+    return int(text) if text.isdecimal() and len(text) < 20 else text
+
+
 def show_items(spec: str = "shapes", count: int = 3, follow_links: bool = False) -> None:
     """Print items of a data set and write their pictures to out/samples/."""
+    with at_the_door():
+        check_value("the number of items", count, int, least=1, most=10**6)
     world, folder = open_data(spec, follow_links=follow_links), Path("out/samples")
     folder.mkdir(parents=True, exist_ok=True)
     for item in map(world.item, range(count)):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data import BACKGROUND, CELL, Item, Shapes, Thing
 from papers.llava_data import DESCRIBE, SHARES, ask_teacher, read_turns, symbolic_context, teacher_messages
-from support.formats.files import UserError, write_json
+from support.formats.files import UserError, at_the_door, check_value, write_json
 from support.formats.hub import fetch
 from support.formats.llama import load_decoder
 from support.formats.records import find_picture, load_lists, naming_file, parse_rows, same_id
@@ -138,7 +138,7 @@ def write_sample(sample: Sample, turns: list[tuple[str, str]], images: Path) -> 
     return {"id": f"{sample.stem}-{sample.kind}", "image": image.name, "conversations": conversation}
 
 
-def generate_instructions(spec: str = "shapes", out: str | Path = "out/instruct", count: int | str = 100,
+def generate_instructions(spec: str = "shapes", out: str | Path = "out/instruct", count: int = 100,
                           teacher: str = "rules", seed: int = 0, batch: int = 16,
                           follow_links: bool = False) -> None:
     """`count` pictures of a data set → out/chat.json in LLaVA-Instruct's format and out/images/.
@@ -147,10 +147,9 @@ def generate_instructions(spec: str = "shapes", out: str | Path = "out/instruct"
     annotations/instances_*.json. teacher: "rules", for shapes alone, or a decoder that chats (folder, hub
     name). Replies of another form are dropped and counted. chat.json is written last.
     """
-    if not str(count).isdecimal() or not int(count):
-        raise UserError(f'the number of pictures is "{count}"; '
-                        "write python data.py generate SPEC OUT COUNT TEACHER.")
-    world, out, count = open_data(spec, seed, follow_links=follow_links), Path(out), int(count)
+    with at_the_door():
+        check_value("the number of pictures", count, int, least=1, most=10**6)
+    world, out = open_data(spec, seed, follow_links=follow_links), Path(out)
     if teacher == "rules" and not isinstance(world, Shapes):
         raise UserError(f"{spec}: the teacher by rules knows only the scenes of shapes; "
                         "give a decoder's folder.")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import train
 from support.formats.files import UserError
 from support.plumbing.log import read_log
+from model import DecoderConfig
 from support.plumbing.ranks import Ranks, prefetch
 
 ROOT = Path(__file__).parents[2]
@@ -207,3 +208,20 @@ def double(step: int) -> list[dict]:
 def test_batches_arrive_in_order_from_any_step_on(workers):
     batches = prefetch(double, 5, workers, pin=False)
     assert [next(batches)[0]["step"] for _ in range(3)] == [10, 12, 14]
+
+
+def refused(step: int) -> list[dict]:
+    if step == 6:
+        raise UserError("cat.jpg: not a picture.")
+    if step == 7:
+        DecoderConfig(heads=3, kv_heads=2)              # the math refuses this number
+    return [{"step": step}]
+
+
+@pytest.mark.parametrize("first, message", [(5, "cat.jpg: not a picture."),
+                                            (7, "3 query heads cannot share")])
+def test_a_mistake_in_a_reader_process_is_the_same_sentence(first, message):
+    batches = prefetch(refused, first, 1, pin=False)
+    with pytest.raises(UserError) as e:
+        next(batches), next(batches)
+    assert str(e.value).startswith(message) and "\n" not in str(e.value)

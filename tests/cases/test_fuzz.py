@@ -1,0 +1,536 @@
+"""Claim: whatever stands in a file, a flag or an option, a mistake costs one sentence.
+
+Every input below is one change to something that works: a key of a JSON file, a byte or a tensor of a weights
+file, a flag. What comes of it is one of
+
+    refused     one sentence: a UserError, or the ValueError of a line of the math
+    equal       accepted, and the result is the same: nothing that we compute depends on it
+    changed     accepted, and the result is another one, as it is where the reference reads that key
+    wrong       an exception of another kind, a hang, a number that is not finite
+
+Wrong ones must not be. The fast run tries a sample, --slow all of them and prints the counts.
+"""
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import random
+import shutil
+import signal
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from conftest import GOLDEN, SMALL, TINY, TINY_VIT, golden, shapes_vlm, tiny_decoder, tiny_vlm
+from data import to_pixels
+from eval import main as eval_main
+from model import Decoder, IMAGE, VLM, ViT
+from papers import ALL_BRIDGES, arguments, make_bridge
+from papers.mllama_vit import Tiles
+from support.formats import (load_bridge, load_clip, load_decoder, load_processor, load_tokenizer, load_vit,
+                             load_vlm, save_vlm)
+from support.formats.files import UserError
+from support.formats.keys import FILES
+from support.lab import claims
+from support.plumbing.cli import flag_name, mistake, parse_options
+from support.worlds import open_data
+from support.worlds.commands import main as data_main
+
+SECONDS = 20                    # an input that takes longer hangs
+
+# --- outcomes -----------------------------------------------------------------------------------------------
+
+
+class Hang(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int = SECONDS):
+    def stop(number, frame):
+        raise Hang(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(run, expected=None, doors: bool = True) -> tuple[str, str]:
+    """(refused | equal | changed | wrong, its sentence) of one input; run() gives a tensor or a value.
+
+    doors: only the errors of the readers count as refusals; without it what run_cli says, too.
+    """
+    try:
+        with time_limit():
+            result = run()
+    except SystemExit as e:
+        return ("equal", "") if not e.code else ("wrong", f"exit {e.code}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:                          # a panic of a library in Rust is no Exception
+        sentence = mistake(e) if isinstance(e, ValueError) or not doors else None
+        right = sentence and "\n" not in sentence and "Traceback" not in sentence
+        return "refused" if right else "wrong", f"{type(e).__name__}: {sentence or e}"
+    if not isinstance(result, torch.Tensor):
+        return "equal" if result == expected else "changed", ""
+    if not bool(torch.isfinite(result).all()):
+        return "wrong", "a result that is not finite"
+    same = result.shape == expected.shape and torch.allclose(result, expected, atol=1e-5)
+    return "equal" if same else "changed", ""
+
+
+class Counts(collections.Counter):
+    """Outcomes, and every input whose outcome is wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.failures: list[str] = []
+
+    def add(self, what: str, result: tuple[str, str], problem: str = "") -> None:
+        kind, sentence = result
+        kind = "wrong" if problem else kind
+        self[kind] += 1
+        if kind == "wrong":
+            self.failures.append(f"{what}: {problem or sentence:.200}")
+
+    def check(self, name: str) -> None:
+        print(f"\nfuzz {name}: {self.total():,} inputs, {dict(self)}")
+        assert not self.failures, f"{len(self.failures)} wrong:\n" + "\n".join(self.failures[:40])
+
+
+def sample(inputs: list, request, count: int) -> list:
+    """All inputs with --slow, else some of them, the same ones every time."""
+    if request.config.getoption("--slow") or len(inputs) <= count:
+        return inputs
+    return random.Random(0).sample(inputs, count)
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------
+
+MISSING, HUGE = object(), "@1e400@"
+WRONG = [MISSING, None, "abc", "", 0, -1, 1.5, True, HUGE, "@NaN@", 10**400, 2**62, [], {}, [[]], {"a": {}}]
+UNREAD = [MISSING, None, 2**62, [[]]]                   # for a key that nothing here reads
+
+
+def neighbours(value) -> list:
+    """Values of the right type: one that is accepted must have its effect."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, (int, float)):
+        return [value * 2, value + 1, [value]]
+    return [value[::-1]] if isinstance(value, str) and value[::-1] != value else []
+
+
+def paths(content, keys: tuple = ()) -> list[tuple]:
+    """The path of every key, at every level; of a list the first and the last element."""
+    found = []
+    if isinstance(content, dict):
+        parts = list(content)[:40] if len(content) < 100 else list(content)[:4]
+    else:
+        parts = sorted({0, len(content) - 1}) if isinstance(content, list) and content else []
+    for key in parts:
+        found += [(*keys, key), *paths(content[key], (*keys, key))]
+    return found
+
+
+def changed(content, keys: tuple, value) -> str:
+    """The JSON text with one value replaced."""
+    content = json.loads(json.dumps(content))
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    if value is MISSING:
+        place.pop(keys[-1])
+    else:
+        place[keys[-1]] = value
+    text = json.dumps(content)
+    return text.replace(f'"{HUGE}"', "1e400").replace('"@NaN@"', "NaN")
+
+
+def all_keys(table: dict) -> set[str]:
+    """The keys of a table of support/formats/keys.py, and of the tables inside it."""
+    inside = [key.keys or (key.each and key.each.keys) or {} for key in table.values()]
+    return {*table, *(name for keys in inside if keys is not table for name in keys)}
+
+
+READ = set().union(*map(all_keys, FILES.values()))
+
+
+def json_inputs(content) -> list[tuple[tuple, object]]:
+    inputs = []
+    for keys in paths(content):
+        old = content
+        for key in keys:
+            old = old[key]
+        values = [*WRONG, *neighbours(old)] if {*keys} & READ else UNREAD
+        inputs += [(keys, value) for value in values
+                   if value is MISSING or value != old or type(value) is not type(old)]
+    return inputs
+
+
+def tokens_of(x: dict, name: str, image: int) -> torch.Tensor:
+    return x[name].masked_fill(x[name] == image, IMAGE)
+
+
+def run_llava(folder: Path) -> torch.Tensor:
+    x = golden("llava-hf")[2]
+    return load_vlm(folder)(tokens_of(x, "start.input_ids_unexpanded", 70), x["pixel_values"][:1])
+
+
+def run_llava_original(folder: Path) -> torch.Tensor:
+    x = golden("llava-original-v15")[2]
+    return load_vlm(folder)(x["start.input_ids"], x["pixel_values"][:1])
+
+
+def run_idefics(folder: Path) -> torch.Tensor:
+    x = golden("idefics-plain")[2]
+    return load_vlm(folder)(tokens_of(x, "input_ids", 72)[1:], x["pixel_values"][1, :1])
+
+
+def run_mllama(folder: Path) -> torch.Tensor:
+    x = golden("mllama")[2]
+    pictures = Tiles(x["pixel_values"], x["aspect_ratio_ids"], x["aspect_ratio_mask"].bool())
+    return load_vlm(folder)(tokens_of(x, "start.input_ids", 64), pictures[[0]])
+
+
+def run_instructblip(folder: Path) -> torch.Tensor:
+    x = golden("instructblip-llama")[2]
+    tokens = torch.cat((torch.full((2, 1), IMAGE), x["input_ids"][:, 4:]), dim=1)
+    return load_vlm(folder)(tokens, x["pixel_values"], bridge_tokens=x["qformer_input_ids"])
+
+
+def run_stage1(folder: Path) -> torch.Tensor:
+    x = golden(folder.name)[2]
+    image = x.get("pixel_values", x.get("image_features"))
+    text = x.get("input_ids", x.get("text_input_ids"))[:len(image)]
+    return load_vlm(folder).itm(image, text, torch.ones_like(text, dtype=torch.bool))
+
+
+def run_decoder(folder: Path) -> torch.Tensor:
+    return load_decoder(folder)(torch.arange(24).view(2, 12))
+
+
+def run_vit(folder: Path) -> torch.Tensor:
+    return load_vit(folder)(golden(folder.name)[2]["pixel_values"])
+
+
+def run_clip(folder: Path) -> torch.Tensor:
+    x = golden("clip-model")[2]
+    return load_clip(folder)(x["pixel_values"], x["input_ids"])
+
+
+def run_processor(folder: Path) -> torch.Tensor:
+    picture = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    processor = load_processor(folder)
+    return to_pixels([picture], min(processor.size, 64), processor)
+
+
+def run_tokenizer(folder: Path) -> list[int]:
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode("A red cat, 42 times: ça va?\n")
+    return [*ids, tokenizer.decode(ids), tokenizer.bos, tokenizer.eos, sorted(tokenizer.special.items())]
+
+
+def run_tiny_run(folder: Path) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    vlm = load_vlm(folder)
+    return vlm(torch.tensor([[1, IMAGE, 5, 6]]), torch.randn(1, 3, 24, 24, generator=g))
+
+
+def run_mapl(folder: Path) -> torch.Tensor:
+    bridge = load_bridge("mapl", folder)
+    return bridge.prefix(bridge.see(golden("mapl-mapper")[2]["x"]))
+
+
+def run_flamingo(folder: Path) -> torch.Tensor:
+    return load_bridge("flamingo", folder).resampler(golden("flamingo-open")[2]["vision_features"][0])
+
+
+# file that is changed → (the golden folders that have it, what is done with one)
+JSON_FILES = [
+    ("config.json", ["llama-mha", "llama-gqa-tied", "llama-rope-linear", "llama-rope-llama3", "mistral-plain",
+                     "qwen2-bias", "qwen3-qk-norm", "llama-sharded"], run_decoder),
+    ("model.safetensors.index.json", ["llama-sharded"], run_decoder),
+    ("params.json", ["meta"], run_decoder),
+    ("config.json", ["clip-vision-gelu", "clip-vision-quickgelu", "siglip-vision", "blip2-vision",
+                     "dinov2"], run_vit),
+    ("config.json", ["clip-model"], run_clip),
+    ("config.json", ["llava-hf"], run_llava),
+    ("config.json", ["llava-original-v15"], run_llava_original),
+    ("vision_tower/config.json", ["llava-original-v15"], run_llava_original),
+    ("config.json", ["idefics-plain"], run_idefics),
+    ("config.json", ["mllama"], run_mllama),
+    ("config.json", ["instructblip-llama"], run_instructblip),
+    ("config.json", ["blip2-itm-itc", "blip2-lavis-stage1"], run_stage1),
+    ("config.json", ["mapl-mapper"], run_mapl),
+    ("flamingo_config.json", ["flamingo-open"], run_flamingo),
+    ("preprocessor_config.json", ["clip", "blip", "llava_pad", "siglip"], run_processor),
+    ("tokenizer.json", ["wordpiece-bert-style/new", "clip-bpe-style/new", "llama3-tiktoken-style/new",
+                        "sentencepiece-llama-style"], run_tokenizer),
+    ("tokenizer_config.json", ["wordpiece-bert-style/new", "clip-bpe-style/new",
+                               "llama3-tiktoken-style/new"], run_tokenizer),
+    ("special_tokens_map.json", ["wordpiece-bert-style/old"], run_tokenizer),
+    ("vocab.json", ["clip-bpe-style/old"], run_tokenizer),
+    ("config.json", [f"run-{name}" for name in SMALL], run_tiny_run),
+]
+
+
+def copy_of(name: str, folder: Path) -> Path:
+    """A working folder by its golden name, by the preset of an image processor, or a run of our own."""
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    processor = GOLDEN / "image-processors" / f"preprocessor_config.{name}.json"
+    if name.startswith("run-"):
+        save_vlm(tiny_vlm(name.removeprefix("run-")), target, {"settings": {"data": "shapes", "seed": 0}})
+    elif processor.exists():
+        target.mkdir()
+        shutil.copy(processor, target / "preprocessor_config.json")
+    elif name == "meta":
+        target.mkdir()
+        source = GOLDEN / "adapter-llama-v2-multimodal"
+        shutil.copy(source / "model.safetensors", target / "consolidated.00.safetensors")
+        (target / "params.json").write_text(json.dumps(dict(
+            dim=24, n_layers=3, n_heads=4, multiple_of=16, norm_eps=1e-5, vocab_size=72, n_kv_heads=4,
+            rope_theta=10000.0, use_scaled_rope=False, ffn_dim_multiplier=1.0)))
+    elif (GOLDEN / name).exists():
+        shutil.copytree(GOLDEN / name, target)
+    return target
+
+
+def fuzz_json(file: str, name: str, run, tmp_path: Path, request, count: int, counts: Counts) -> None:
+    folder = copy_of(name, tmp_path)
+    if not (folder / file).exists():
+        return
+    text = (folder / file).read_text()
+    content, expected = json.loads(text), run(folder)
+    inputs = sample(json_inputs(content), request, count)
+    for keys, value in inputs:
+        (folder / file).write_text(changed(content, keys, value))
+        shown = "missing" if value is MISSING else repr(value)[:40]
+        what = f"{name}/{file} {'.'.join(map(str, keys))} = {shown}"
+        counts.add(what, outcome(lambda: run(folder), expected))
+    (folder / file).write_text(text)
+
+
+@pytest.mark.parametrize("file, names, run", JSON_FILES, ids=[f"{f}-{n[0]}" for f, n, _ in JSON_FILES])
+@torch.no_grad()
+def test_json(file, names, run, tmp_path, request):
+    counts = Counts()
+    for name in names:
+        fuzz_json(file, name, run, tmp_path, request, 12, counts)
+    counts.check(file)
+
+
+# --- data sets ----------------------------------------------------------------------------------------------
+
+DATA_FILES = [          # data set, its file, a split
+    ("coco:coco_captions", "annotations/captions_val2014.json", "val"),
+    ("karpathy:coco_captions", "dataset_coco.json", "test"),
+    ("textcaps:textcaps", "TextCaps_0.1_val.json", "val"),
+    ("vqav2:vqav2", "v2_mscoco_val2014_annotations.json", "val"),
+    ("vqav2:vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", "val"),
+    ("textvqa:textvqa", "TextVQA_0.5.1_val.json", "val"),
+    ("vizwizvqa:vizwiz_vqa", "Annotations/val.json", "val"),
+    ("scienceqa:scienceqa", "problems.json", "test"), ("llava:llava_instruct", "chat.json", "all"),
+    ("alpaca:alpaca", "alpaca_data.json", "all"),
+]
+
+
+def read_data(spec: str) -> list[str]:
+    world = open_data(spec)
+    return [repr(world.item(i, turns=3).captions) for i in range(min(2, len(world)))]
+
+
+@pytest.mark.parametrize("name, file, split", DATA_FILES, ids=[f"{n}-{f}" for n, f, _ in DATA_FILES])
+def test_data_sets(name, file, split, tmp_path, request):
+    kind, _, source = name.partition(":")
+    shutil.copytree(GOLDEN / "datasets" / source, tmp_path / "set")
+    found = [p for p in (tmp_path / "set").rglob(Path(file).name)]
+    if not found:
+        pytest.skip(f"no {file} in the golden set")
+    content, counts = json.loads(found[0].read_text()), Counts()
+    spec = f"{kind}:{tmp_path / 'set'}:{split}"
+    expected = read_data(spec)
+    inputs = [(keys, value) for keys in paths(content) for value in WRONG]
+    for keys, value in sample(inputs, request, 8):
+        found[0].write_text(changed(content, keys, value))
+        shown = "missing" if value is MISSING else repr(value)[:40]
+        what = f"{file} {'.'.join(map(str, keys))} = {shown}"
+        counts.add(what, outcome(lambda: read_data(spec), expected))
+    counts.check(file)
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+SIZES = {"const"}               # tensors whose first axis is a size that nothing else says (MAPL's K)
+
+
+def tensor_damages(tensors: dict) -> dict[str, dict]:
+    """Name → what is different: each kind of damage for four of the tensors that have axes."""
+    damages, names = {}, sorted(name for name, t in tensors.items() if t.ndim and t.is_floating_point())
+    for name in {names[0], names[len(names) // 3], names[len(names) // 2], names[-1]}:
+        t, first = tensors[name], torch.tensor([0])
+        changes = {
+            "missing": None, "NaN": t.float().index_fill(0, first, torch.nan), "bool": t.bool(),
+            "inf": t.float().index_fill(0, first, torch.inf), "int64": t.long(), "uint8": t.to(torch.uint8),
+            "complex": t.to(torch.complex64), "empty": t[:0], "two of it": torch.stack((t, t))}
+        if name not in SIZES:
+            changes |= {"longer": torch.cat((t, t)), "shorter": t[:-1]}
+        damages |= {f"{name} {what}": {name: damaged} for what, damaged in changes.items()}
+        damages[f"{name} renamed"] = {name: None, name + "x": t}
+        damages[f"{name} twice"] = {name + ".extra": t.clone()}
+    return damages
+
+
+def byte_damages(data: bytes, count: int = 40) -> dict[str, bytes]:
+    """Name → the file cut off or with a bit of its header flipped, at random places."""
+    rng = random.Random(0)
+    header = 8 + int.from_bytes(data[:8], "little")
+    damages = {"empty": b"", "zeros": bytes(64), "text": b"not a tensor", "doubled": data + data}
+    for _ in range(count):
+        end = rng.randrange(1, len(data))
+        damages[f"cut at {end}"] = data[:end]
+    for _ in range(count):
+        place, bit = rng.randrange(header), rng.randrange(8)
+        flipped = bytes([data[place] ^ 1 << bit])
+        damages[f"bit {bit} of byte {place}"] = data[:place] + flipped + data[place + 1:]
+    return damages
+
+
+WEIGHTS = [(names[0], run) for file, names, run in JSON_FILES
+           if file == "config.json" and (GOLDEN / names[0] / "model.safetensors").exists()]
+WEIGHTS += [("run-mapl", run_tiny_run), ("run-qformer", run_tiny_run), ("run-flamingo", run_tiny_run)]
+
+
+@pytest.mark.parametrize("name, run", WEIGHTS, ids=[name for name, _ in WEIGHTS])
+@torch.no_grad()
+def test_weights(name, run, tmp_path, request):
+    folder, counts = copy_of(name, tmp_path), Counts()
+    file = folder / ("bridge.safetensors" if name.startswith("run-") else "model.safetensors")
+    data, tensors, expected = file.read_bytes(), load_file(file), run(folder)
+    for what, change in sample(list(tensor_damages(tensors).items()), request, 8):
+        damaged = {n: t.contiguous() for n, t in {**tensors, **change}.items() if t is not None}
+        save_file(damaged, file, {"format": "pt"})
+        result = outcome(lambda: run(folder), expected)
+        accepted = result[0] in ("equal", "changed")
+        counts.add(f"{name}: {what}", result, f"accepted, {result[0]}" if accepted else "")
+    for what, damaged in sample(list(byte_damages(data).items()), request, 8):
+        file.write_bytes(damaged)
+        counts.add(f"{name}: {what}", outcome(lambda: run(folder), expected))
+    counts.check(name)
+
+
+# --- flags, options, weights of data sets -------------------------------------------------------------------
+
+NUMBERS = ["nan", "inf", "-inf", "-1", "0", "1e400", "", "abc", "1.5", "true", "[1]",
+           "9" * 12, "9" * 400, "9" * 5000, "FOLDER", "FILE", "MISSING"]
+
+
+class Accepted(Exception):
+    """What would be computed next has been reached."""
+
+
+def accept(*_, **__):
+    raise Accepted
+
+
+def flags_of(parser) -> list[str]:
+    return [a.option_strings[0] for a in parser._actions if a.option_strings and a.nargs != 0]
+
+
+def fuzz_command(main, lines: list[list[str]], tmp_path: Path, counts: Counts) -> None:
+    """Run main(argv) for every line, until it is refused, ends, or has everything that it needs."""
+    places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "file"), "MISSING": str(tmp_path / "nothing")}
+    (tmp_path / "file").write_text("a file")
+
+    def run(argv):
+        try:
+            main(argv)
+        except Accepted:
+            pass
+        return "done"
+
+    for line in lines:
+        argv = [places.get(word, word) for word in line]
+        counts.add(" ".join(word[:40] for word in line), outcome(lambda: run(argv), "done", doors=False))
+
+
+@pytest.fixture
+def stopped(monkeypatch, tmp_path):
+    """Commands that stop before they compute: at a run's first batch, at a decoder's first token."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "prefetch", accept)
+    monkeypatch.setattr(Decoder, "states", accept)
+    monkeypatch.setattr(claims, "run_claims", accept)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+
+def test_flags_of_training(stopped, tmp_path, request):
+    start = ["--steps", "1", "--batch", "2", "--eval-items", "1", "--samples", "0", "--out", "out/o"]
+    flags = [flag_name(f.name) for f in fields(train.Settings)]
+    booleans = {flag_name(f.name) for f in fields(train.Settings) if f.type == "bool"}
+    lines = [[*start, flag, value] for flag in flags if flag not in booleans for value in NUMBERS]
+    lines += [[*start, flag] for flag in booleans if flag != "--compile"]
+    lines += [[*start, "--device", value] for value in ("cuda", "cuda:9", "mps", "gpu", "cuda:", "CPU")]
+    lines += [[*start, "--data", f"shapes + shapes-pages * {value}"] for value in NUMBERS]
+    lines += [["--resume", value] for value in NUMBERS] + [["--curves", value] for value in NUMBERS]
+    counts = Counts()
+    fuzz_command(train.main, sample(lines, request, 50), tmp_path, counts)
+    counts.check("flags of train.py")
+
+
+def test_options_of_bridges(stopped, tmp_path, request):
+    counts, lines = Counts(), []
+    for name, kind in ALL_BRIDGES.items():
+        for option in [*arguments(kind), "reads", "reads_cls", "version", "nothing"]:
+            for value in [*NUMBERS, "3", "null", "{}", "99", "100000", "NaN"]:
+                lines.append([name, f"{option}={value}"])
+
+    def build(argv):
+        options = {**SMALL[argv[0]], **parse_options(argv[1:])}
+        bridge = make_bridge(argv[0], TINY, TINY_VIT.width, **options)
+        vlm = VLM(ViT(TINY_VIT), bridge, tiny_decoder())
+        vlm.features(torch.zeros(1, 3, 24, 24))
+
+    fuzz_command(build, sample(lines, request, 60), tmp_path, counts)
+    counts.check("options of bridges")
+
+
+def test_flags_of_evaluation(stopped, tmp_path, request):
+    run, facts = tmp_path / "run", {"settings": {"data": "shapes", "seed": 0}}
+    save_vlm(shapes_vlm("mlp", hidden=8), run, facts, "weights/vit", "weights/decoder")
+    flags = {"": ["--items", "--beams", "--device"],
+             "compare": ["--data", "--protocol", "--shots", "--seed", "--items", "--beams", "--predictions",
+                         "--format", "--out", "--device"],
+             "ask": ["--image", "--prompt", "--max-new-tokens", "--beams", "--dtype", "--device"],
+             "look": ["--image", "--prompt", "--out", "--device"], "targets": ["--items", "--device"],
+             "claims": ["--seeds", "--jobs", "--out"]}
+    lines = []
+    for command, names in flags.items():
+        place = ["all"] if command == "claims" else [str(run)]
+        lines += [[*filter(None, [command]), *place, flag, value] for flag in names for value in NUMBERS]
+        lines += [[*filter(None, [command]), value] for value in NUMBERS]
+    lines += [[str(run), "--device", value] for value in ("cuda", "cuda:9", "mps", "gpu")]
+    counts = Counts()
+    fuzz_command(eval_main, sample(lines, request, 50), tmp_path, counts)
+    counts.check("flags of eval.py")
+
+
+def test_flags_of_data(stopped, tmp_path, request):
+    specs, counts = ("shapes", "emoji", "shapes:test", *NUMBERS), Counts()
+    lines = [[spec, value] for spec in specs for value in ("1", *NUMBERS)]
+    lines += [["generate", "shapes", str(tmp_path / f"i{n}"), value] for n, value in enumerate(NUMBERS)]
+    lines += [["generate", value, "1", "1"] for value in NUMBERS]
+    lines += [["generate", "shapes", str(tmp_path / f"t{n}"), "1", value] for n, value in enumerate(NUMBERS)]
+    fuzz_command(data_main, sample(lines, request, 30), tmp_path, counts)
+    counts.check("flags of data.py")
