@@ -572,8 +572,8 @@ def test_coco_becomes_instructions_about_its_own_pictures(stub, coco, tmp_path, 
 def test_mistakes_are_one_sentence_each(coco, stub, tmp_path):
     with pytest.raises(UserError, match="teacher by rules knows only the scenes of shapes"):
         made(tmp_path / "a", f"coco:{coco}:val2014", 5)
-    for count in ("many", "0", "-1", "1.5"):
-        with pytest.raises(UserError, match="the number of pictures is 'many', not a whole number"):
+    for count in ("many", 0, -1, 1.5):
+        with pytest.raises(UserError, match="the number of pictures is .*, not a whole number"):
             made(tmp_path / "a", "shapes", count)
     assert not (tmp_path / "a").exists()
     rows = made(tmp_path / "b", "shapes", 3)
