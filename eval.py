@@ -329,7 +329,7 @@ def chance_scores(world, items: list[data.Item]) -> dict:
     counts: dict[str, collections.Counter] = {}
     for item in first_items(world, split, 500):
         for q in item.qas:
-            answer = f"The answer is {'ABCDE'[q.correct]}." if is_multiple_choice(q) else q.answer
+            answer = f"The answer is {chr(ord('A') + q.correct)}." if is_multiple_choice(q) else q.answer
             counts.setdefault(q.kind, collections.Counter())[answer] += 1
     questions = [q for item in items for q in item.qas]
     guesses = [counts[q.kind].most_common(1)[0][0] if q.kind in counts else "" for q in questions]

@@ -528,7 +528,8 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
         task = AnswerTask(given, s, ranks, sets)
         for each, _ in sets:
             first = [task.example(each, i)[0] for i in range(min(8, s.batch))]
-            require_room(first, s.longest, task.visual_tokens, each.name)
+            context = given.decoder.config.context
+            require_room(first, s.longest, task.visual_tokens, each.name, context)
     else:
         if recipe.task == "stage1":
             require_captions(world)

@@ -1,20 +1,31 @@
 """plumbing/packing.py: documents and the room for them: what --longest leaves, which share a row (--pack)."""
 from __future__ import annotations
 
+import sys
+
 from model import IGNORE, IMAGE
 from support.formats.files import UserError
 
 
-def require_room(documents: list, longest: int, K: int, name: str) -> None:
+def require_room(documents: list, longest: int, K: int, name: str, context: int) -> None:
     """A UserError if --longest leaves nothing to learn of these documents, the first ones of a data set.
 
-    K: positions that a picture takes. The documents are cut.
+    K: positions that a picture takes; context: those that the decoder reads, beyond which a warning is due.
+    The documents are cut.
     """
     for d in documents:
         d.cut(longest, K)
+    most = max(positions(d, K) for d in documents)
+    if most > context:
+        print(f"warning: a document of {name} takes {most} positions, and this decoder was trained on "
+              f"{context} at most; give --longest {context}", file=sys.stderr)
     if all(label == IGNORE for d in documents for label in d.labels):
         raise UserError(f"--longest {longest}: nothing is left to learn of the first documents of {name}, in "
                         f"which a picture takes {K} positions; give more.")
+
+
+def positions(document, K: int) -> int:
+    return sum(K if t == IMAGE else 1 for t in document.tokens)
 
 
 def pack_documents(documents: list, longest: int, K: int) -> list[list[int]]:
@@ -22,7 +33,7 @@ def pack_documents(documents: list, longest: int, K: int) -> list[list[int]]:
 
     First-fit decreasing: the longest document first, each into the first row with room for it.
     """
-    size = [sum(K if t == IMAGE else 1 for t in d.tokens) for d in documents]
+    size = [positions(d, K) for d in documents]
     rows, room = [], []
     for i in sorted(range(len(documents)), key=lambda i: -size[i]):
         row = next((r for r, free in enumerate(room) if free >= size[i]), None)
