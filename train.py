@@ -6,13 +6,13 @@
     python train.py --recipe flamingo --data "shapes + shapes-pages * 0.5"      a weighted sum of data sets
     python train.py --lm FOLDER --data emoji --bridge mapl      a real LLaMA-style model, real drawings
     python train.py --recipe lm | clip                  make the bundled towers again
-    python train.py --resume out/RUN                    go on after a crash, to the same bits
+    python train.py --resume out/RUN                    go on after Ctrl-C or a crash, to the same bits
     torchrun --nproc-per-node 8 train.py …              the same losses from several processes
     python train.py --list                              the recipes, the papers' numbers beside ours
 
 A run folder holds config.json, bridge.safetensors, log.jsonl, results.json, samples.html (pictures, answers,
 right or wrong) and state.safetensors (for --resume), with matplotlib also loss.png and gates.png. Every write
-is atomic.
+is atomic. One run at a time uses a folder, and a new run begins in a clean one.
 """
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
                 print(f"gradient {norms}")
             with ranks.unsharded(forward):
                 task.first_step(pieces, scales, out)
-        asked = ranks.any(stop.asked)
+        asked = ranks.any(stop.asked > 0)
         if asked or new and step % s.save_every == 0:   # its loss is finite, its update yet to come
             save_state(state, ranks, out)
         if asked:

@@ -139,9 +139,12 @@ class Ranks:
             torch.distributed.all_reduce(loss)
         return loss.item() / self.size
 
-    def any(self, fact: bool) -> bool:
+    def any(self, fact: bool | int) -> bool:
         """Whether it is so in one of the processes."""
-        return any(self.all_gather(bool(fact)))
+        flag = torch.tensor(float(fact), device=self.device)
+        if self.size > 1:
+            torch.distributed.all_reduce(flag)
+        return flag.item() > 0
 
     def all_gather(self, value) -> list:
         """The value of every process, by rank."""
