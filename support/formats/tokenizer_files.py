@@ -394,8 +394,12 @@ def protobuf(raw: bytes):
 
 def check_ids(tokens: dict[str, int], vocab: dict[str, int] | None = None) -> None:
     """A ValueError for an id that is none, or that a second token has, here or in vocab."""
+    pairs = {**(vocab or {}), **tokens}
+    ids = {*pairs.values()} if {*map(type, pairs.values())} <= {int} else ()
+    if len(ids) == len(pairs) and all(0 <= i < 2**31 for i in ids):     # at once: a vocabulary has 100,000
+        return
     holders: dict[int, str] = {}
-    for text, i in (*(vocab or {}).items(), *tokens.items()):
+    for text, i in pairs.items():
         if type(i) is not int or not 0 <= i < 2**31:
             raise ValueError(f"the token {text!r} has the id {json.dumps(i)}, which is no id.")
         if holders.setdefault(i, text) != text:

@@ -89,6 +89,9 @@ class Tokenizer:
 
         preceded_by: "nothing", "special" or "text", what stands before this text in the document.
         """
+        if not special and not self.words:
+            text = self.normalize(text)
+            return self.encode_plain(text, preceded_by) if text else []
         ids = []
         for part, token in self.cut_added(text, special, normalized=False):
             rest = [(part, token)]

@@ -49,9 +49,9 @@ class Request:
     prompt: str = ""
     max_new_tokens: int = 64
     beams: int = 1
-    template: str = ""                          # a key of TEMPLATES; "" = the folder's own
     device: str | None = None
     dtype: torch.dtype | None = None            # None = float32
+    template: str = ""                          # a key of TEMPLATES; "" = the folder's own
 
 
 def ask_run(run: str, request: Request) -> str:
@@ -196,8 +196,8 @@ def main(argv: list[str]) -> None:
     device = use_machine(args)
     folder = fetch(args.model)
     facts = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    request = Request(args.image, args.prompt, args.max_new_tokens, args.beams, args.template, device,
-                      DTYPES[args.dtype])
+    request = Request(args.image, args.prompt, args.max_new_tokens, args.beams, device,
+                      DTYPES[args.dtype], args.template)
     kind = facts.get("model_type")
     if args.template and ("bridge" in facts or kind in LAYOUTS and kind not in QUESTION_FORMS):
         raise UserError(f"{args.model} is not asked in a chat template; leave out --template.")
