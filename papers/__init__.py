@@ -8,21 +8,22 @@ import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
-from papers import (blip2_stage1, clip, clipcap, frozen, idefics, llama_adapter, llava_data, mllama,
-                    pica, systems)
+from papers import (blip2_stage1, clip, clipcap, frozen, idefics, limber, llama_adapter, llava_data,
+                    mllama, pica, systems)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
 from papers.idefics import Idefics
+from papers.limber import Limber
 from papers.llama_adapter import ZeroInitV1
 
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
-                        pica)}
+                       pica, limber)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
-           **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap)
+           **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap, limber)
               for name, recipe in paper.RECIPES.items()}}
-RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer)
+RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 

@@ -134,7 +134,7 @@ TINY_VIT = ViTConfig(
 
 # every bridge with options that fit the tiny decoder and ViT
 SMALL = {
-    "linear": {}, "mlp": {}, "frozen": {}, "clipcap": dict(tokens=3),
+    "linear": {}, "mlp": {}, "frozen": {}, "limber": {}, "clipcap": dict(tokens=3),
     "clipcap_transformer": dict(tokens=3, image_tokens=2, layers=2, heads=2),
     "mapl": dict(constants=3, width=16, layers=2, heads=2),
     "qformer": dict(queries=3, width=16, layers=3, heads=2, hidden=24),

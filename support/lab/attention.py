@@ -21,6 +21,7 @@ from bridges import MAPL, Flamingo, QFormer, ZeroInit, ZeroInitV2
 from model import IMAGE, VLM, Attend, Bridge, causal_mask, visible_to_bias
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
+from papers.limber import Limber
 from papers.llama_adapter import ZeroInitV1
 from papers.mllama import Mllama
 from papers.mllama_vit import Tiles
@@ -117,6 +118,12 @@ def rollout(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> T
 def _(bridge: Frozen, attention: dict[str, Tensor], features: Tensor) -> Tensor:
     N = features.shape[1]
     return torch.full((len(features), bridge.tokens, N), 1 / N, device=features.device)
+
+
+@rollout.register
+def _(bridge: Limber, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    patches = torch.eye(features.shape[1], device=features.device).repeat_interleave(bridge.tokens, dim=0)
+    return patches.expand(len(features), -1, -1)
 
 
 @rollout.register(ClipCap)

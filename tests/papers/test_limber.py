@@ -1,0 +1,65 @@
+"""LiMBeR is the authors' map, per cell of a grid and of one pooled vector, and it trains by its name."""
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import TINY, check, fixed_loss, golden, tiny_vlm
+from model import IMAGE, DecoderConfig
+from papers import make_bridge
+from support.formats import load_vlm
+from support.lab.attention import rollout
+
+
+def test_the_map_is_the_authors_per_cell_and_of_a_pooled_vector():
+    """The case's loss goes over four outputs; MAGMA's two, which have a LayerNorm, stand as they are."""
+    folder, case, x, expected = golden("magma-prefix")
+    tensors = load_file(folder / "model.safetensors")
+    bridges = {"limber": make_bridge("limber", DecoderConfig(width=24), 20).eval(),
+               "pooled": make_bridge("limber", DecoderConfig(width=24), 20, tokens=3, reads="pooled").eval()}
+    outputs = {key: expected[key] for key in ("limber", "magma", "pooled", "pooled_ln")}
+    for key, visual in (("limber", x["spatial"]), ("pooled", x["pooled"][:, None])):
+        with torch.no_grad():
+            for ending in ("weight", "bias"):
+                bridges[key].get_parameter(f"map.{ending}").copy_(tensors[f"{key}.proj.{ending}"])
+        outputs[key] = bridges[key].prefix(visual)
+        check(case, key, outputs[key], expected[key])
+    loss = fixed_loss(torch.cat([y.flatten() for y in outputs.values()]))
+    loss.backward()
+    check(case, "grad.loss", loss.detach(), expected["grad.loss"])
+    for key, bridge in bridges.items():
+        for ending in ("weight", "bias"):
+            name = f"grad.{key}.proj.{ending}"
+            check(case, name, bridge.get_parameter(f"map.{ending}").grad, expected[name])
+
+
+def test_the_published_size():
+    with torch.device("meta"):
+        bridge = make_bridge("limber", DecoderConfig(width=4096), 3072)
+    assert sum(p.numel() for p in bridge.parameters()) == 12_587_008
+
+
+def test_dropout_works_in_training_alone():
+    vlm, features = tiny_vlm("limber", dropout=0.5), torch.ones(1, 200, 20)
+    linear = vlm.bridge.map(features)
+    assert torch.equal(vlm.bridge.prefix(features), linear)
+    y = vlm.bridge.train().prefix(features)
+    zero = y == 0
+    assert 0.4 < zero.float().mean() < 0.6              # 6,400 entries: 0.5 ± 0.02 at three standard errors
+    torch.testing.assert_close(y[~zero], 2 * linear[~zero])
+
+
+def test_a_pooled_vector_becomes_several_words():
+    vlm = tiny_vlm("limber", tokens=4, reads="pooled")
+    tokens = torch.tensor([[3, IMAGE, 5]])
+    assert vlm(tokens, torch.zeros(1, 3, 24, 24)).shape == (1, 2 + 4, TINY.vocab_size)
+    assert torch.equal(rollout(vlm.bridge, {}, torch.zeros(2, 1, 20)), torch.ones(2, 4, 1))
+
+
+def test_it_trains_by_name_and_its_run_opens(tmp_path):
+    argv = ["--bridge", "limber", "--steps", "2", "--batch", "4", "--eval-items", "2", "--samples", "0"]
+    module = train.main([*argv, "--dtype", "float32", "--out", str(tmp_path)])
+    saved = load_vlm(tmp_path)
+    assert not saved.training and saved.bridge.name == "limber"
+    assert torch.equal(saved.bridge.map.weight, module.bridge.map.weight)
