@@ -123,6 +123,7 @@ def kill_and_compare(folder: Path, jobs: list[tuple[str, str]]) -> dict[str, int
                           capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr
     runs, counts = json.loads(done.stdout.splitlines()[-1])
+    print(runs, "runs", counts)
     unbroken = folder / "unbroken"
     names = sorted(p.name for p in unbroken.iterdir())
     for n in range(runs):
@@ -130,7 +131,8 @@ def kill_and_compare(folder: Path, jobs: list[tuple[str, str]]) -> dict[str, int
         assert sorted(p.name for p in out.iterdir()) == names       # nothing is left of a killed save
         assert log(out) == log(unbroken)
         for name in ("bridge.safetensors", "state.safetensors", "results.json", "samples.html", "first.png"):
-            assert (out / name).read_bytes() == (unbroken / name).read_bytes(), name
+            mine = (out / name).read_bytes().replace(out.name.encode(), b"unbroken")        # the page's title
+            assert mine == (unbroken / name).read_bytes(), name
     return counts
 
 
@@ -138,5 +140,4 @@ def kill_and_compare(folder: Path, jobs: list[tuple[str, str]]) -> dict[str, int
 def test_fifty_kills(tmp_path):
     kinds, names = ["save", "resume", "step"], [signal.SIGKILL.name, signal.SIGTERM.name]
     counts = kill_and_compare(tmp_path, [(kinds[n % 3], names[n // 3 % 2]) for n in range(52)])
-    print(counts)
     assert counts["save"] >= 10 and counts["resume"] >= 5 and counts["SIGKILL"] + counts["SIGTERM"] >= 50
