@@ -55,8 +55,7 @@ class Json(dict):
     """
 
     def __init__(self, content: dict, file: str | os.PathLike, keys: str = ""):
-        nested = ((k, Json(v, file, f"{keys}{k}.") if isinstance(v, dict) else v) for k, v in content.items())
-        super().__init__(nested)
+        super().__init__((key, inside(value, file, f"{keys}{key}")) for key, value in content.items())
         self.file, self.keys_before = file, keys
 
     def __missing__(self, key: str):
@@ -71,6 +70,15 @@ class Json(dict):
 
     def object(self, key: str) -> Json:
         return self.value(key, dict)
+
+
+def inside(value, file: str | os.PathLike, keys: str):
+    """The value, an object or a list of objects as Json."""
+    if isinstance(value, dict):
+        return Json(value, file, f"{keys}.")
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [inside(element, file, f"{keys}[{n}]") for n, element in enumerate(value)]
+    return value
 
 
 def read_json(path: str | os.PathLike) -> Json:
@@ -94,6 +102,17 @@ def read_json(path: str | os.PathLike) -> Json:
     with at_the_door(str(path)):
         check_keys(content, table_of(Path(path).name))
     return Json(content, path)
+
+
+def read_json_lines(path: Path) -> list[Json]:
+    """The objects in a file with one a line, checked as read_json checks one; a last line cut off is left."""
+    objects = []
+    for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        with at_the_door(f"{path}, line {n}"):
+            content = check_value("the line", parse_json(line), dict)
+            check_keys(content, table_of(path.name))
+        objects.append(Json(content, f"{path}, line {n}"))
+    return objects
 
 
 def parse_json(text: str | bytes):

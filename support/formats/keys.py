@@ -156,8 +156,14 @@ FILES = {                   # the end of a file's name → its table
     "tokenizer.json": TOKENIZER, "tokenizer_config.json": TOKENIZER_CONFIG,
     "special_tokens_map.json": TOKENIZER_CONFIG,
     "flamingo_config.json": CONFIG, "adapter_config.json": CONFIG,
-    "results.json": {"items": size(), "world": TEXT, "rows": Key((list,), each=Key((dict,), keys={
-        "row": TEXT}))},
+    "results.json": {"items": size(), "world": TEXT, "rows": Key((list,), each=Key(
+        (dict,), each=Key((float, str), null=True),
+        keys={"row": TEXT, **these("trained examples mean cider bleu4", number(null=True))}))},
+    "log.jsonl": {
+        "step": Key((int,), dict(least=0)), **these("loss ema lr blind seconds gate", number()),
+        "gates": Key((list,), each=Key((list,), each=number())), "layers": Key((list,), each=COUNT),
+        "per_head": FLAG},
+    "seen.json": {"flags": Key((list,), each=TEXT), **these("seconds steps", number(least=0))},
     "index.json": {"weight_map": Key((dict,), each=TEXT)},
 }
 

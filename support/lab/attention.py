@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import math
 from collections import Counter
 from functools import singledispatch
@@ -29,6 +28,7 @@ from support.formats.files import UserError
 from support.formats.pictures import PROCESSORS
 from support.formats.tokenizers import Tokenizer
 from support.lab.words import nearest_words
+from support.plumbing.log import read_log
 
 
 # A map of attention shows what was read, not what was made of it. So a measured number goes with the
@@ -243,11 +243,11 @@ def attention_to_patches(vlm: VLM, tokens: Tensor, features: Tensor) -> tuple[Te
 def gate_history(run: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps (S,) and gates (S, layers, heads) of a run, signed, after tanh; of flamingo (S, blocks, 2)."""
     file = Path(run) / "log.jsonl"
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
-    logged = [(line["step"], line["gates"]) for line in lines if "gates" in line]
+    logged = [(line["step"], line["gates"]) for line in read_log(file) if "gates" in line]
     if not logged:
         raise UserError(f"{file}: holds no gates; give the run of a zero_init, flamingo or idefics bridge.")
+    if len({(len(gates), len(layer)) for _, gates in logged for layer in gates}) != 1:
+        raise UserError(f"{file}: its gates are not of one shape; it holds the lines of two runs.")
     return tuple(np.array(column) for column in zip(*logged))
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import re
 import zlib
@@ -219,6 +218,21 @@ def log_likelihoods(vlm: VLM, documents: list[data.Document], features: Tensor, 
     return found
 
 
+def read_results(file: Path) -> dict[str, str | float]:
+    """What a Comparison has kept: a key and its result a line. A line that a crash cut short is left out."""
+    results = {}
+    for n, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        kinds = [type(value) for value in entry] if isinstance(entry, list) else []
+        if len(kinds) != 2 or kinds[0] is not str or kinds[1] not in (str, float, int):
+            raise UserError(f"{file}, line {n}: {entry!r:.40} is no key and its result; remove the file.")
+        results.update([entry])
+    return results
+
+
 class Comparison:
     """A model and what it wrote about a data set: features once per picture, results once per key.
 
@@ -236,10 +250,7 @@ class Comparison:
             raise UserError("this model reads a picture in tiles, which the comparison does not cut; ask it "
                             "about one picture: python eval.py ask MODEL --image FILE --prompt TEXT.")
         self.row_of: dict[int, int] = {}                # hash of a picture → its row of the features
-        self.results: dict[str, str | float] = {}
-        for line in file.read_bytes().split(b"\n") if file and file.exists() else ():
-            with contextlib.suppress(ValueError):       # the line that a crash cut short
-                self.results.update([json.loads(line)])
+        self.results = read_results(file) if file and file.exists() else {}
 
     def feature_rows(self, prompts: list[list[data.Item]]) -> list[list[int]]:
         """Rows of the features: the pictures of each prompt."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from support.formats.files import atomically, cannot_write
+from support.formats.files import atomically, cannot_write, read_json_lines
 
 
 def read_log(file: Path) -> list[dict]:
-    """The complete lines of a log.jsonl; a crash may have cut off the last one."""
-    lines = file.read_text(encoding="utf-8").splitlines(True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The complete lines of a log.jsonl; a crash may have cut off the last one.
+
+    A line that is none of a log (keys.py) is a UserError.
+    """
+    return read_json_lines(file) if file.exists() else []
 
 
 def append_line(file: Path, line: dict) -> None:

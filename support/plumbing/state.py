@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from support.formats.files import UserError, write_tensors
+from support.formats.files import UserError, check_value, write_tensors
 from support.plumbing.folder import STATE, remove_unfinished
 from support.plumbing.ranks import Ranks, full_tensor, gather_to_cpu, shard_like
 
@@ -53,7 +53,8 @@ def save_state(state: TrainState, ranks: Ranks, out: Path) -> None:
             kept = "no state" if state.saved is None else f"the state of step {state.saved}"
             raise UserError(f"{name} is not finite at step {state.step}, so it is not saved; {out}/{STATE} "
                             f"keeps {kept}; try a lower --lr.")
-        facts = {"step": str(state.step), "smooth": repr(state.smooth_loss), **state.identity}
+        facts = {"step": str(state.step), "smooth": repr(state.smooth_loss), "tensors": str(len(tensors)),
+                 **state.identity}
         write_tensors(out / STATE, tensors, facts)
     state.saved = state.step
 
@@ -106,9 +107,12 @@ def load_state(state: TrainState, ranks: Ranks, out: Path) -> None:
                     raise UserError(f"{path}: when this was saved, the run had other {part}; put them back, "
                                     "or start it again without --resume.")
             fill_state(state, ranks, file)
-            state.step = int(facts["step"])
-            state.smooth_loss = None if facts["smooth"] == "None" else float(facts["smooth"])
-    except (SafetensorError, KeyError, ValueError, IndexError) as e:
+            if facts["tensors"] != str(len(file.keys())):
+                raise ValueError(f"{len(file.keys())} of {facts['tensors']} tensors")
+            state.step = check_value("its step", int(facts["step"]), int, least=0)
+            smooth = None if facts["smooth"] == "None" else float(facts["smooth"])
+            state.smooth_loss = smooth and check_value("its mean loss", smooth, float)
+    except (SafetensorError, KeyError, ValueError, IndexError, TypeError, RuntimeError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(f"{path}: does not hold the state of this run ({e}); "
@@ -134,6 +138,8 @@ def fill_state(state: TrainState, ranks: Ranks, file) -> None:
         else:
             owner = places[name]
         counter = match and not tensor.ndim             # of an optimiser's steps
+        if not match and tensor.dtype != owner.dtype or match and not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, not {owner.dtype}")
         if not counter and tensor.shape != owner.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(owner.shape)}")
         value = tensor if counter else shard_like(tensor, owner)
@@ -142,6 +148,8 @@ def fill_state(state: TrainState, ranks: Ranks, file) -> None:
         else:
             owner.copy_(value)
     for optimizer, own in zip(state.optimizers, moments):
+        if len({frozenset(m) for m in own.values()}) > 1:
+            raise ValueError("the optimiser's moments of two parameters are not of the same kinds")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": own})
     if (name := f"random.{ranks.rank}.cpu") in names:
         torch.set_rng_state(file.get_tensor(name))

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
@@ -38,7 +39,12 @@ from support.formats import (load_bridge, load_clip, load_decoder, load_processo
 from support.formats.files import UserError
 from support.formats.keys import FILES
 from support.lab import claims
+from support.lab.attention import gate_history
+from support.lab.protocols import read_results
 from support.plumbing.cli import flag_name, mistake, parse_options
+from support.plumbing.log import read_log
+from support.plumbing.ranks import Ranks
+from support.plumbing.state import TrainState, load_state, save_state
 from support.worlds import open_data
 from support.worlds.commands import main as data_main
 
@@ -428,6 +434,79 @@ def test_weights(name, run, tmp_path, request):
         file.write_bytes(damaged)
         counts.add(f"{name}: {what}", outcome(lambda: run(folder), expected))
     counts.check(name)
+
+
+# --- the files of a run -------------------------------------------------------------------------------------
+
+def run_state(folder: Path) -> torch.Tensor:
+    """What a resumed run would go on with: parameters, moments, step."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    optimizer, before = torch.optim.AdamW(module.parameters()), torch.get_rng_state()
+    state = TrainState(list(module.named_parameters()), [optimizer], identity={"settings": "a", "data": "b"})
+    try:
+        load_state(state, Ranks("cpu"), folder)
+    finally:
+        torch.set_rng_state(before)
+    moments = [v.flatten() for m in optimizer.state_dict()["state"].values() for v in m.values()]
+    parameters = [p.detach().flatten() for p in module.parameters()]
+    return torch.cat([*parameters, *moments, torch.tensor([float(state.step), state.smooth_loss or 0])])
+
+
+def test_states(tmp_path, request):
+    torch.manual_seed(0)
+    module, counts = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)), Counts()
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(2, 3)).square().sum().backward()
+    optimizer.step()
+    identity = {"settings": "a", "data": "b"}
+    state = TrainState(list(module.named_parameters()), [optimizer], {}, identity, 7, 0.5)
+    state.keep_random(torch.device("cpu"))
+    save_state(state, Ranks("cpu"), tmp_path)
+    file = tmp_path / "state.safetensors"
+    data, tensors, expected = file.read_bytes(), load_file(file), run_state(tmp_path)
+    with safe_open(file, "pt") as opened:
+        facts = opened.metadata()
+    damages = tensor_damages(tensors)
+    for name, t in tensors.items():
+        damages |= {f"{name} missing": {name: None}, f"{name} int64": {name: t.long()}}
+        damages[f"{name} shorter"] = {name: t.flatten()[:-1]}
+    for what, change in sample(list(damages.items()), request, 15):
+        save_file({n: t.contiguous() for n, t in {**tensors, **change}.items() if t is not None}, file, facts)
+        result = outcome(lambda: run_state(tmp_path), expected)
+        accepted = result[0] in ("equal", "changed")
+        counts.add(f"state: {what}", result, f"accepted, {result[0]}" if accepted else "")
+    for key in facts:
+        for value in ("", "abc", "-1", "1e400", "nan", "9" * 5000, "None", None):
+            changed_facts = {k: v for k, v in {**facts, key: value}.items() if v is not None}
+            save_file(tensors, file, changed_facts)
+            counts.add(f"state: {key} = {value!r:.20}", outcome(lambda: run_state(tmp_path), expected))
+    for what, damaged in sample(list(byte_damages(data).items()), request, 15):
+        file.write_bytes(damaged)
+        counts.add(f"state: {what}", outcome(lambda: run_state(tmp_path), expected))
+    counts.check("state.safetensors")
+
+
+def test_logs_and_results(tmp_path, request, monkeypatch, capsys):
+    """log.jsonl, results.json, the answers that a comparison keeps: every key with every wrong value."""
+    monkeypatch.chdir(tmp_path)
+    log = {"step": 1, "loss": 2.0, "ema": 2.0, "lr": 0.1, "seconds": 3.0, "gates": [[0.1], [0.2]],
+           "layers": [0, 1], "per_head": True}
+    rows = [{"row": "mlp, sees", "trained": 10, "examples": 5, "color": 0.5, "mean": 0.5, "cider": 1.0}]
+    results = {"world": "shapes", "items": 4, "rows": [*rows, {"row": "blind", "mean": 0.1}]}
+    readers = [
+        ("log.jsonl", log, lambda: [read_log(tmp_path / "log.jsonl"), gate_history(tmp_path)[1].tolist()]),
+        ("results.json", results, lambda: eval_main([str(tmp_path), "--saved"])),
+        ("results.jsonl", ["key", "an answer"], lambda: read_results(tmp_path / "results.jsonl"))]
+    counts = Counts()
+    for name, content, read in readers:
+        inputs = [(keys, value) for keys in paths(content) for value in WRONG]
+        for keys, value in sample(inputs, request, 25):
+            (tmp_path / name).write_text(changed(content, keys, value) + "\n")
+            counts.add(f"{name} {keys} = {value!r:.40}", outcome(read))
+        for text in ("", "\n", "5\n", "[]\n", "null\n", "{\n", "[" * 100_000 + "\n", "\0"):
+            (tmp_path / name).write_text(text)
+            counts.add(f"{name}: {text!r:.20}", outcome(read))
+    counts.check("log.jsonl, results.json, results.jsonl")
 
 
 # --- flags, options, weights of data sets -------------------------------------------------------------------
