@@ -9,7 +9,7 @@ import inspect
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
 from papers import (blip2_stage1, clip, clipcap, frozen, idefics, limber, llama_adapter, llava_data,
-                    mllama, pica, systems)
+                    magic, mllama, pica, systems)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
@@ -19,7 +19,7 @@ from papers.llama_adapter import ZeroInitV1
 
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
-                       pica, limber)}
+                       pica, magic, limber)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap, limber)
               for name, recipe in paper.RECIPES.items()}}
