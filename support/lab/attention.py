@@ -22,6 +22,7 @@ from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
 from papers.limber import Limber
 from papers.llama_adapter import ZeroInitV1
+from papers.minigpt4 import MiniGPT4Llama2
 from papers.mllama import Mllama
 from papers.mllama_vit import Tiles
 from support.formats.files import UserError
@@ -123,6 +124,14 @@ def _(bridge: Frozen, attention: dict[str, Tensor], features: Tensor) -> Tensor:
 @rollout.register
 def _(bridge: Limber, attention: dict[str, Tensor], features: Tensor) -> Tensor:
     patches = torch.eye(features.shape[1], device=features.device).repeat_interleave(bridge.tokens, dim=0)
+    return patches.expand(len(features), -1, -1)
+
+
+@rollout.register
+def _(bridge: MiniGPT4Llama2, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """Each soft token is made of `join` patches side by side."""
+    K = features.shape[1] // bridge.join
+    patches = torch.eye(K, device=features.device).repeat_interleave(bridge.join, dim=1) / bridge.join
     return patches.expand(len(features), -1, -1)
 
 

@@ -1,0 +1,99 @@
+"""MiniGPT-4 is the authors' code in both variants, its Q-Former stays frozen, and it trains by its name."""
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import check, fixed_loss, golden, tiny_vlm
+from model import DecoderConfig
+from papers import make_bridge
+from support.formats import load_vlm
+from support.formats.blip2 import qformer_names
+from support.lab.attention import rollout
+
+QUICK = ["--batch", "4", "--eval-items", "2", "--samples", "0", "--dtype", "float32"]
+
+
+def test_the_qformer_and_its_map_are_the_authors():
+    folder, case, x, expected = golden("minigpt4-projection")
+    bridge = make_bridge("minigpt4", DecoderConfig(width=28), 20, queries=5, width=24, layers=4, heads=3,
+                         hidden=40)
+    tensors = load_file(folder / "model.safetensors")
+    names = {**qformer_names("lavis", 4), "project.weight": "llama_proj.weight",
+             "project.bias": "llama_proj.bias"}
+    with torch.no_grad():
+        for ours, p in bridge.named_parameters():
+            p.copy_(tensors.pop(names[ours]).reshape(p.shape))
+    assert not tensors
+    bridge.queries.requires_grad_()                     # frozen, but the case has its gradient
+    y = bridge.prefix(bridge.see(x["features"]))
+    check(case, "y", y, expected["y"])
+    loss = fixed_loss(y)
+    loss.backward()
+    check(case, "grad.loss", loss.detach(), expected["grad.loss"])
+    check(case, "grad.query_tokens", bridge.queries.grad[None], expected["grad.query_tokens"])
+    for ending in ("weight", "bias"):
+        check(case, f"grad.llama_proj.{ending}", bridge.project.get_parameter(ending).grad,
+              expected[f"grad.llama_proj.{ending}"])
+
+
+def test_the_variant_for_llama2_joins_four_consecutive_patches():
+    folder, case, x, expected = golden("minigpt4-projection")
+    bridge = make_bridge("minigpt4_llama2", DecoderConfig(width=28), 20)
+    tensors = load_file(folder / "model.llama2.safetensors")
+    names = {"vision_norm": "ln_vision", "map": "llama_proj"}
+    with torch.no_grad():
+        for ours, p in bridge.named_parameters():
+            module, _, ending = ours.partition(".")
+            p.copy_(tensors.pop(f"{names[module]}.{ending}"))
+    assert not tensors
+    y = bridge.prefix(bridge.see(x["features"][:, 1:]))                         # reads_cls is False
+    check(case, "y_llama2", y, expected["y_llama2"])
+    loss = fixed_loss(y)
+    loss.backward()
+    check(case, "grad.loss", loss.detach(), expected["grad_llama2.loss"])
+    for ending in ("weight", "bias"):
+        check(case, f"grad.llama_proj.{ending}", bridge.map.get_parameter(ending).grad,
+              expected[f"grad_llama2.llama_proj.{ending}"])
+
+
+@pytest.mark.parametrize("name, vision_width, width, learns", [
+    ("minigpt4", 1408, 4096, 3_149_824), ("minigpt4", 1408, 5120, 3_937_280),
+    ("minigpt4_llama2", 1408, 4096, 23_072_768)])
+def test_the_published_sizes_are_what_learns(name, vision_width, width, learns):
+    with torch.device("meta"):
+        bridge = make_bridge(name, DecoderConfig(width=width), vision_width)
+    assert sum(p.numel() for p in bridge.parameters() if p.requires_grad) == learns
+    bridge.requires_grad_(False)
+    assert not any(p.requires_grad for p in bridge.parameters())
+
+
+def test_patches_that_do_not_divide_are_refused():
+    vlm = tiny_vlm("minigpt4_llama2", join=2)
+    with pytest.raises(ValueError, match="9 tokens of the ViT do not divide into groups of 2"):
+        vlm.bridge.see(vlm.features(torch.zeros(1, 3, 24, 24)))
+    made = rollout(tiny_vlm("minigpt4_llama2", join=3).bridge, {}, torch.zeros(2, 9, 20))
+    assert torch.equal(made[1, 1] * 3, torch.tensor([0., 0, 0, 1, 1, 1, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("name, learns", [("minigpt4", "project"), ("minigpt4_llama2", "map")])
+def test_it_trains_by_name_its_run_opens_and_only_the_map_moves(name, learns, tmp_path):
+    runs = {n: train.main(["--bridge", name, "--steps", str(n), *QUICK, "--out", str(tmp_path / str(n))])
+            for n in (1, 2)}
+    before, after = (runs[n].bridge.state_dict() for n in (1, 2))
+    moved = {n for n in after if not torch.equal(before[n], after[n])}
+    assert moved == {f"{learns}.weight", f"{learns}.bias"}
+    saved = load_vlm(tmp_path / "2")
+    assert not saved.training and saved.bridge.name == name
+    assert all(torch.equal(p, after[n]) for n, p in saved.bridge.state_dict().items())
+
+
+def test_it_starts_from_the_qformer_of_the_first_stage(tmp_path):
+    train.main(["--recipe", "blip2-1", "--steps", "1", *QUICK, "--out", str(tmp_path / "1")])
+    argv = ["--bridge", "minigpt4", "--init", str(tmp_path / "1"), "--steps", "1", *QUICK]
+    bridge = train.main([*argv, "--out", str(tmp_path / "2")]).bridge
+    first = load_file(tmp_path / "1" / "stage1.safetensors")
+    frozen = {n: p for n, p in bridge.state_dict().items() if not n.startswith("project.")}
+    assert len(frozen) > 20 and all(torch.equal(p, first[f"qformer.{n}"]) for n, p in frozen.items())
