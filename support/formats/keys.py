@@ -89,7 +89,9 @@ CONFIG = {
     "layer_types": Key((list,), null=True, each=Key((str,), among=("full_attention", "sliding_attention"))),
     "num_channels": Key((int,), among=(3,)),
     "partial_rotary_factor": Key((float,), null=True, among=(1,)),
-    **these("eos_token_id bos_token_id image_token_index image_token dec", IDS),
+    "eos_token_id": IDS,
+    "bos_token_id": Key((int,), ID, True),
+    **these("image_token_index image_token dec", Key((int,), dict(least=0, most=2**31), True)),
     "vision_feature_layer": Key((int, list), LAYER.bounds, each=LAYER),
     "vision_feature_select_strategy": TEXT,
     **these("mm_vision_select_layer vit_layer", LAYER),
@@ -139,7 +141,8 @@ TOKENIZER = {
     "added_tokens": Key((list,), each=ADDED),
     "model": Key((dict,), keys={
         "type": Key((str,), null=True), "vocab": Key((dict, list)),
-        "merges": Key((list,)), **these("unk_token end_of_word_suffix", Key((str,), null=True)),
+        "merges": Key((list,)), "max_input_chars_per_word": size(),
+        **these("unk_token end_of_word_suffix", Key((str,), null=True)),
         "byte_fallback": Key((bool,), null=True)}),
     **these("normalizer pre_tokenizer post_processor decoder", STEP),
 }

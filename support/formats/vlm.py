@@ -92,7 +92,17 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
         model, fillings = LAYOUTS[kind](c, path)
     for module, checkpoint, names, optional in fillings:
         fill(module, checkpoint, names, optional, device, dtype or torch.float32)
-    return model.eval()
+    return check_image_token(model.eval(), path)
+
+
+def check_image_token(model: nn.Module, path: Path) -> nn.Module:
+    """The model; a UserError if its bridge gives no soft tokens and the id of an image is no word."""
+    image = getattr(model, "image_token", None)
+    words = len(model.decoder.embed.weight) if image is not None else 0
+    if image is not None and not model.bridge.soft_tokens and image >= words:
+        raise UserError(f"{path}/config.json: the id of an image is {image}, but the decoder has {words} "
+                        "words.")
+    return model
 
 
 def open_run(run: str, device) -> tuple[VLM, Tokenizer, dict]:
@@ -117,7 +127,7 @@ def load_run(c: dict, path: Path, device=None, dtype: torch.dtype | None = None)
             bridge = make_bridge(name, decoder.config, vit.config.width, **options)
         vlm = VLM(vit, bridge, decoder, c.get("image_token"))
     load_bridge_file(bridge, path / "bridge.safetensors", device, dtype)
-    return vlm.eval()
+    return check_image_token(vlm.eval(), path)
 
 
 def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None,
