@@ -20,6 +20,7 @@ from bridges import MAPL, Flamingo, QFormer, ZeroInit, ZeroInitV2
 from model import IMAGE, VLM, Attend, Bridge, causal_mask, visible_to_bias
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
+from papers.kosmos1 import Kosmos1
 from papers.limber import Limber
 from papers.llama_adapter import ZeroInitV1
 from papers.minigpt4 import MiniGPT4Llama2
@@ -45,6 +46,7 @@ def attention_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         bridge.blocks.L                       mapl: [features ; constants]; zero_init: [queries ; features];
                                               flamingo, idefics: words on latents or patches
         bridge.blocks.L.attention             mllama: words on patches
+        bridge.connector                      kosmos1: queries on [features ; queries]
         bridge.layers.L.attention, .cross     qformer: queries on each other, on the features
         bridge.resampler.layers.L             flamingo, idefics: latents on [features ; latents]
 
@@ -149,6 +151,12 @@ def _(bridge: MAPL, attention: dict[str, Tensor], features: Tensor) -> Tensor:
     for l in range(len(bridge.blocks)):
         x = rollout_step(x, attention[f"bridge.blocks.{l}"], x)
     return F.normalize(x[:, -K:], p=1, dim=-1)
+
+
+@rollout.register
+def _(bridge: Kosmos1, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """No residual; the queries hold no patch."""
+    return F.normalize(attention["bridge.connector"].mean(1)[..., :features.shape[1]], p=1, dim=-1)
 
 
 @rollout.register

@@ -15,6 +15,7 @@ from support.lab.attention import (attention_to_patches, attention_weights, gate
 from bridges import GatedCrossAttention, PostNormAttention, ResamplerLayer
 from conftest import SMALL, small_pictures, small_vlm, tiny_vlm
 from model import Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, split_heads
+from papers.kosmos1 import Connector
 from support.formats.files import UserError
 
 H, T, N = 4, 5, 10  # heads of the decoder, words behind the picture, ViT tokens with the class token
@@ -43,6 +44,7 @@ NAMES = {                # what each bridge shows besides the decoder's own atte
                 **{f"bridge.blocks.{l}": (1, H, 7, 3) for l in range(2)}},
 }
 NAMES["minigpt4"] = NAMES["qformer"]
+NAMES["kosmos1"] = {"bridge.connector": (1, 2, 3, N + 3)}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -91,6 +93,8 @@ def again(m, args: tuple, w: torch.Tensor, beside: torch.Tensor | None):
         return x + m.down(m.act(m.up(m.norm2(x))))
     if isinstance(m, PostNormAttention):
         return m.norm(args[0] + read(m.v(args[1]), m.heads))
+    if isinstance(m, Connector):
+        return read(m.v(torch.cat(args, 1)), m.heads)
     if isinstance(m, ResamplerLayer):
         x = args[1] + read(m.v(torch.cat((m.norm_media(args[0]), m.norm_latents(args[1])), 1)), m.heads)
         return x + m.ff(x)
@@ -190,7 +194,7 @@ def staring(name: str, at: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", ["mapl", "qformer", "zero_init", "flamingo", "idefics"])
+@pytest.mark.parametrize("name", ["mapl", "qformer", "zero_init", "flamingo", "idefics", "kosmos1"])
 def test_a_visual_token_that_looks_at_one_patch_alone_is_made_of_it(name):
     vlm, at = vlm_of(name), torch.tensor([8, 0, 4])
     features = vlm.features(PIXELS)

@@ -1,0 +1,71 @@
+"""KOSMOS-1's connector is the published one of KOSMOS-2, sees unit vectors, and trains by its name."""
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import TINY_VIT, check, fixed_loss, golden, tiny_vlm
+from model import DecoderConfig
+from papers import make_bridge
+from support.formats import load_vlm
+from support.lab.attention import attention_weights
+
+THEIRS = {"queries": "latent_query", "dense": "dense", "connector": "x_attn"}
+
+
+def theirs(name: str) -> str:
+    first, *rest = name.split(".")
+    rest = [f"{p}_proj" if p in ("q", "k", "v") else {"o": "out_proj"}.get(p, p) for p in rest]
+    return ".".join(("image_to_text_projection", THEIRS[first], *rest))
+
+
+def test_the_connector_is_the_published_one():
+    """The case begins behind (K1)."""
+    folder, case, x, expected = golden("kosmos2-connector")
+    bridge = make_bridge("kosmos1", DecoderConfig(width=24), 20, queries=5, heads=3)
+    tensors = load_file(folder / "model.safetensors")
+    names = {n: theirs(n) for n, _ in bridge.named_parameters() if not n.startswith("vision_norm.")}
+    with torch.no_grad():
+        for ours, name in names.items():
+            bridge.get_parameter(ours).copy_(tensors.pop(name))
+    assert not tensors
+    with attention_weights(bridge) as found:
+        y = bridge.prefix(x["features"])
+    check(case, "y", y, expected["y"])
+    check(case, "attention", found["connector"].detach(), expected["attention"])
+    loss = fixed_loss(y)
+    loss.backward()
+    check(case, "grad.loss", loss.detach(), expected["grad.loss"])
+    for ours, name in names.items():
+        grad = bridge.get_parameter(ours).grad
+        if name in case["gradients_not_stored_because_zero"]:
+            assert grad.abs().max() < 1e-6              # float32: it cancels in the softmax
+        else:
+            check(case, f"grad.{name}", grad, expected[f"grad.{name}"])
+
+
+def test_the_published_size():
+    with torch.device("meta"):
+        bridge = make_bridge("kosmos1", DecoderConfig(width=2048), 1024)
+    assert sum(p.numel() for p in bridge.parameters()) == 19_015_680 + 2048
+
+
+def test_it_sees_every_token_as_a_unit_vector():
+    vlm = tiny_vlm("kosmos1")
+    features = vlm.features(torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)))
+    visual = vlm.bridge.see(features)
+    assert visual.shape == (2, 10, TINY_VIT.width)      # 9 patches and the class token
+    torch.testing.assert_close(visual.norm(dim=-1), torch.ones(2, 10))
+    direction = vlm.bridge.vision_norm(features[1, 4])
+    torch.testing.assert_close(visual[1, 4], direction / direction.square().sum().sqrt())
+
+
+def test_it_trains_by_name_with_the_decoder_and_its_run_opens(tmp_path):
+    argv = ["--bridge", "kosmos1", "--steps", "2", "--batch", "4", "--eval-items", "2", "--samples", "0",
+            "--data", "shapes + shapes-pages * 0.2", "--dtype", "float32"]
+    module = train.main([*argv, "--out", str(tmp_path)])
+    saved = load_vlm(tmp_path)
+    assert not saved.training and saved.bridge.name == "kosmos1"
+    assert all(torch.equal(a, b) for a, b in zip(saved.state_dict().values(), module.state_dict().values()))
+    assert (tmp_path / "decoder").is_dir()              # it learned, so it lies in the run
