@@ -17,7 +17,6 @@ map: captions (COCO first) Â· questions (VQA, TextVQA, VizWiz, ScienceQA, MME) Â
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable

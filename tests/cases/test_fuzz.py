@@ -37,7 +37,6 @@ from papers import ALL_BRIDGES, arguments, make_bridge
 from papers.mllama_vit import Tiles
 from support.formats import (load_bridge, load_clip, load_decoder, load_processor, load_tokenizer, load_vit,
                              load_vlm, save_vlm)
-from support.formats.files import UserError
 from support.formats.keys import FILES
 from support.lab import claims
 from support.lab.attention import gate_history
