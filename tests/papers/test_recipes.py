@@ -98,8 +98,7 @@ def test_the_weighted_sum_of_two_data_sets_is_what_flamingo_writes(tmp_path):
     """Σ_m λ_m E_m: a mixture's loss is the weighted sum of the losses on each half of its batch."""
     def first_loss(spec: str, batch: int) -> float:
         out = tmp_path / str(batch) / spec.split()[0]
-        argv = ["--bridge", "mapl", "--data", spec, "--steps", "1", "--lr", "0", *QUICK, "--batch",
-                str(batch)]
+        argv = ["--bridge", "mapl", "--data", spec, "--steps", "1", *QUICK, "--batch", str(batch)]
         train.main([*argv, "--out", str(out)])
         return losses(out)[0]
 
