@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import math
 import os
 import sys
@@ -39,7 +38,7 @@ import data
 import papers
 from eval import evaluate, first_items, generate_texts, report_run, scalar_scores
 from model import Bridge, IGNORE, IMAGE, VLM
-from papers import ALL_BRIDGES, blip2_stage1, clip, make_bridge, nearest, systems
+from papers import ALL_BRIDGES, arguments, blip2_stage1, clip, make_bridge, nearest, systems
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task, print_recipes
 from papers.systems import SYSTEMS
 from support.formats.benchmarks import scienceqa_text
@@ -547,7 +546,7 @@ def new_bridge(s: Settings, name: str, decoder, vision_width: int, **options) ->
     with at_the_door("--option"):
         sizes = toy_options(name, s.recipe) if s.scale == "toy" else {}
         bridge = make_bridge(name, decoder, vision_width, **options, **{**sizes, **own})
-    known = {"version", "reads", "reads_cls", *inspect.signature(type(bridge)).parameters}
+    known = {"version", "reads", "reads_cls", *arguments(type(bridge))}
     refuse_unread(set(own), set(own) - known, f"--option: {name} of version {bridge.options.get('version')}")
     return bridge
 
