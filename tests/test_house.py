@@ -118,6 +118,12 @@ def test_the_top_level_holds_what_the_readme_says_and_nothing_else():
     assert top <= agreed, top - agreed
 
 
+def test_no_two_test_files_share_a_name():
+    """pytest imports a test file by its bare name: a second one of that name stops the whole collection."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_math_opens_no_file():
     """model.py, bridges.py, data.py and papers/ know no JSON, process or flag, and open no file."""
     closed = {"json", "os", "argparse", "subprocess", "tempfile", "safetensors", "shutil", "io", "pickle"}
