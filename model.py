@@ -98,13 +98,19 @@ def merge_heads(x: Tensor) -> Tensor:
 class Bridge(nn.Module):
     """Between the features of a ViT and a decoder. This base class does nothing: with it, a plain LLaMA runs.
 
-        see(features)             → visual      once per image: whatever the bridge needs to remember
-        prefix(visual)            → (M, K, D)   soft tokens that take the place of each image in the text
-        beside(layer, …, visual)  → a term added to the heads of layer ℓ before W_o, or None
-        before(layer, x, visual)  → x after a block that runs before layer ℓ
+        see(features)                → visual      once per image: whatever the bridge needs to remember
+        prefix(visual)               → (M, K, D)   soft tokens that take the place of each image in the text
+        beside(layer, …, visual)     → a term added to the heads of layer ℓ before W_o, or None
+        before(layer, x, visual)     → x after a block that runs before layer ℓ
+        between(layer, x, visual)    → x after a block between the attention and the feed-forward of layer ℓ
+        around(layer, part, f, …)    → f(x), where f is a named part of layer ℓ
+        rope_positions(p, visual)    → (B, T)      the positions that RoPE turns by
+        finish(h, visual), head(h)   → the final states; then the logits of any selection of them
 
-    A bridge overrides what it needs and says what it is by the attributes below. It owns all of its
-    parameters and the decoder owns none of them: `bridge.state_dict()` is what a run trains and saves.
+    The six bridges of bridges.py need the first four. A bridge overrides what it needs and says what it is
+    by the attributes below. It owns all of its parameters and the decoder owns none of them:
+    `bridge.state_dict()` is what a run trains and saves. In the layers, `visual` of a bridge with soft tokens
+    is the ImagePositions: a prefix is words.
     """
     name = "none"
     soft_tokens = False         # whether `prefix` gives tokens that stand in the place of each image
@@ -127,6 +133,22 @@ class Bridge(nn.Module):
     def before(self, layer: int, x: Tensor, visual) -> Tensor:
         return x
 
+    def between(self, layer: int, x: Tensor, visual) -> Tensor:
+        return x
+
+    def around(self, layer: int, part: str, f: Callable[..., Tensor], visual, *x: Tensor) -> Tensor:
+        """part: attention or mlp (x: the normalised stream), qkv, o, or attend (x: q, k, v, bias, causal)."""
+        return f(*x)
+
+    def rope_positions(self, p: Tensor, visual) -> Tensor:
+        return p
+
+    def finish(self, h: Tensor, visual) -> Tensor:
+        return h
+
+    def head(self, h: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        return head(h)
+
     def gates(self) -> Tensor | None:
         """(layers, gates of a layer) float32: factors of what it adds to `gated_layers`; None: no gates."""
         return None
@@ -140,11 +162,12 @@ class Bridge(nn.Module):
 class ImagePositions:
     """Where the images of a batch stand. Images are counted row by row, from left to right.
 
-    `last` is laid out anew when the images are expanded, after `see` and before the decoder runs.
+    `last` and `image` are laid out anew when the images are expanded, between `see` and the decoder.
     """
     row: Tensor         # (ΣM,) int64: the row of `tokens` that image m belongs to
     order: Tensor       # (ΣM,) int64: its number inside that row, from 1
     last: Tensor    # (B, T) int64: how many images stand at or before each position of the text; 0 = none yet
+    image: Tensor   # (B, T) bool: the positions that images take
 
     def columns(self, T: int) -> Tensor:
         """(B, T) of `last` for a chunk of T positions; one generated after the prompt follows all images."""
@@ -287,16 +310,17 @@ class Attention(nn.Module):
         return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
 
     def forward(self, x: Tensor, visual, layer: int, c: Context) -> Tensor:
-        H, G = self.heads, self.kv_heads
-        qk, v = split_heads(self.qkv(x), H + 2 * G).split((H + G, G), dim=1)
+        H, G, around = self.heads, self.kv_heads, c.bridge.around
+        qkv = around(layer, "qkv", self.qkv, visual, x)
+        qk, v = split_heads(qkv, H + 2 * G).split((H + G, G), dim=1)
         q, k = rope(self.qk_norm(qk), c.cos, c.sin).split((H, G), dim=1)     # (B, H|G, T, E); v as k
         if c.cache is not None:
             k, v = c.cache.append(layer, k, v)                                  # (B, G, S, E)
-        y = self.attend(q, self.widen(k), self.widen(v), c.bias, c.causal)      # (B, H, T, E)
+        y = around(layer, "attend", self.attend, visual, q, self.widen(k), self.widen(v), c.bias, c.causal)
         term = c.bridge.beside(layer, q, self.project, visual)
         if term is not None:
             y = y + term
-        return self.o(merge_heads(y))                                           # (B, T, D)
+        return around(layer, "o", self.o, visual, merge_heads(y))               # (B, T, D)
 
 
 class SwiGLU(nn.Module):
@@ -324,9 +348,13 @@ class Block(nn.Module):
         self.mlp = SwiGLU(c)
 
     def forward(self, x: Tensor, visual, layer: int, c: Context) -> Tensor:
+        def attention(n: Tensor) -> Tensor:
+            return self.attention(n, visual, layer, c)
+
         x = c.bridge.before(layer, x, visual)                           # Flamingo: a block ahead of the layer
-        x = x + self.attention(self.norm1(x), visual, layer, c)
-        return x + self.mlp(self.norm2(x))
+        x = x + c.bridge.around(layer, "attention", attention, visual, self.norm1(x))
+        x = c.bridge.between(layer, x, visual)
+        return x + c.bridge.around(layer, "mlp", self.mlp, visual, self.norm2(x))
 
 
 def token_positions(B: int, T: int, past: int, real: Tensor | None, document: Tensor | None,
@@ -382,6 +410,10 @@ class Decoder(nn.Module):
         """Final hidden states (…, D) → logits (…, V)."""
         return F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)
 
+    def logits(self, x: Tensor, bridge: Bridge | None = None) -> Tensor:
+        """The same, with what the bridge adds."""
+        return (bridge or NO_BRIDGE).head(x, self.head)
+
     def states(self, tokens: Tensor | None = None, mask: Tensor | None = None, *,
                embeds: Tensor | None = None, cache: Cache | None = None, bridge: Bridge | None = None,
                visual=None) -> list[Tensor]:
@@ -392,7 +424,8 @@ class Decoder(nn.Module):
         document, 0 = padding; no document sees another. With a cache, tokens continue what the cache holds.
         """
         x = self.embed(tokens) if embeds is None else embeds
-        context = self.context(x, mask, cache, bridge or NO_BRIDGE)
+        bridge = bridge or NO_BRIDGE
+        context = self.context(x, mask, cache, bridge, visual)
         hidden = [x]
         for l, layer in enumerate(self.layers):
             if self.checkpoint and torch.is_grad_enabled():
@@ -400,12 +433,12 @@ class Decoder(nn.Module):
             else:
                 x = layer(x, visual, l, context)
             hidden.append(x)
-        hidden[-1] = self.norm(x)
+        hidden[-1] = bridge.finish(self.norm(x), visual)
         if cache is not None:
             cache.length += x.shape[1]
         return hidden
 
-    def context(self, x: Tensor, mask: Tensor | None, cache: Cache | None, bridge: Bridge) -> Context:
+    def context(self, x: Tensor, mask: Tensor | None, cache: Cache | None, bridge: Bridge, visual) -> Context:
         """Rotary angles and the attention mask for x (B, T, D); arguments as in `states`."""
         B, T, past = *x.shape[:2], 0 if cache is None else cache.length
         document, real = None, mask                                     # real (B, S) of all keys, or None
@@ -418,7 +451,7 @@ class Decoder(nn.Module):
             assert cache is None, "packed rows are for training"
             document, real = mask, mask > 0
 
-        positions = token_positions(B, T, past, real, document, x.device)       # (B or 1, T)
+        positions = bridge.rope_positions(token_positions(B, T, past, real, document, x.device), visual)
         angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)   # (B or 1, 1, T, E/2)
         angle = torch.cat((angle, angle), dim=-1)
         dtype = self.layers[0].attention.q.weight.dtype
@@ -435,7 +468,7 @@ class Decoder(nn.Module):
                 return_hidden: bool = False, **kw):
         """(B, T) int64 → logits (B, T, V), and the L+1 hidden states when asked; arguments as in `states`."""
         hidden = self.states(tokens, mask, **kw)
-        logits = self.head(hidden[-1])
+        logits = self.logits(hidden[-1], kw.get("bridge"))
         return (logits, hidden) if return_hidden else logits
 
     # --------------------------------------------------------------------------------------------------------
@@ -456,7 +489,7 @@ class Decoder(nn.Module):
         cache = Cache(self.config, len(x), x.shape[1] + max_new_tokens, x.device, self.embed.weight.dtype)
         hidden = self.states(embeds=x, mask=None if mask is None else real, cache=cache, **seams)[-1]
         last = (real * torch.arange(x.shape[1], device=x.device)).argmax(1)     # (B,) padding may follow
-        return self.head(hidden[torch.arange(len(x), device=x.device), last]), cache
+        return self.logits(hidden[torch.arange(len(x), device=x.device), last], seams.get("bridge")), cache
 
     @torch.no_grad()
     def generate(self, tokens: Tensor | None = None, max_new_tokens: int = 32, temperature: float = 0.0,
@@ -472,7 +505,8 @@ class Decoder(nn.Module):
         stops = torch.tensor(stop, dtype=torch.long, device=logits.device)
         new = [sample(logits, temperature, top_k, top_p, generator)]            # (B,) each
         while len(new) < max_new_tokens and not (len(stop) and torch.isin(new[-1], stops).all()):
-            logits = self.head(self.states(new[-1][:, None], cache=cache, **seams)[-1][:, -1])
+            hidden = self.states(new[-1][:, None], cache=cache, **seams)[-1]    # (B, 1, D)
+            logits = self.logits(hidden[:, -1], seams.get("bridge"))
             chosen = sample(logits, temperature, top_k, top_p, generator)
             new.append(torch.where(torch.isin(new[-1], stops), new[-1], chosen))
         return torch.stack(new, dim=1)
@@ -682,11 +716,11 @@ class VLM(nn.Module):
                              f"but {len(features)} images were given.")
         row, column = is_image.nonzero(as_tuple=True)                   # (ΣM,) row by row, from left to right
         seen = is_image.cumsum(1)                                       # (B, T) images up to each position
-        where = ImagePositions(row, seen[row, column], seen)
+        where = ImagePositions(row, seen[row, column], seen, is_image)
         text = {} if bridge_tokens is None else {"text": bridge_tokens, "text_mask": bridge_mask}
         visual = self.bridge.see(features, where, **text)
         soft = self.bridge.prefix(visual)                                       # (ΣM, K, D) or None
-        inputs = dict(bridge=self.bridge, visual=visual if soft is None else None)      # a prefix is words
+        inputs = dict(bridge=self.bridge, visual=visual if soft is None else where)     # a prefix is words
         labels = None if labels is None else labels.masked_fill(is_image, IGNORE)
         if soft is None and self.image_token is not None:               # the image is an ordinary word
             words = tokens.masked_fill(is_image, self.image_token)
@@ -696,7 +730,7 @@ class VLM(nn.Module):
         embeds = new.move(self.decoder.embed(tokens.masked_fill(is_image, 0)), 0)           # (B, T', D)
         if soft is not None:
             embeds = embeds.to(soft.dtype).masked_scatter(new.soft[..., None], soft)
-        where.last = new.move(seen, 0)
+        where.last, where.image = new.move(seen, 0), new.soft
         if mask is not None and mask.dtype != torch.bool:       # an image is its placeholder's document's
             mask = new.move(mask, 0)
         else:
@@ -763,5 +797,5 @@ def next_token_loss(decoder: Decoder, labels: Tensor, **inputs) -> tuple[Tensor,
     hidden = decoder.states(**inputs)[-1]
     target = labels[:, 1:]
     keep = target != IGNORE
-    logits = decoder.head(hidden[:, :-1][keep])                                 # (supervised, V)
+    logits = decoder.logits(hidden[:, :-1][keep], inputs.get("bridge"))         # (supervised, V)
     return F.cross_entropy(logits.float(), target[keep], reduction="sum"), int(keep.sum())

@@ -11,15 +11,17 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, check_decoder, golden, stir, tiny_decoder
 from eval import generate_ids
-from model import (Cache, Decoder, DecoderConfig, RMSNorm, attend, attend_explicit, causal_mask,
-                   rope_frequencies, sample, visible_to_bias)
+from model import (Bridge, Cache, Decoder, DecoderConfig, RMSNorm, attend, attend_explicit, causal_mask,
+                   next_token_loss, rope_frequencies, sample, visible_to_bias)
 from papers.rope_scaling import Llama3Scaling
 from support.formats.files import UserError
 from support.formats.llama import load_decoder, save_decoder
+from support.plumbing.beams import beam_search
 
 CASES = ["llama-mha", "llama-gqa-tied", "llama-rope-llama3", "llama-sharded", "llama-bf16"]
 
@@ -432,3 +434,62 @@ def test_the_published_sizes_have_the_published_number_of_parameters(
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(V, D, L, H, G, E, hidden, tied=tied))
     assert sum(p.numel() for p in decoder.parameters()) == published
+
+
+class Recorder(Bridge):
+    """Writes down which seam is called where, and adds to the logits what `finish` remembers."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def before(self, layer, x, visual):
+        self.calls.append(f"{layer} before")
+        return x
+
+    def between(self, layer, x, visual):
+        self.calls.append(f"{layer} between")
+        return x
+
+    def around(self, layer, part, f, visual, *x):
+        self.calls.append(f"{layer} {part}")
+        return f(*x)
+
+    def rope_positions(self, p, visual):
+        return p + 5
+
+    def finish(self, h, visual):
+        return torch.cat((h, h.square()), dim=-1)
+
+    def head(self, h, head):
+        h, more = h.chunk(2, dim=-1)
+        return head(h) + 3 * head(more)
+
+
+def test_each_seam_of_a_layer_is_called_once_and_in_the_order_of_the_block(decoder):
+    bridge = Recorder()
+    decoder(torch.tensor([[1, 2, 3]]), bridge=bridge)
+    parts = ("before", "attention", "qkv", "attend", "o", "between", "mlp")
+    assert bridge.calls == [f"{layer} {part}" for layer in range(decoder.config.layers) for part in parts]
+
+
+def test_rope_sees_differences_of_positions_alone(decoder):
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(decoder.states(tokens, bridge=Recorder())[-2], decoder.states(tokens)[-2],
+                               atol=1e-5, rtol=1e-5)        # another angle, the same products up to rounding
+
+
+def test_logits_a_bridge_adds_are_those_of_the_forward_the_loss_and_both_ways_to_generate(decoder):
+    tokens, bridge = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), Recorder()
+    logits = decoder(tokens, bridge=bridge)
+    h = decoder.states(tokens, bridge=Recorder())[-1][..., :decoder.config.width]
+    torch.testing.assert_close(logits, decoder.head(h) + 3 * decoder.head(h.square()))
+    total, count = next_token_loss(decoder, tokens, embeds=decoder.embed(tokens), bridge=bridge)
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(total, expected)
+    new = decoder.generate(tokens, 4, bridge=bridge)
+    text = tokens
+    for _ in range(4):
+        text = torch.cat((text, decoder(text, bridge=bridge)[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(new, text[:, 4:])
+    assert torch.equal(beam_search(decoder, tokens, 4, beams=1, bridge=bridge), new)

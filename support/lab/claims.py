@@ -1,6 +1,7 @@
 """One miniature experiment per claim of the papers: its runs, its measurements, its verdict.
 
-    python eval.py claims all                           about 40 minutes on 2 cores
+    python eval.py claims all                           what the documents claim: about 40 minutes on 2 cores
+    python eval.py claims papers                        the point of each paper of papers/
     python eval.py claims zero-init gates --seeds 3
     python eval.py claims all --jobs 8 --out claims.txt
 
@@ -33,11 +34,18 @@ from support.formats.files import UserError, atomically, read_json, write_json
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
 from support.lab.attention import gate_history
-from support.lab.claims_list import ARMS, CLAIMS, COMMON, Arm, Claim, Number, Side
+from support.lab import claims_list, miniatures
+from support.lab.claims_list import COMMON, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
 from support.plumbing.flags import Parser, number
 from support.plumbing.log import read_log
 from support.worlds import open_data
+
+
+CLAIMS = claims_list.CLAIMS | miniatures.CLAIMS
+ARMS = claims_list.ARMS | miniatures.ARMS
+PAPERS_REPORT = "support/results/papers.txt"
+GROUPS = {"all": claims_list.CLAIMS, "papers": miniatures.CLAIMS}       # names for several
 
 
 # What can be measured of an arm ----------------------------------------------------------------------------
@@ -129,6 +137,7 @@ def few_shot_accuracy(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], k:
 MEASUREMENTS: dict[str, Callable[[TrainedArm], dict[str, float]]] = {       # {name of a Number: its value}
     "answers": measure_answers, "captions": measure_captions, "blind": measure_blind, "loss": measure_loss,
     "gates": measure_gates, "reasons": measure_reasons, "shots": measure_shots, "pages": measure_pages,
+    **miniatures.MEASUREMENTS,
 }
 
 
@@ -252,7 +261,7 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
     results = run_arms(needed_arms([claims[name] for name in names], arms), setup, arms)
     reports = {name: claim_report(name, claims[name], results, setup.seeds) for name in names}
     minutes = sum(result["seconds"] for result in results.values()) / 60
-    asked = "all" if len(names) == len(claims) else " ".join(names)
+    asked = next((group for group, members in GROUPS.items() if names == [*members]), " ".join(names))
     head = (f"python eval.py claims {asked}: seeds 0 to {setup.seeds - 1}, {len(results)} runs, "
             f"{minutes:.0f} minutes of training on one core each; every run: {' '.join(setup.common)}\n"
             "Mean ± standard deviation over seeds: accuracy in %, CIDEr, loss in nats per learned token; "
@@ -268,17 +277,20 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
 
 def main(argv: list[str]) -> None:
     parser = Parser("eval.py claims", __doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of: {', '.join(CLAIMS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help=f"all, papers, or some of: {', '.join(CLAIMS)}")
     parser.add_argument("--seeds", type=number(least=1, most=1000), default=3, metavar="N",
                         help="runs per arm (3)")
     parser.add_argument("--jobs", type=number(least=1, most=256), default=2, metavar="N",
                         help="runs at a time, one core each (2)")
-    parser.add_argument("--out", default=Setup.report, metavar="FILE", help=f"of the report ({Setup.report})")
+    parser.add_argument("--out", default="", metavar="FILE",
+                        help=f"of the report ({Setup.report}, or papers.txt beside it)")
     args = parser.parse_args(argv)
     if not args.names:
-        raise UserError(f"which claims? Write all, or some of {', '.join(CLAIMS)}.")
-    names = list(CLAIMS) if args.names == ["all"] else args.names
+        raise UserError(f"which claims? Write all, papers, or some of {', '.join(CLAIMS)}.")
+    names = [member for name in args.names for member in GROUPS.get(name, [name])]
     for name in names:
         if name not in CLAIMS:
-            raise UserError(f'unknown claim "{name}"; {nearest(name, ["all", *CLAIMS])}')
-    print(run_claims(names, Setup(args.seeds, args.jobs, report=args.out)))
+            raise UserError(f'unknown claim "{name}"; {nearest(name, [*GROUPS, *CLAIMS])}')
+    report = args.out or (PAPERS_REPORT if args.names == ["papers"] else Setup.report)
+    print(run_claims(names, Setup(args.seeds, args.jobs, report=report)))

@@ -212,7 +212,7 @@ def log_likelihoods(vlm: VLM, documents: list[data.Document], features: Tensor, 
         own = features[sum(pictures[at:at + batch], [])]
         inputs, labels = vlm.prepare(tokens, own, None if mask.all() else mask, labels)
         keep = labels[:, 1:] != IGNORE
-        logits = vlm.decoder.head(vlm.decoder.states(**inputs)[-1][:, :-1][keep])
+        logits = vlm.decoder.logits(vlm.decoder.states(**inputs)[-1][:, :-1][keep], vlm.bridge)
         loss = F.cross_entropy(logits.float(), labels[:, 1:][keep], reduction="none")
         found += loss.new_zeros(len(tokens)).index_add(0, keep.nonzero()[:, 0], -loss).tolist()
     return found

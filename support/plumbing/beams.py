@@ -62,7 +62,8 @@ def beam_search(decoder: Decoder, tokens: Tensor | None = None, max_new_tokens: 
         growing, beam_rows = text[row, kept], (parent.gather(1, kept) + W * row).flatten()
         cache.take(beam_rows)
         last = growing[..., -1:].flatten(0, 1)                                          # (B·W, 1)
-        logits = decoder.head(decoder.states(last, cache=cache, bridge=bridge, visual=visual)[-1][:, -1])
+        hidden = decoder.states(last, cache=cache, bridge=bridge, visual=visual)[-1]     # (B·W, 1, D)
+        logits = decoder.logits(hidden[:, -1], bridge)
     ids = ended[:, 0, 1:]
     over = torch.isin(ids, stops).cumsum(1) > torch.isin(ids, stops).long()     # behind the first stop id
     return ids[:, ~over.all(0)]
@@ -77,5 +78,5 @@ def select_rows(visual, rows: Tensor):
     if isinstance(visual, (list, tuple)):
         return type(visual)(select_rows(v, rows) for v in visual)
     if isinstance(visual, ImagePositions):
-        return dataclasses.replace(visual, last=visual.last[rows])
+        return dataclasses.replace(visual, last=visual.last[rows], image=visual.image[rows])
     return visual

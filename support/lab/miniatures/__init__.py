@@ -1,0 +1,16 @@
+"""lab/miniatures: the experiment that makes a paper's point, one file per paper of papers/.
+
+A module has ARMS and CLAIMS, as claims_list.py has them of the documents' own claims. Where the measurements
+of claims.py do not say it, it also has MEASUREMENTS ({name: function of a TrainedArm}) and MEASURED ({name:
+the names of its numbers}). `python eval.py claims NAME` runs one, `python eval.py claims papers` all.
+"""
+from __future__ import annotations
+
+from support.lab.miniatures import clipcap
+
+MODULES = (clipcap,)
+CLAIMS = {name: claim for module in MODULES for name, claim in module.CLAIMS.items()}
+ARMS = {name: arm for module in MODULES for name, arm in module.ARMS.items()}
+MEASUREMENTS = {name: measure for module in MODULES
+                for name, measure in getattr(module, "MEASUREMENTS", {}).items()}
+MEASURED = {name: numbers for module in MODULES for name, numbers in getattr(module, "MEASURED", {}).items()}
