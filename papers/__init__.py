@@ -9,7 +9,7 @@ import inspect
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
 from papers import (blip2_stage1, clip, clipcap, frozen, idefics, kosmos1, limber, llama_adapter,
-                    llava_data, magic, minigpt4, mllama, pica, systems)
+                    llava_data, magic, minigpt4, mllama, pica, socratic, systems)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.frozen import Frozen
@@ -21,7 +21,7 @@ from papers.minigpt4 import MiniGPT4, MiniGPT4Llama2
 
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
-                       pica, magic, limber, minigpt4, kosmos1)}
+                       pica, magic, socratic, limber, minigpt4, kosmos1)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap, limber, minigpt4,
                                              kosmos1)
