@@ -68,6 +68,7 @@ BRIDGES = {                 # what lies beside a bridge alone
         query_layer v_embed_dim v_depth v_num_heads v_mlp_ratio"""),
     "flamingo": keys("""vis_dim cross_attn_every_n_layers perceiver gated_cross_attention dim_head heads
         num_latents depth ff_mult"""),
+    "magma": keys("model_type"),
 }
 
 # --- keys that change nothing in what the model computes ----------------------------------------------------

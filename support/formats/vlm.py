@@ -20,6 +20,7 @@ from support.formats.honoured import BRIDGES, refuse_unknown
 from support.formats.hub import fetch, is_hub_name, print_licence, tower_folder
 from support.formats.llama import LLAMAS, load_decoder, save_decoder
 from support.formats.llava import read_llava, save_llava, save_llava_linear
+from support.formats.magma import magma_file
 from support.formats.mapl import mapl_file
 from support.formats.mllama import read_mllama
 from support.formats.pictures import load_processor
@@ -36,7 +37,7 @@ LAYOUTS = {
 }
 # bridge → a function of (checkpoint, config, options): the empty bridge, and what it is filled with
 BRIDGE_FILES = {"mapl": mapl_file, "qformer": qformer_file, "zero_init": adapter_file,
-                "flamingo": openflamingo_file}
+                "flamingo": openflamingo_file, "magma": magma_file}
 BRIDGE_FILE_NAMES = ("adapter_model.safetensors", "adapter.safetensors", "flamingo.safetensors")
 BRIDGE_CONFIGS = ("config.json", "flamingo_config.json", "adapter_config.json")
 # bridge → a function of (vlm, folder) that writes what another library opens
@@ -158,6 +159,7 @@ def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dt
                qformer     BLIP-2's authors' files, transformers' Blip2QFormerModel
                zero_init   LLaMA-Adapter's adapter, PEFT's AdaptionPrompt
                flamingo    OpenFlamingo's resampler and gated blocks
+               magma       the authors' prefix and adapters
     path       the file, or a folder that holds it and perhaps a config
     decoder    what it is for: sizes are checked against it
     options    of make_bridge: what no shape tells, where it is not the published value (heads=…), or which

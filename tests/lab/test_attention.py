@@ -31,7 +31,7 @@ def vlm_of(name: str, **options) -> VLM:
 
 LAYERS = [f"decoder.layers.{l}.attention" for l in range(4)]
 NAMES = {                # what each bridge shows besides the decoder's own attention, and its shape
-    "linear": {}, "mlp": {}, "frozen": {}, "limber": {}, "clipcap": {}, "minigpt4_llama2": {},
+    "linear": {}, "mlp": {}, "frozen": {}, "limber": {}, "clipcap": {}, "minigpt4_llama2": {}, "magma": {},
     "clipcap_transformer": {f"bridge.blocks.{l}": (1, 2, 2 + 3, 2 + 3) for l in range(2)},
     "mapl": {f"bridge.blocks.{l}": (1, 2, N + 3, N + 3) for l in range(2)},
     "qformer": {**{f"bridge.layers.{l}.attention": (1, 2, 3, 3) for l in range(3)},
@@ -174,7 +174,7 @@ def test_what_visual_tokens_are_made_of_is_a_share_of_each_patch(name):
     with torch.no_grad():
         _, attention = run_with_attention(vlm, torch.cat((TOKENS, TOKENS)), features=features)
     made = rollout(vlm.bridge, attention, features)
-    K = {"linear": 9, "mlp": 9, "limber": 9, "minigpt4_llama2": 9, "frozen": 2}.get(name, 3)
+    K = {"linear": 9, "mlp": 9, "limber": 9, "magma": 9, "minigpt4_llama2": 9, "frozen": 2}.get(name, 3)
     assert made.shape == (2, K, features.shape[1])
     torch.testing.assert_close(made.sum(-1), torch.ones(2, K), atol=1e-6, rtol=0)
     fixed = name in (*(n for n in NAMES if not NAMES[n]), "clipcap_transformer")
