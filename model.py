@@ -253,17 +253,26 @@ class Cache:
     def __init__(self, config: DecoderConfig, batch: int, longest: int, device, dtype):
         shape = (config.layers, batch, config.kv_heads, longest, config.head_width)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.real = torch.ones(batch, longest, dtype=torch.bool, device=device)     # False = padding
-        self.padded, self.length = False, 0         # whether there is padding; how many positions are held
+        self.length = 0                     # how many positions are held
+        self.real: Tensor | None = None     # (B, S) bool of these, False = padding; None: no padding so far
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def extend_mask(self, mask: Tensor | None, T: int) -> Tensor | None:
+        """(B, S) bool of what is held and of T new positions with this mask; None: there is no padding."""
+        if mask is not None or self.real is not None:
+            ones = self.k.new_ones(self.k.shape[1], self.length + T, dtype=torch.bool)
+            held = ones[:, :self.length] if self.real is None else self.real
+            self.real = torch.cat((held, ones[:, :T] if mask is None else mask), dim=1)
+        return self.real
+
     def take(self, rows: Tensor) -> None:
         """Keep these rows, in this order (repeats allowed): how beams fork."""
-        self.k, self.v, self.real = self.k[:, rows], self.v[:, rows], self.real[rows]
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.real = None if self.real is None else self.real[rows]
 
 
 @dataclass
@@ -357,32 +366,15 @@ class Block(nn.Module):
         return x + c.bridge.around(layer, "mlp", self.mlp, visual, self.norm2(x))
 
 
-def token_positions(B: int, T: int, past: int, real: Tensor | None, document: Tensor | None,
-                    device) -> Tensor:
-    """(B or 1, T) int64: positions; padding is not counted, each document of a row starts at 0."""
-    t = torch.arange(past, past + T, device=device)[None]
-    if real is None:
-        return t
-    if document is None:
-        return (real.cumsum(-1) - 1).clamp(min=0)[:, past:]
-    t = t.expand(B, T)
-    same = document == F.pad(document, (1, 0))[:, :-1]                          # as the token before it
-    return t - t.masked_fill(same, 0).cummax(1).values
+def visible_keys(mask: Tensor, past: int) -> Tensor:
+    """mask (B, S) → (B, T, S) bool, True = may attend: queries from `past` on see keys of their own document.
 
-
-def visible_keys(T: int, past: int, real: Tensor | None, document: Tensor | None, window: int | None,
-                 device) -> Tensor:
-    """(B or 1, 1, T, S) bool, True = may attend: earlier keys, real, of the same document, in the window."""
-    t, s = torch.arange(past, past + T, device=device), torch.arange(past + T, device=device)
-    visible = (s <= t[:, None])[None, None]                                     # (1, 1, T, S)
-    if window is not None:
-        p = s[None] if real is None else real.cumsum(-1)                # (B or 1, S) padding has no width
-        visible = visible & (p[:, None, None] > p[:, None, past:, None] - window)
-    if real is not None:
-        visible = visible & real[:, None, None] | (s == t[:, None])     # padding sees itself: no empty row
-    if document is not None:
-        visible = visible & (document[:, None, :, None] == document[:, None, None])
-    return visible
+    Padding sees itself alone, so that no row is empty.
+    """
+    s = torch.arange(mask.shape[1], device=mask.device)
+    earlier = s <= s[past:, None]                                               # (T, S)
+    same = mask[:, None] == mask[:, past:, None]                                # (B, T, S)
+    return earlier & same & (mask[:, None] > 0) | (s == s[past:, None])
 
 
 class Decoder(nn.Module):
@@ -440,28 +432,25 @@ class Decoder(nn.Module):
 
     def context(self, x: Tensor, mask: Tensor | None, cache: Cache | None, bridge: Bridge, visual) -> Context:
         """Rotary angles and the attention mask for x (B, T, D); arguments as in `states`."""
-        B, T, past = *x.shape[:2], 0 if cache is None else cache.length
-        document, real = None, mask                                     # real (B, S) of all keys, or None
+        T, past = x.shape[1], 0 if cache is None else cache.length
         if cache is not None:
-            cache.padded = cache.padded or mask is not None
-            if mask is not None:
-                cache.real[:, past:past + T] = mask
-            real = cache.real[:, :past + T] if cache.padded else None
-        if mask is not None and mask.dtype != torch.bool:               # several documents in a row, from 1
-            assert cache is None, "packed rows are for training"
-            document, real = mask, mask > 0
-
-        positions = bridge.rope_positions(token_positions(B, T, past, real, document, x.device), visual)
-        angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)   # (B or 1, 1, T, E/2)
-        angle = torch.cat((angle, angle), dim=-1)
+            assert mask is None or mask.dtype == torch.bool, "packed rows are for training"
+            mask = cache.extend_mask(mask, T)
         dtype = self.layers[0].attention.q.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        near = past + T <= (self.config.window or math.inf)             # nothing lies outside the window
-        causal, bias = near and real is None and past == 0 and T > 1, None
-        if not causal and (not near or real is not None or T > 1):
-            visible = visible_keys(T, past, real, document, self.config.window, x.device)
-            bias = visible_to_bias(visible, dtype)
+        window, bias = self.config.window or math.inf, None
+        positions = torch.arange(past, past + T, device=x.device)[None]         # (B or 1, T)
+        if mask is not None or past + T > window or past and T > 1:             # more than plain causality
+            mask = torch.ones(1, past + T, dtype=torch.bool, device=x.device) if mask is None else mask
+            visible = visible_keys(mask, past)                                  # (B or 1, T, S)
+            positions = visible.sum(-1) - 1
+            near = visible.flip(-1).cumsum(-1).flip(-1) <= window       # keys that lie between, both ends in
+            bias = visible_to_bias(visible & near, dtype)[:, None]
+        positions = bridge.rope_positions(positions, visual)
+        angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)   # (B or 1, 1, T, E/2)
+        angle = torch.cat((angle, angle), dim=-1)
+        causal = bias is None and T > 1
         return Context(angle.cos().to(dtype), angle.sin().to(dtype), bias, causal, cache, bridge)
 
     def forward(self, tokens: Tensor | None = None, mask: Tensor | None = None, *,

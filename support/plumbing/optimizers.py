@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from support.plumbing.device import pick_dtype
 from support.plumbing.ranks import full_tensor
 
 
@@ -27,6 +28,52 @@ def schedule(progress: float, warmup: float, kind: str = "cosine", floor: float 
     return {"cosine": cosine, "constant": 1.0, "linear": 1 - rest}[kind]
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal (2502.16982v1, Eq. 1 and 2): torch.optim.Muon, to the bit.
+
+    symbol   here       meaning
+    G        p.grad     the gradient of a matrix W (A, B)
+    M        momentum   their running mean, μ = 0.95
+    O        direction  of M = U S Vᵀ about U Vᵀ: all singular values between 0.7 and 1.2
+
+    (U1)  M ← μ M + (1 − μ) G;   O = NS(μ M + (1 − μ) G)                        Nesterov's look ahead
+    (U2)  W ← W (1 − η λ) − η √max(1, A/B) O
+
+    torch.optim.Muon runs NS in bfloat16 everywhere. A CPU without bfloat16 instructions takes ten times as
+    long for that as for float32, so here the device decides, as it does for the forward pass.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype, _ = pick_dtype("auto", matrices[0].device)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, mu = group["lr"], group["momentum"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - mu)
+                direction = orthogonalize(p.grad.lerp(momentum, mu).to(self.dtype))         # (U1)
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(direction, alpha=-lr * math.sqrt(max(1, p.shape[0] / p.shape[1])))   # (U2)
+
+
+def orthogonalize(G: Tensor) -> Tensor:
+    """Newton and Schulz's iteration: five steps of a polynomial that takes each singular value near 1.
+
+    (U3)  X ← a X + (b X Xᵀ + c (X Xᵀ)²) X,   X = G / ‖G‖,   (a, b, c) = (3.4445, −4.775, 2.0315)
+    """
+    X = G.T if len(G) > G.shape[1] else G               # the smaller of the two products G Gᵀ and Gᵀ G
+    X = X / X.norm().clamp(min=1e-7)
+    for _ in range(5):
+        XX = X @ X.T
+        polynomial = torch.addmm(XX, XX, XX, beta=-4.775, alpha=2.0315)
+        X = torch.addmm(X, polynomial, X, beta=3.4445)                                      # (U3)
+    return X.T if len(G) > G.shape[1] else X
+
+
 def make_optimizers(module: nn.Module, trained: list[tuple[str, nn.Parameter]],
                     s, numbers) -> list[torch.optim.Optimizer]:
     """AdamW with decay on matrices only. Muon: matrices of Linear layers by Muon, the rest by AdamW.
@@ -42,8 +89,7 @@ def make_optimizers(module: nn.Module, trained: list[tuple[str, nn.Parameter]],
         linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
         matrices = [p for _, p in trained if id(p) in linear]
         rest = [p for _, p in trained if id(p) not in linear]
-        return [torch.optim.Muon(matrices, lr=numbers.muon_lr * s.lr / numbers.lr,
-                                 weight_decay=s.weight_decay),
+        return [Muon(matrices, numbers.muon_lr * s.lr / numbers.lr, s.weight_decay),
                 torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=fused)]
     groups = [{"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
               {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
