@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from bridges import BRIDGES
 from model import IMAGE
 from papers import ALL_BRIDGES
 from support.formats.files import UserError
@@ -42,22 +43,26 @@ def command(*argv, check: bool = True) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory):
-    """short_run(bridge) → (module, run folder): 30 steps on 16 pictures, trained once per session."""
+    """short_run(bridge, steps, batch) → (module, run folder), trained once per session."""
     runs = {}
 
-    def run(bridge: str) -> tuple:
-        if bridge not in runs:
+    def run(*asked) -> tuple:
+        if asked not in runs:
+            bridge, steps, batch = asked
             out = tmp_path_factory.mktemp(bridge)
-            argv = ["--bridge", bridge, "--steps", "30", "--batch", "16", "--examples", "16", "--warmup", "0"]
-            runs[bridge] = train.main([*argv, "--out", str(out), *QUICK]), out
-        return runs[bridge]
+            argv = ["--bridge", bridge, "--steps", steps, "--batch", batch, "--examples", batch, "--warmup", 0]
+            runs[asked] = train.main([*map(str, argv), "--out", str(out), *QUICK]), out
+        return runs[asked]
 
     return run
 
 
+LEARNS = 30, 16                     # steps and pictures in which a bridge learns what no blind decoder knows
+
+
 @pytest.mark.parametrize("bridge", ALL_BRIDGES)
 def test_frozen_towers_keep_their_bytes_and_the_bridge_moves(bridge, short_run):
-    module, out = short_run(bridge)
+    module, out = short_run(bridge, *(LEARNS if bridge in BRIDGES else (2, 4)))
     towers = {"decoder": load_decoder(ROOT / "weights/decoder"), "vit": load_vit(ROOT / "weights/vit")}
     for name, tower in towers.items():
         pairs = zip(getattr(module, name).state_dict().values(), tower.state_dict().values())
@@ -73,17 +78,18 @@ def test_frozen_towers_keep_their_bytes_and_the_bridge_moves(bridge, short_run):
                      "state.safetensors"}
 
 
-@pytest.mark.parametrize("bridge", ALL_BRIDGES)
+@pytest.mark.parametrize("bridge", [name if name in BRIDGES else pytest.param(name, marks=pytest.mark.slow)
+                                    for name in ALL_BRIDGES])
 def test_a_short_run_learns_what_the_decoder_cannot_know_without_the_pictures(bridge, short_run):
     """The small version of the miniature run below: the loss on 16 pictures falls below the blind loss."""
-    _, out = short_run(bridge)
+    _, out = short_run(bridge, *LEARNS)
     blind = read_log(out / "log.jsonl")[0]["blind"]
     assert np.mean(losses(out)[-3:]) < 0.9 * min(blind, losses(out)[0])
 
 
 @pytest.mark.parametrize("bridge", ["zero_init", "flamingo"])
 def test_gates_open_and_are_logged(bridge, short_run):
-    module, out = short_run(bridge)
+    module, out = short_run(bridge, *LEARNS)
     last = read_log(out / "log.jsonl")[-1]
     assert last["gate"] > 0 and np.abs(last["gates"]).max() > 0
     assert last["layers"] == module.bridge.gated_layers and len(last["gates"]) == len(last["layers"])
