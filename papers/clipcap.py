@@ -19,14 +19,15 @@ transformer, tuned 109.83; MLP, frozen 92.38.
 
 Paper and published code agree on both forms. The authors' c is CLIP's JOINT embedding, the class token after
 its last norm times the projection. A folder with a vision tower alone has no projection; it is linear, so W_1
-and W take its place.
+and W take its place. The released transformer reads c / ‖c‖ (normalize=True), the released MLPs read c.
 """
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Bridge, DecoderConfig, EncoderBlock
+from model import Bridge, DecoderConfig, EncoderBlock, ImagePositions
 from papers.recipe import Numbers, Recipe
 
 
@@ -34,11 +35,14 @@ class ClipCap(Bridge):
     """The MLP (§3.2), trained with the language model: 31,468,800 parameters at De 512, D 768, K 10."""
     name, soft_tokens, reads = "clipcap", True, "pooled"
 
-    def __init__(self, decoder: DecoderConfig, vision_width: int, tokens: int = 10):
+    def __init__(self, decoder: DecoderConfig, vision_width: int, tokens: int = 10, normalize: bool = False):
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.normalize = tokens, normalize
         self.up = nn.Linear(vision_width, tokens * decoder.width // 2)
         self.down = nn.Linear(tokens * decoder.width // 2, tokens * decoder.width)
+
+    def see(self, features: Tensor, where: ImagePositions | None = None) -> Tensor:
+        return F.normalize(features, dim=-1) if self.normalize else features
 
     def prefix(self, visual: Tensor) -> Tensor:
         y = self.down(self.up(visual[:, 0]).tanh())                             # (ΣM, K·D)    (C1)
@@ -50,13 +54,15 @@ class ClipCapTransformer(Bridge):
     name, soft_tokens, reads = "clipcap_transformer", True, "pooled"
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, tokens: int = 10, image_tokens: int = 10,
-                 layers: int = 8, heads: int = 8):
+                 layers: int = 8, heads: int = 8, normalize: bool = False):
         super().__init__()
-        D = decoder.width
+        D, self.normalize = decoder.width, normalize
         self.map = nn.Linear(vision_width, image_tokens * D)
         self.constants = nn.Parameter(torch.randn(tokens, D))                   # C ~ N(0, 1)
         self.blocks = nn.ModuleList(EncoderBlock(D, heads, 2 * D, "relu", 1e-5, attention_bias="o")
                                     for _ in range(layers))
+
+    see = ClipCap.see
 
     def prefix(self, visual: Tensor) -> Tensor:
         K, D = self.constants.shape
@@ -68,14 +74,20 @@ class ClipCapTransformer(Bridge):
 
 
 PAPER = Numbers(2e-5, 40, 150_000, 5000, "linear", 0.01, 0.999, 0)              # 10 epochs of 600K captions
+COCO, BOTH = "COCO, 120K pictures x 5", ("bridge", "decoder")
+MLP, TRANSFORMER = dict(tokens=8), dict(tokens=8, image_tokens=8, layers=4, heads=4)
+FROZEN, TUNED = Numbers(2e-3, 64, 800, optimizer="muon"), Numbers(1e-3, 64, 600)
 RECIPES = {
     "clipcap": Recipe(
-        "ClipCap's MLP (2111.09734v1 §3.2): the MLP and the decoder learn from captions",
-        "COCO, 120K pictures x 5",
-        PAPER, Numbers(1e-3, 64, 600), "clipcap", ("bridge", "decoder"), options=dict(tokens=8)),
+        "ClipCap's MLP (2111.09734v1 §3.2): the MLP and the decoder learn from captions", COCO,
+        PAPER, TUNED, "clipcap", BOTH, options=MLP),
+    "clipcap-frozen": Recipe(
+        "ClipCap's ablation (Table 1): the MLP learns alone, the decoder is frozen", COCO,
+        PAPER, FROZEN, "clipcap", options=MLP),
     "clipcap_transformer": Recipe(
-        "ClipCap's transformer (2111.09734v1 §3.3): the mapper learns, the decoder is frozen",
-        "COCO, 120K pictures x 5",
-        PAPER, Numbers(2e-3, 64, 800, optimizer="muon"), "clipcap_transformer",
-        options=dict(tokens=8, image_tokens=8, layers=4, heads=4)),
+        "ClipCap's transformer (2111.09734v1 §3.3): the mapper learns, the decoder is frozen", COCO,
+        PAPER, FROZEN, "clipcap_transformer", options=TRANSFORMER),
+    "clipcap_transformer-tuned": Recipe(
+        "ClipCap's ablation (Table 1): the transformer and the decoder learn from captions", COCO,
+        PAPER, TUNED, "clipcap_transformer", BOTH, options=TRANSFORMER),
 }

@@ -64,11 +64,11 @@ class Kosmos1(Bridge):
     name, soft_tokens, reads, reads_cls = "kosmos1", True, -1, True
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, queries: int = 64, heads: int = 32,
-                 vision_eps: float = 1e-5):
+                 vision_eps: float | None = 1e-5):
         super().__init__()
         if not queries:
             raise ValueError("kosmos1 needs one query or more.")
-        self.vision_norm = nn.LayerNorm(vision_width, eps=vision_eps)
+        self.vision_norm = nn.LayerNorm(vision_width, eps=vision_eps) if vision_eps else nn.Identity()
         self.dense = nn.Linear(vision_width, decoder.width)
         self.queries = nn.Parameter(torch.randn(queries, decoder.width))        # q ~ N(0, 1)
         self.connector = Connector(decoder.width, heads)

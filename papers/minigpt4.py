@@ -15,7 +15,8 @@ network: W and b alone. The queries, their layers and the LayerNorm ahead of the
     (G2)  z = LN(ViT(X)) without its class token;   p = W reshape(z, (N/4, 4·Di)) + b
 
 (G2) is the variant for LLaMA-2, and MiniGPT-v2's: four CONSECUTIVE tokens side by side, a piece of one row of
-the picture, not a block of 2 x 2. ε of LN is 1e-5, of the Q-Former 1e-12. Frozen means evaluation mode, too:
+the picture, not a block of 2 x 2. In the authors' code nothing fills its LN, which is frozen as it was made:
+1 and 0 (norm_weights=False). ε of LN is 1e-5, of the Q-Former 1e-12. Frozen means evaluation mode, too:
 its dropout is 0. Both stages train W and b, the first on captions with no prompt at all, the second on about
 3,500 long descriptions (400 steps of 12 in the paper, 1,000 in the code) between ###Human: and ###Assistant:.
 
@@ -60,10 +61,10 @@ class MiniGPT4Llama2(Bridge):
     """Learns 23,072,768 parameters from EVA (Di 1408) to LLaMA-2 7B (D 4096)."""
     name, soft_tokens, reads = "minigpt4_llama2", True, -1
 
-    def __init__(self, decoder: DecoderConfig, vision_width: int, join: int = 4):
+    def __init__(self, decoder: DecoderConfig, vision_width: int, join: int = 4, norm_weights: bool = True):
         super().__init__()
         self.join = join
-        self.vision_norm = nn.LayerNorm(vision_width)
+        self.vision_norm = nn.LayerNorm(vision_width, elementwise_affine=norm_weights)
         self.map = nn.Linear(join * vision_width, decoder.width)
         self.requires_grad_()
 

@@ -69,6 +69,14 @@ BRIDGES = {                 # what lies beside a bridge alone
     "flamingo": keys("""vis_dim cross_attn_every_n_layers perceiver gated_cross_attention dim_head heads
         num_latents depth ff_mult"""),
     "magma": keys("model_type"),
+    "clipcap": keys("model_type sizes prefix_length normalize_prefix"),
+    "clipcap_transformer": keys("""model_type dim_clip dim_embedding prefix_length clip_length num_layers
+        normalize_prefix"""),
+    "limber": keys("model_type"),
+    **dict.fromkeys(("minigpt4", "minigpt4_llama2"), keys("""model_type vision_width qformer_width heads
+        layers hidden queries width patches layer_norm_eps""")),
+    "kosmos1": keys("""model_type vision_width width heads queries patches latent_query_num text_config
+        vision_config"""),
 }
 
 # --- keys that change nothing in what the model computes ----------------------------------------------------

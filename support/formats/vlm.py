@@ -24,6 +24,8 @@ from support.formats.magma import magma_file
 from support.formats.mapl import mapl_file
 from support.formats.mllama import read_mllama
 from support.formats.pictures import load_processor
+from support.formats.prefix_maps import (clipcap_file, clipcap_transformer_file, kosmos_file, limber_file,
+                                         minigpt4_file, minigpt4_llama2_file)
 from support.formats.tokenizer_files import load_tokenizer
 from support.formats.tokenizers import Tokenizer
 from support.formats.vision import load_vit, save_vit
@@ -37,8 +39,10 @@ LAYOUTS = {
 }
 # bridge → a function of (checkpoint, config, options): the empty bridge, and what it is filled with
 BRIDGE_FILES = {"mapl": mapl_file, "qformer": qformer_file, "zero_init": adapter_file,
-                "flamingo": openflamingo_file, "magma": magma_file}
-BRIDGE_FILE_NAMES = ("adapter_model.safetensors", "adapter.safetensors", "flamingo.safetensors")
+                "flamingo": openflamingo_file, "clipcap": clipcap_file, "limber": limber_file,
+                "clipcap_transformer": clipcap_transformer_file, "minigpt4": minigpt4_file,
+                "minigpt4_llama2": minigpt4_llama2_file, "kosmos1": kosmos_file, "magma": magma_file}
+BRIDGE_FILE_NAMES = ("adapter_model.safetensors", "adapter.safetensors", "flamingo.safetensors", "proj.ckpt")
 BRIDGE_CONFIGS = ("config.json", "flamingo_config.json", "adapter_config.json")
 # bridge → a function of (vlm, folder) that writes what another library opens
 SAVERS = {"linear": save_llava_linear, "mlp": save_llava, "zero_init": save_peft}
@@ -160,6 +164,7 @@ def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dt
                zero_init   LLaMA-Adapter's adapter, PEFT's AdaptionPrompt
                flamingo    OpenFlamingo's resampler and gated blocks
                magma       the authors' prefix and adapters
+               clipcap, clipcap_transformer, limber, minigpt4, minigpt4_llama2, kosmos1     prefix_maps.py
     path       the file, or a folder that holds it and perhaps a config
     decoder    what it is for: sizes are checked against it
     options    of make_bridge: what no shape tells, where it is not the published value (heads=…), or which
@@ -174,7 +179,7 @@ def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dt
     configs = bridge_configs(folder)
     config = {key: value for c in configs.values() for key, value in c.items()}
     if decoder is not None:
-        config |= {"n_layers": decoder.layers}
+        config |= {"n_layers": decoder.layers, "decoder_width": decoder.width}
     checkpoint = Checkpoint(path)
     with torch.device("meta"), at_the_door(str(path)):
         bridge, names, optional = BRIDGE_FILES[name](checkpoint, config, **options)

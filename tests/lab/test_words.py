@@ -1,11 +1,15 @@
 """The words nearest to a soft token are the definition's, and a projection keeps what lies in a plane."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from conftest import shapes_vlm, tiny_vlm
+from data import Item
 from support.formats.files import UserError
+from support.lab.miniatures import clipcap
 from support.lab.words import joint_projection, nearest_words
 from support.worlds.text import shapes_tokenizer
 
@@ -53,3 +57,14 @@ def test_the_shares_of_a_projection_are_those_of_the_covariance():
     _, _, shares = joint_projection(vectors[:10], vectors[10:])
     values = torch.linalg.eigvalsh(torch.cov(vectors.T)).flip(0)
     assert shares == pytest.approx((values[:2] / values.sum()).tolist())
+
+
+def test_words_of_a_prefix_name_the_picture_the_next_one_or_neither(monkeypatch):
+    """Two pictures, two soft tokens each, whose words are given."""
+    items = [Item(None, [], [], "a", "a small red ring at the top left"),
+             Item(None, [], [], "b", "a large red cross at the top left; a small blue ring at the top right")]
+    words = iter([" red", " a", " red", " cross"])
+    monkeypatch.setattr(clipcap, "vision_features", lambda *_, **__: torch.zeros(2, 1, 4))
+    monkeypatch.setattr(clipcap, "nearest_words", lambda *_, **__: [[(next(words), 1.0)] for _ in range(2)])
+    found = clipcap.measure_prefix_words(SimpleNamespace(vlm=None, tokenizer=None, items=items))
+    assert found == {"named": 3 / 4, "of another": 2 / 4, "equal": 1 / 2}

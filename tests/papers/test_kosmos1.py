@@ -1,35 +1,25 @@
 """KOSMOS-1's connector is the published one of KOSMOS-2, sees unit vectors, and trains by its name."""
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train
 from conftest import TINY_VIT, check, fixed_loss, golden, tiny_vlm
 from model import DecoderConfig
 from papers import make_bridge
-from support.formats import load_vlm
+from support.formats import load_bridge, load_vlm
+from support.formats.files import UserError, write_json, write_tensors
+from support.formats.prefix_maps import KOSMOS_NAMES
 from support.lab.attention import attention_weights
-
-THEIRS = {"queries": "latent_query", "dense": "dense", "connector": "x_attn"}
-
-
-def theirs(name: str) -> str:
-    first, *rest = name.split(".")
-    rest = [f"{p}_proj" if p in ("q", "k", "v") else {"o": "out_proj"}.get(p, p) for p in rest]
-    return ".".join(("image_to_text_projection", THEIRS[first], *rest))
-
 
 def test_the_connector_is_the_published_one():
     """The case begins behind (K1)."""
     folder, case, x, expected = golden("kosmos2-connector")
-    bridge = make_bridge("kosmos1", DecoderConfig(width=24), 20, queries=5, heads=3)
-    tensors = load_file(folder / "model.safetensors")
-    names = {n: theirs(n) for n, _ in bridge.named_parameters() if not n.startswith("vision_norm.")}
-    with torch.no_grad():
-        for ours, name in names.items():
-            bridge.get_parameter(ours).copy_(tensors.pop(name))
-    assert not tensors
+    bridge = load_bridge("kosmos1", folder)
+    names = {n: KOSMOS_NAMES[n] for n, _ in bridge.named_parameters()}
     with attention_weights(bridge) as found:
         y = bridge.prefix(x["features"])
     check(case, "y", y, expected["y"])
@@ -43,6 +33,25 @@ def test_the_connector_is_the_published_one():
             assert grad.abs().max() < 1e-6              # float32: it cancels in the softmax
         else:
             check(case, f"grad.{name}", grad, expected[f"grad.{name}"])
+
+
+def test_it_comes_out_of_the_whole_of_kosmos_2_with_clips_last_norm(tmp_path):
+    tensors = load_file(golden("kosmos2-connector")[0] / "model.safetensors")
+    norm = {"weight": torch.rand(20), "bias": torch.rand(20)}
+    tensors |= {f"vision_model.model.post_layernorm.{w}": t for w, t in norm.items()}
+    tensors["text_model.model.embed_tokens.weight"] = torch.zeros(4, 24)
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    config = {"model_type": "kosmos-2", "latent_query_num": 5, "vision_config": {"hidden_size": 20},
+              "text_config": {"embed_dim": 24, "attention_heads": 3}}
+    write_json(tmp_path / "config.json", config)
+    bridge = load_bridge("kosmos1", tmp_path)
+    assert bridge.connector.heads == 3
+    features = torch.randn(1, 7, 20)
+    z = F.layer_norm(features, (20,), norm["weight"], norm["bias"])
+    torch.testing.assert_close(bridge.see(features), z / z.norm(dim=-1, keepdim=True))
+    write_json(tmp_path / "config.json", {**config, "latent_query_num": 64})
+    with pytest.raises(UserError, match="latent_query_num is 64, but the tensors say 5"):
+        load_bridge("kosmos1", tmp_path)
 
 
 def test_the_published_size():

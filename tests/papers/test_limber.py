@@ -8,21 +8,20 @@ import train
 from conftest import TINY, check, fixed_loss, golden, tiny_vlm
 from model import IMAGE, DecoderConfig
 from papers import make_bridge
-from support.formats import load_vlm
+from support.formats import load_bridge, load_vlm
 from support.lab.attention import rollout
 
 
-def test_the_map_is_the_authors_per_cell_and_of_a_pooled_vector():
+def test_the_map_is_the_authors_per_cell_and_of_a_pooled_vector(tmp_path):
     """The case's loss goes over four outputs; MAGMA's two, which have a LayerNorm, stand as they are."""
     folder, case, x, expected = golden("magma-prefix")
     tensors = load_file(folder / "model.safetensors")
-    bridges = {"limber": make_bridge("limber", DecoderConfig(width=24), 20).eval(),
-               "pooled": make_bridge("limber", DecoderConfig(width=24), 20, tokens=3, reads="pooled").eval()}
+    bridges = {}
     outputs = {key: expected[key] for key in ("limber", "magma", "pooled", "pooled_ln")}
     for key, visual in (("limber", x["spatial"]), ("pooled", x["pooled"][:, None])):
-        with torch.no_grad():
-            for ending in ("weight", "bias"):
-                bridges[key].get_parameter(f"map.{ending}").copy_(tensors[f"{key}.proj.{ending}"])
+        torch.save({w: tensors[f"{key}.proj.{w}"] for w in ("weight", "bias")}, tmp_path / "proj.ckpt")
+        options = dict(tokens=3, reads="pooled") if key == "pooled" else {}
+        bridges[key] = load_bridge("limber", tmp_path, **options)
         outputs[key] = bridges[key].prefix(visual)
         check(case, key, outputs[key], expected[key])
     loss = fixed_loss(torch.cat([y.flatten() for y in outputs.values()]))

@@ -9,24 +9,27 @@ import train
 from conftest import check, fixed_loss, golden, tiny_vlm
 from model import DecoderConfig
 from papers import make_bridge
-from support.formats import load_vlm
-from support.formats.blip2 import qformer_names
+from support.formats import load_bridge, load_vlm
+from support.formats.files import UserError
 from support.lab.attention import rollout
 
 QUICK = ["--batch", "4", "--eval-items", "2", "--samples", "0", "--dtype", "float32"]
 
 
-def test_the_qformer_and_its_map_are_the_authors():
+def test_the_qformer_and_its_map_are_the_authors(tmp_path):
+    """As they are published: the map alone in MiniGPT-4's file, the rest in BLIP-2's."""
     folder, case, x, expected = golden("minigpt4-projection")
-    bridge = make_bridge("minigpt4", DecoderConfig(width=28), 20, queries=5, width=24, layers=4, heads=3,
-                         hidden=40)
-    tensors = load_file(folder / "model.safetensors")
-    names = {**qformer_names("lavis", 4), "project.weight": "llama_proj.weight",
-             "project.bias": "llama_proj.bias"}
-    with torch.no_grad():
-        for ours, p in bridge.named_parameters():
-            p.copy_(tensors.pop(names[ours]).reshape(p.shape))
-    assert not tensors
+    blip2 = load_file(folder / "model.safetensors")
+    own = {n: blip2.pop(n) for n in ("llama_proj.weight", "llama_proj.bias")}
+    torch.save({"model": own, "epoch": 3}, tmp_path / "minigpt4.pth")
+    blip2 |= {"t5_proj.weight": torch.zeros(2, 24), "t5_proj.bias": torch.zeros(2)}
+    torch.save({"model": blip2}, tmp_path / "blip2.pth")
+    bridge = load_bridge("minigpt4", tmp_path / "minigpt4.pth", qformer=tmp_path / "blip2.pth", heads=3)
+    assert {n for n, p in bridge.named_parameters() if p.requires_grad} == {"project.weight", "project.bias"}
+    whole = load_bridge("minigpt4", folder / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(bridge.parameters(), whole.parameters()))
+    with pytest.raises(UserError, match="holds llama_proj alone.*qformer="):
+        load_bridge("minigpt4", tmp_path / "minigpt4.pth")
     bridge.queries.requires_grad_()                     # frozen, but the case has its gradient
     y = bridge.prefix(bridge.see(x["features"]))
     check(case, "y", y, expected["y"])
@@ -39,16 +42,9 @@ def test_the_qformer_and_its_map_are_the_authors():
               expected[f"grad.llama_proj.{ending}"])
 
 
-def test_the_variant_for_llama2_joins_four_consecutive_patches():
+def test_the_variant_for_llama2_joins_four_consecutive_patches(tmp_path):
     folder, case, x, expected = golden("minigpt4-projection")
-    bridge = make_bridge("minigpt4_llama2", DecoderConfig(width=28), 20)
-    tensors = load_file(folder / "model.llama2.safetensors")
-    names = {"vision_norm": "ln_vision", "map": "llama_proj"}
-    with torch.no_grad():
-        for ours, p in bridge.named_parameters():
-            module, _, ending = ours.partition(".")
-            p.copy_(tensors.pop(f"{names[module]}.{ending}"))
-    assert not tensors
+    bridge = load_bridge("minigpt4_llama2", folder / "model.llama2.safetensors")
     y = bridge.prefix(bridge.see(x["features"][:, 1:]))                         # reads_cls is False
     check(case, "y_llama2", y, expected["y_llama2"])
     loss = fixed_loss(y)
@@ -57,6 +53,14 @@ def test_the_variant_for_llama2_joins_four_consecutive_patches():
     for ending in ("weight", "bias"):
         check(case, f"grad.llama_proj.{ending}", bridge.map.get_parameter(ending).grad,
               expected[f"grad_llama2.llama_proj.{ending}"])
+    torch.save({"model": {f"llama_proj.{w}": bridge.map.get_parameter(w).data for w in ("weight", "bias")}},
+               tmp_path / "map.pth")                    # as it is published: a norm that never learned
+    with torch.no_grad():
+        bridge.vision_norm.weight.fill_(1)
+        bridge.vision_norm.bias.zero_()
+    alone = load_bridge("minigpt4_llama2", tmp_path / "map.pth")
+    assert torch.equal(alone.prefix(alone.see(x["features"][:, 1:])),
+                       bridge.prefix(bridge.see(x["features"][:, 1:])))
 
 
 @pytest.mark.parametrize("name, vision_width, width, learns", [

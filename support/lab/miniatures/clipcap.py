@@ -1,17 +1,69 @@
-"""lab/miniatures/clipcap.py: a longer prefix, a transformer or an MLP, with the decoder frozen or tuned
-(ClipCap, 2111.09734v1, Table 1 and Fig. 7)."""
+"""lab/miniatures/clipcap.py: a transformer or an MLP, with the decoder frozen or tuned, and how long a prefix
+(ClipCap, 2111.09734v1, Table 1, Fig. 7 and §4); what its prefixes say, read as words."""
 from __future__ import annotations
 
-from support.lab.claims_list import CIDER, Arm, Claim, Expectation, Side
+from typing import TYPE_CHECKING
 
+from data import COLORS, SHAPES
+from eval import mean, vision_features
+from support.lab.claims_list import CIDER, Arm, Claim, Expectation, Number, Side
+from support.lab.words import nearest_words
+
+if TYPE_CHECKING:
+    from support.lab.claims import TrainedArm
+
+NAMED, OF_ANOTHER, EQUAL = Number("named"), Number("of another"), Number("equal")
+
+
+def measure_prefix_words(arm: TrainedArm) -> dict[str, float]:
+    """Each soft token is read as the word with the largest cosine. Shares of these words, over pictures:
+
+    named       colours and shapes of things in the picture; of another: in the next picture, which is chance
+    equal       the same word at the same place in the prefix of the next picture
+    """
+    features = vision_features(arm.vlm, arm.items, blind=False)
+    read = [[near[0][0].strip() for near in nearest_words(arm.vlm, arm.tokenizer, one[None], k=1)]
+            for one in features]
+    shown = [{*item.about.replace(";", "").split()} & {*COLORS, *SHAPES} for item in arm.items]
+    another = [*range(1, len(read)), 0]
+    return {"named": mean([word in shown[n] for n, words in enumerate(read) for word in words]),
+            "of another": mean([word in shown[another[n]] for n, words in enumerate(read) for word in words]),
+            "equal": mean([a == b for n, words in enumerate(read) for a, b in zip(words, read[another[n]])])}
+
+
+def clipcap(recipe: str, *flags: str, measures: tuple[str, ...] = ("captions",)) -> Arm:
+    return Arm(("--recipe", recipe, "--captions", "1", *flags), measures=measures)
+
+
+BOTH = ("captions", "prefix words")
 ARMS = {
-    "ClipCap, transformer": Arm(("--bridge", "clipcap_transformer", "--captions", "1"),
-                                measures=("captions",)),
-    "ClipCap, transformer, K 1": Arm(("--bridge", "clipcap_transformer", "--captions", "1",
-                                      "--option", "tokens=1"), measures=("captions",)),
+    "ClipCap, MLP, frozen": clipcap("clipcap-frozen"),
+    "ClipCap, transformer, frozen": clipcap("clipcap_transformer", measures=BOTH),
+    "ClipCap, MLP, tuned": clipcap("clipcap", measures=BOTH),
+    "ClipCap, transformer, tuned": clipcap("clipcap_transformer-tuned"),
+    "ClipCap, transformer, frozen, K 4": clipcap("clipcap_transformer", "--option", "tokens=4"),
+    "ClipCap, transformer, frozen, K 1": clipcap("clipcap_transformer", "--option", "tokens=1"),
 }
+MEASUREMENTS = {"prefix words": measure_prefix_words}
+MEASURED = {"prefix words": {"named", "of another", "equal"}}
 CLAIMS = {"clipcap": Claim(
-    says="With a frozen decoder, a longer prefix writes better captions.",
-    source="ClipCap, Fig. 7, a curve without numbers",
-    expect=(Expectation(Side("ClipCap, transformer"), ">", Side("ClipCap, transformer, K 1")),),
-    columns=(CIDER,))}
+    says="With a frozen decoder a transformer beats an MLP and a longer prefix is better; with a tuned one "
+         "there is no difference, and the prefix can be read.",
+    source="ClipCap on COCO, Table 1, Fig. 7",
+    expect=(
+        Expectation(Side("ClipCap, transformer, frozen"), ">", Side("ClipCap, MLP, frozen"),
+                    paper="CIDEr 113.08, 92.38"),
+        Expectation(Side("ClipCap, transformer, tuned"), "≥", Side("ClipCap, MLP, tuned"),
+                    paper="CIDEr 109.83, 108.35"),
+        Expectation(Side("ClipCap, MLP, tuned"), "≥", Side("ClipCap, transformer, tuned")),
+        Expectation(Side("ClipCap, transformer, frozen"), ">", Side("ClipCap, transformer, frozen, K 4"),
+                    paper="a curve without numbers"),
+        Expectation(Side("ClipCap, transformer, frozen, K 4"), ">",
+                    Side("ClipCap, transformer, frozen, K 1")),
+        Expectation(Side("ClipCap, MLP, tuned", NAMED), ">", Side("ClipCap, transformer, frozen", NAMED),
+                    paper="readable, essentially unreadable"),
+        Expectation(Side("ClipCap, MLP, tuned", NAMED), ">", Side("ClipCap, MLP, tuned", OF_ANOTHER)),
+        Expectation(Side("ClipCap, transformer, frozen", EQUAL), ">", Side("ClipCap, MLP, tuned", EQUAL),
+                    paper="much of it is the same for every picture"),
+    ),
+    columns=(CIDER, NAMED, OF_ANOTHER, EQUAL))}
