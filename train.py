@@ -546,8 +546,10 @@ def new_bridge(s: Settings, name: str, decoder, vision_width: int, **options) ->
     with at_the_door("--option"):
         sizes = toy_options(name, s.recipe) if s.scale == "toy" else {}
         bridge = make_bridge(name, decoder, vision_width, **options, **{**sizes, **own})
-    known = {"version", "reads", "reads_cls", *arguments(type(bridge))}
-    refuse_unread(set(own), set(own) - known, f"--option: {name} of version {bridge.options.get('version')}")
+    unread = sorted({*own} - {"version", "reads", "reads_cls", *arguments(type(bridge))})
+    if unread:
+        raise UserError(f"--option: {name} of version {bridge.options.get('version')} does not read "
+                        f"{', '.join(unread)}; leave out what it does not read.")
     return bridge
 
 

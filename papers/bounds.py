@@ -15,6 +15,7 @@ SIZE = dict(least=1, most=2**20)                        # of a width, a vocabula
 LAYERS = dict(least=1, most=1000)
 OPTIONS = {             # an option of a bridge → its bounds; every other whole number is a SIZE
     **dict.fromkeys(("layers", "depth", "every", "cross_every"), LAYERS),
+    **dict.fromkeys(("heads", "resampler_heads"), dict(least=1, most=1000)),
     **dict.fromkeys(("first", "adapted"), dict(least=0, most=1000)),
     **dict.fromkeys(("queries", "latents", "vocab", "times"), dict(least=0, most=2**20)),       # 0: has none
     "middle": dict(least=0, most=1000),
