@@ -50,8 +50,8 @@ def short_run(tmp_path_factory):
         if asked not in runs:
             bridge, steps, batch = asked
             out = tmp_path_factory.mktemp(bridge)
-            argv = ["--bridge", bridge, "--steps", steps, "--batch", batch, "--examples", batch, "--warmup", 0]
-            runs[asked] = train.main([*map(str, argv), "--out", str(out), *QUICK]), out
+            argv = ["--bridge", bridge, "--steps", steps, "--batch", batch, "--examples", batch]
+            runs[asked] = train.main([*map(str, argv), "--warmup", "0", "--out", str(out), *QUICK]), out
         return runs[asked]
 
     return run

@@ -28,7 +28,7 @@ def test_muon_is_pytorchs(dtype, monkeypatch):
     ours = three_steps(lambda matrices: optimizers.Muon(matrices, 0.02, 0.1))
     theirs = three_steps(lambda matrices: torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1))
     for a, b in zip(ours, theirs):
-        # float32: their five steps round to bfloat16 (2e-2 of a direction of entries below 1, at rate 0.02 √3)
+        # float32: their five steps round to bfloat16, 2e-2 of a direction of entries below 1, at rate 0.02 √3
         torch.testing.assert_close(a, b, rtol=0, atol=0 if dtype == torch.bfloat16 else 2e-3)
 
 
