@@ -209,7 +209,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
     make_task = functools.partial(load_task, s, recipe, ranks, sets, stored)
     task = make_task()
     if ranks.first:
-        for name in (s.lm, s.vit) if recipe.task == "answer" and s.vit != "random" else ():
+        for name in (s.lm, s.vit) if isinstance(task, AnswerTask) and s.vit != "random" else ():
             print_licence(name, resolve_folder(name))
         print_modules(task.module)
     forward = ranks.wrap(task.module, task.loss)
@@ -409,9 +409,8 @@ class AnswerTask(Task):
         if self.cache is not None:
             known = self.cache.look_up(pictures)
             pictures = [pictures[n] for n in known.missing]
-        pixels = torch.zeros(0, 3, size, size)
-        if pictures:
-            pixels = data.to_pixels(pictures, size, self.given.processor)
+        none = torch.zeros(0, 3, size, size)
+        pixels = data.to_pixels(pictures, size, self.given.processor) if pictures else none
         return {"pixels": pixels, "known": known}
 
     def to_device(self, pieces: list[dict]) -> list[dict]:
@@ -500,7 +499,8 @@ class AnswerTask(Task):
 
 # Ingredients: what is loaded for a task ---------------------------------------------------------------------
 
-TASKS = {"answer": AnswerTask, "stage1": blip2_stage1.Stage1Task, "lm": text.TextTask, "clip": clip.ClipTask}
+TASKS = {"answer": AnswerTask, "stage1": blip2_stage1.Stage1Task, "lm": text.TextTask, "clip": clip.ClipTask,
+         **{name: type(name, (change, AnswerTask), {}) for name, change in papers.ANSWER_TASKS.items()}}
 PER_TOKEN = ("answer", "lm")                            # tasks whose loss is a mean over tokens
 
 
@@ -520,18 +520,18 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
     if world.says_scenes:                               # its words have a tokenizer of their own
         given.tokenizer = text.shapes_tokenizer()
     LOADERS[recipe.task](given, s.lm, s.vit, s.init)
-    if recipe.task == "answer":
+    if recipe.task not in ("answer", "lm", "clip"):
+        require_captions(world)
+    if issubclass(TASKS[recipe.task], AnswerTask):
         given.bridge = new_bridge(s, s.bridge, given.decoder.config, given.vit.config.width).to(given.device)
         if s.init:
             fill_from_run(given.bridge, Path(s.init))
-        task = AnswerTask(given, s, ranks, sets)
+        task = TASKS[recipe.task](given, s, ranks, sets)
         for each, _ in sets:
             first = [task.example(each, i)[0] for i in range(min(8, s.batch))]
-            context = given.decoder.config.context
-            require_room(first, s.longest, task.visual_tokens, each.name, context)
+            require_room(first, s.longest, task.visual_tokens, each.name, given.decoder.config.context)
     else:
         if recipe.task == "stage1":
-            require_captions(world)
             vocab = given.tokenizer.vocab_size
             given.bridge = new_bridge(s, "qformer", None, given.vit.config.width, vocab=vocab)
         task = TASKS[recipe.task](given)

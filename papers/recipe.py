@@ -41,6 +41,7 @@ ANSWERS = {"bridge", "turns", "captions", "template", "form", "longest", "cache"
 UNREAD = {                          # task → the settings of the command line that it does not read
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     "clip": ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"},
+    "fromage": {"pack", "accumulate"},                  # a batch is contrasted as a whole
     "lm": ANSWERS | {"option", "lm", "vit", "data", "share", "examples", "frozen", "checkpoint"}}
 
 
@@ -53,7 +54,7 @@ class Recipe:
     toy: Numbers
     bridge: str = ""                # "": a recipe without a bridge
     trained: tuple[str, ...] = ("bridge",)              # the parts that learn; the others are frozen
-    task: str = "answer"            # the loss: answer | stage1 | lm | clip
+    task: str = "answer"            # the loss: a key of train.py's TASKS
     options: dict = field(default_factory=dict)         # the bridge's toy sizes; its defaults are the paper's
     captions: float = 0.2           # share of documents that ask for a caption instead of answers
     template: str = ""              # a key of support.formats.chat.TEMPLATES; "" = as the model knows it

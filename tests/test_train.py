@@ -72,7 +72,7 @@ def test_frozen_towers_keep_their_bytes_and_the_bridge_moves(bridge, short_run):
     for (name, a), b in zip(module.bridge.state_dict().items(), saved.bridge.state_dict().values()):
         assert torch.equal(a, b), name                  # what was trained is what is on disk
     files = {p.name for p in out.iterdir()}         # towers where they learned, curves where matplotlib is
-    files -= {"vit", "decoder", "loss.png", "gates.png"}
+    files -= {"vit", "decoder", "loss.png", "gates.png", "retrieval.json"}
     assert files == {"bridge.safetensors", "config.json", "first.png", "log.jsonl", "results.json",
                      "samples.html",
                      "state.safetensors"}
@@ -175,7 +175,7 @@ def test_the_schedule_warms_up_and_falls_to_its_floor():
 # A miniature run per bridge, on the two bundled towers: about a minute each, and already far from blind.
 MINIATURE = dict(mapl=200, qformer=200, zero_init=200)         # steps; the others take 250
 # nobody has looked for their toy rates yet
-UNTUNED = {"limber", "magma", "minigpt4", "minigpt4_llama2", "kosmos1"}
+UNTUNED = {"limber", "magma", "minigpt4", "minigpt4_llama2", "kosmos1", "fromage"}
 
 
 @pytest.mark.slow

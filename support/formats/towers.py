@@ -96,7 +96,7 @@ def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
 
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
-           "lm": load_text_parts}
+           "lm": load_text_parts, "fromage": load_answer_parts}
 
 
 def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,

@@ -19,6 +19,7 @@ import data
 from bridges import MAPL, Flamingo, QFormer, ZeroInit, ZeroInitV2
 from model import IMAGE, VLM, Attend, Bridge, causal_mask, visible_to_bias
 from papers.clipcap import ClipCap, ClipCapTransformer
+from papers.fromage import Fromage
 from papers.frozen import Frozen
 from papers.kosmos1 import Kosmos1
 from papers.limber import Limber
@@ -139,6 +140,7 @@ def _(bridge: MiniGPT4Llama2, attention: dict[str, Tensor], features: Tensor) ->
 
 @rollout.register(ClipCap)
 @rollout.register(ClipCapTransformer)
+@rollout.register(Fromage)
 def _(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> Tensor:
     """Each of the K soft tokens is made of the one pooled vector: (ΣM, K, 1)."""
     return features.new_ones(len(features), bridge.prefix(features).shape[1], 1)

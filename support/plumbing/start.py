@@ -52,6 +52,9 @@ def read_command(kind: type, description: str, argv: list[str] | None) -> tuple[
 def fill_settings(s, name: str, recipes: dict):
     """The settings with everything that the command line left open taken from the recipe `name`."""
     r, system = recipes[name], s.recipe != name
+    if s.bridge and r.task == r.bridge != s.bridge:
+        raise UserError(f"--bridge {s.bridge}: recipe {name} has a loss of its own, for the bridge "
+                        f"{r.bridge} alone; leave one of the two out.")
     filled = dataclasses.asdict(r.numbers(s.scale))
     filled |= {"captions": r.captions, "template": r.template, "form": r.form, "data": r.toy_data}
     filled = {k: v for k, v in filled.items() if hasattr(s, k) and getattr(s, k) is None}

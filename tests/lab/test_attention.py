@@ -32,6 +32,7 @@ def vlm_of(name: str, **options) -> VLM:
 LAYERS = [f"decoder.layers.{l}.attention" for l in range(4)]
 NAMES = {                # what each bridge shows besides the decoder's own attention, and its shape
     "linear": {}, "mlp": {}, "frozen": {}, "limber": {}, "clipcap": {}, "minigpt4_llama2": {}, "magma": {},
+    "fromage": {},
     "clipcap_transformer": {f"bridge.blocks.{l}": (1, 2, 2 + 3, 2 + 3) for l in range(2)},
     "mapl": {f"bridge.blocks.{l}": (1, 2, N + 3, N + 3) for l in range(2)},
     "qformer": {**{f"bridge.layers.{l}.attention": (1, 2, 3, 3) for l in range(3)},
