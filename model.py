@@ -118,6 +118,9 @@ class Bridge(nn.Module):
     reads_cls = False           # whether the class token comes along
     options: dict = {}          # keyword arguments it was built with, for config.json
 
+    def adopt(self, decoder: Decoder) -> None:
+        """A new bridge takes what it begins with from the decoder beside which it will be trained."""
+
     def see(self, features: Tensor, where: ImagePositions | None = None) -> object:
         """features (ΣM, N, Di) of all images of the batch, and where they stand → visual."""
         return features
@@ -640,10 +643,7 @@ class ViT(nn.Module):
         return x if self.pre_norm is None else self.pre_norm(x)
 
     def forward(self, pixels: Tensor, return_hidden: bool = False, depth: int | None = None):
-        """Last state (B, N, Di) before any final norm, or all L+1: [0] enters block 1, [i] leaves block i.
-
-        depth: run only so many blocks.
-        """
+        """The state (B, N, Di) after `depth` blocks, ahead of the final norm, or all: [i] leaves block i."""
         hidden = [self.embed(pixels)]
         for block in self.blocks[:depth]:
             hidden.append(block(hidden[-1]))

@@ -45,7 +45,7 @@ from support.formats.benchmarks import scienceqa_text
 from support.formats.chat import TEMPLATES, choose_template
 from support.formats.files import UserError, at_the_door, write_json
 from support.formats.hub import pin_revision, print_licence
-from support.formats.towers import LOADERS, WEIGHTS, fill_from_run, resolve_folder, save_answer_run
+from support.formats.towers import LOADERS, WEIGHTS, resolve_folder, save_answer_run, start_bridge
 from support.plumbing.cli import parse_options, parse_weighted, run_cli, setting
 from support.plumbing.curves import draw_curves
 from support.plumbing.device import frozen_dtype, pick_dtype
@@ -524,8 +524,7 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
         require_captions(world)
     if issubclass(TASKS[recipe.task], AnswerTask):
         given.bridge = new_bridge(s, s.bridge, given.decoder.config, given.vit.config.width).to(given.device)
-        if s.init:
-            fill_from_run(given.bridge, Path(s.init))
+        start_bridge(given.bridge, given.decoder, s.init)
         task = TASKS[recipe.task](given, s, ranks, sets)
         for each, _ in sets:
             first = [task.example(each, i)[0] for i in range(min(8, s.batch))]

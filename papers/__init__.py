@@ -8,10 +8,11 @@ import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
-from papers import (blip2_stage1, clip, clipcap, fromage, frozen, idefics, kosmos1, limber, llama_adapter,
-                    llava_data, magic, magma, minigpt4, mllama, pica, socratic, systems)
+from papers import (blip2_stage1, clip, clipcap, cogvlm, fromage, frozen, idefics, kosmos1, limber,
+                    llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, socratic, systems)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
+from papers.cogvlm import CogVLM
 from papers.fromage import Fromage
 from papers.frozen import Frozen
 from papers.idefics import Idefics
@@ -23,13 +24,13 @@ from papers.minigpt4 import MiniGPT4, MiniGPT4Llama2
 
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
-                       pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage)}
+                         pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap, limber, magma,
-                                         minigpt4, kosmos1, fromage)
+                                         minigpt4, kosmos1, fromage, cogvlm)
               for name, recipe in paper.RECIPES.items()}}
 RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGPT4, MiniGPT4Llama2, Kosmos1,
-             Fromage)
+             Fromage, CogVLM)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 ANSWER_TASKS = {"fromage": fromage.FromageTask}         # task of a recipe → what it changes of train.py's
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1

@@ -139,7 +139,7 @@ SMALL = {
     "mapl": dict(constants=3, width=16, layers=2, heads=2),
     "qformer": dict(queries=3, width=16, layers=3, heads=2, hidden=24),
     "minigpt4": dict(queries=3, width=16, layers=3, heads=2, hidden=24), "minigpt4_llama2": dict(join=1),
-    "kosmos1": dict(queries=3, heads=2),
+    "kosmos1": dict(queries=3, heads=2), "cogvlm": {},
     "magma": dict(attention="scaled_parallel", adapter_norm=True),
     "fromage": dict(tokens=3, joint=12),
     "zero_init": dict(prompts=3, adapted=3, width=16, depth=2, heads=2),

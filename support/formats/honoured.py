@@ -51,6 +51,7 @@ LLAVA_AUTHORS = DECODER | keys("""mm_vision_tower mm_projector_type mm_vision_se
 MLLAMA_TEXT = DECODER | keys("cross_attention_layers")
 IDEFICS = DECODER | keys("""vision_config perceiver_config additional_vocab_size cross_layer_interval
     qk_layer_norms alpha_type use_resampler""")
+COGVLM = DECODER | keys("num_multi_query_heads vision_expert_bias vision_config template_version")
 PERCEIVER = keys("""model_type use_resampler resampler_n_latents resampler_depth resampler_n_heads
     resampler_head_dim
     qk_layer_norms_perceiver""")
@@ -77,6 +78,7 @@ BRIDGES = {                 # what lies beside a bridge alone
         layers hidden queries width patches layer_norm_eps""")),
     "kosmos1": keys("""model_type vision_width width heads queries patches latent_query_num text_config
         vision_config"""),
+    "cogvlm": COGVLM,
 }
 
 # --- keys that change nothing in what the model computes ----------------------------------------------------

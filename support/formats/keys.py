@@ -62,11 +62,11 @@ IDS = Key((int, list), ID, True, Key((int,), ID))
 EPS = number(above=0, most=1)
 
 CONFIG = {
-    **these("model_type hidden_act projector_hidden_act alpha_type", TEXT),
+    **these("model_type hidden_act projector_hidden_act alpha_type template_version", TEXT),
     **these("vocab_size hidden_size intermediate_size num_attention_heads image_size patch_size "
             "projection_dim num_query_tokens num_query_token image_text_hidden_size embed_dim encoder_width "
             "attention_heads vision_output_dim resampler_n_latents resampler_n_heads resampler_head_dim "
-            "contrast", size()),
+            "contrast num_multi_query_heads", size()),
     **these("num_hidden_layers cross_attention_frequency cross_attention_freq cross_layer_interval "
             "resampler_depth max_num_tiles", size(**LAYERS)),
     **these("num_key_value_heads head_dim projection_size", size(null=True)),
@@ -84,7 +84,7 @@ CONFIG = {
     })),
     **these("tie_word_embeddings attention_bias mlp_bias use_sliding_window multimodal_projector_bias "
             "vision_use_head qkv_bias use_swiglu_ffn qk_layer_norms qk_layer_norms_perceiver "
-            "use_resampler", FLAG),
+            "use_resampler vision_expert_bias", FLAG),
     "architectures": Key((list,), null=True, each=TEXT),
     "layer_types": Key((list,), null=True, each=Key((str,), among=("full_attention", "sliding_attention"))),
     "num_channels": Key((int,), among=(3,)),

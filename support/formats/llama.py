@@ -13,6 +13,7 @@ from papers.bounds import nearest
 from papers.qk_norm import QKNorm
 from papers.rope_scaling import LinearScaling, Llama3Scaling
 from support.formats.checkpoint import Checkpoint, fill, published_tensors, tie
+from support.formats.cogvlm import as_llama, beside_decoder, is_cogvlm, language_names
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
 from support.formats.honoured import (DECODER, IDEFICS, LLAVA_AUTHORS, MLLAMA_TEXT, PARAMS, ROPE, keys,
                                       refuse_unknown)
@@ -258,7 +259,8 @@ def load_decoder(path: str | os.PathLike, device=None, dtype: torch.dtype | None
     """A Llama folder → Decoder in eval mode; dtype None = float32.
 
     path: as Hugging Face has it (config.json beside one file or shards) or as Meta has it (params.json beside
-    one or several consolidated files). A tensor or a value that does not fit is a UserError.
+    one or several consolidated files); of a CogVLM folder, its language expert. A tensor or a value that does
+    not fit is a UserError.
     """
     path = Path(path)
     where = path / "params.json"
@@ -269,9 +271,13 @@ def load_decoder(path: str | os.PathLike, device=None, dtype: torch.dtype | None
         optional = (names["lm_head.weight"],) if config.tied else ()
     else:
         where = path / "config.json"
-        config = decoder_config(read_json(where), str(where))
+        c = read_json(where)
+        config = decoder_config(as_llama(c, str(where)), str(where))
         names, checkpoint = decoder_names(config), checkpoint or Checkpoint(path)
         optional = tie_head(config, names, checkpoint)
+        if is_cogvlm(c):
+            sizes = config.layers, config.heads // config.kv_heads
+            names, optional = language_names(*sizes), beside_decoder(*sizes)
     with torch.device("meta"), at_the_door(str(where)):
         decoder = Decoder(config)
     fill(decoder, checkpoint, names, optional, device, dtype or torch.float32)

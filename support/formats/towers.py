@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model import Bridge, VLM, ViT, ViTConfig
+from model import Bridge, Decoder, VLM, ViT, ViTConfig
 from papers.recipe import Ingredients, Task
 from support.formats.blip2 import fill_from_stage1, save_stage1
 from support.formats.files import UserError, write_json
@@ -115,6 +115,13 @@ def save_clip_run(task: Task, out: Path, facts: dict) -> None:
     """The ViT of a CLIP that was trained; its text tower is not kept."""
     save_vit(task.module.vit, out / "vit")
     write_json(out / "config.json", facts)
+
+
+def start_bridge(bridge: Bridge, decoder: Decoder, init: str) -> None:
+    """How a new bridge begins: with what it takes from the decoder, or as the run `init` left it."""
+    bridge.adopt(decoder)
+    if init:
+        fill_from_run(bridge, Path(init))
 
 
 def fill_from_run(bridge: Bridge, run: Path) -> None:

@@ -14,6 +14,7 @@ from papers.bounds import nearest
 from support.formats.adapter import adapter_file, save_peft
 from support.formats.blip2 import qformer_file, read_blip2, read_lavis, read_own_stage1
 from support.formats.checkpoint import Checkpoint, fill
+from support.formats.cogvlm import cogvlm_file, read_cogvlm
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
 from support.formats.flamingo import openflamingo_file, read_idefics
 from support.formats.honoured import BRIDGES, refuse_unknown
@@ -34,14 +35,15 @@ from support.formats.vision import load_vit, save_vit
 LAYOUTS = {
     "llava": read_llava, "llava_llama": read_llava, "llava_mistral": read_llava, "llava_qwen": read_llava,
     "blip-2": read_blip2, "instructblip": read_blip2, "blip2_qformer_lavis": read_lavis,
-    "idefics": read_idefics, "mllama": read_mllama,
+    "idefics": read_idefics, "mllama": read_mllama, "cogvlm": read_cogvlm,
     "stage1": read_own_stage1,
 }
 # bridge → a function of (checkpoint, config, options): the empty bridge, and what it is filled with
 BRIDGE_FILES = {"mapl": mapl_file, "qformer": qformer_file, "zero_init": adapter_file,
                 "flamingo": openflamingo_file, "clipcap": clipcap_file, "limber": limber_file,
                 "clipcap_transformer": clipcap_transformer_file, "minigpt4": minigpt4_file,
-                "minigpt4_llama2": minigpt4_llama2_file, "kosmos1": kosmos_file, "magma": magma_file}
+                "minigpt4_llama2": minigpt4_llama2_file, "kosmos1": kosmos_file, "magma": magma_file,
+                "cogvlm": cogvlm_file}
 BRIDGE_FILE_NAMES = ("adapter_model.safetensors", "adapter.safetensors", "flamingo.safetensors", "proj.ckpt")
 BRIDGE_CONFIGS = ("config.json", "flamingo_config.json", "adapter_config.json")
 # bridge → a function of (vlm, folder) that writes what another library opens
@@ -163,6 +165,7 @@ def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dt
                qformer     BLIP-2's authors' files, transformers' Blip2QFormerModel
                zero_init   LLaMA-Adapter's adapter, PEFT's AdaptionPrompt
                flamingo    OpenFlamingo's resampler and gated blocks
+               cogvlm      CogVLM's and CogVLM2's vision experts and adapter, out of the whole model
                magma       the authors' prefix and adapters
                clipcap, clipcap_transformer, limber, minigpt4, minigpt4_llama2, kosmos1     prefix_maps.py
     path       the file, or a folder that holds it and perhaps a config

@@ -20,6 +20,7 @@ from bridges import MAPL, Flamingo, QFormer, ZeroInit, ZeroInitV2
 from model import IMAGE, VLM, Attend, Bridge, causal_mask, visible_to_bias
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.fromage import Fromage
+from papers.cogvlm import CogVLM
 from papers.frozen import Frozen
 from papers.kosmos1 import Kosmos1
 from papers.limber import Limber
@@ -136,6 +137,16 @@ def _(bridge: MiniGPT4Llama2, attention: dict[str, Tensor], features: Tensor) ->
     K = features.shape[1] // bridge.join
     patches = torch.eye(K, device=features.device).repeat_interleave(bridge.join, dim=1) / bridge.join
     return patches.expand(len(features), -1, -1)
+
+
+@rollout.register
+def _(bridge: CogVLM, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """A patch, or the block of patches that a convolution made one; boi and eoi hold none."""
+    patches = torch.eye(features.shape[1], device=features.device)
+    if bridge.conv is not None:
+        side = math.isqrt(features.shape[1])
+        patches = F.avg_pool2d(patches.unflatten(1, (side, side)), bridge.conv.stride).flatten(1).T
+    return F.pad(patches, (0, 0, 1, 1)).expand(len(features), -1, -1)
 
 
 @rollout.register(ClipCap)
