@@ -346,12 +346,12 @@ def check_zero_init(decoder: DecoderConfig, adapted: int, gate_per: str, gate_in
                          f'or "random", not "{gate_init}".')
 
 
-def image_of_each_row(image: Tensor, where: ImagePositions | None) -> Tensor:
+def image_of_each_row(image: Tensor, where: ImagePositions | None, name: str = "zero_init") -> Tensor:
     """image (ΣM, 1|Q, D) → (B, 1|Q, D), zero for a row without an image; one row takes one image."""
     if where is None:
         return image
     if len(where.order) and int(where.order.max()) > 1:
-        raise ValueError("zero_init takes one image per text: its prompts have no place for a second; use "
+        raise ValueError(f"{name} takes one image per text: its prompts have no place for a second; use "
                          "another bridge for several.")
     return image.new_zeros(len(where.last), *image.shape[1:]).index_put((where.row,), image)
 

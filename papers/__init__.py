@@ -9,7 +9,8 @@ import inspect
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
 from papers import (blip2_stage1, clip, clipcap, cogvlm, fromage, frozen, idefics, kosmos1, limber,
-                    llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, socratic, systems)
+                    llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, prompt_tuning,
+                    socratic, systems)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -21,16 +22,18 @@ from papers.limber import Limber
 from papers.llama_adapter import ZeroInitV1
 from papers.magma import Magma
 from papers.minigpt4 import MiniGPT4, MiniGPT4Llama2
+from papers.prompt_tuning import PrefixTuning, PromptTuning
 
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
-                         pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm)}
+                         pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
+                         prompt_tuning)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap, limber, magma,
-                                         minigpt4, kosmos1, fromage, cogvlm)
+                                         minigpt4, kosmos1, fromage, cogvlm, prompt_tuning)
               for name, recipe in paper.RECIPES.items()}}
 RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGPT4, MiniGPT4Llama2, Kosmos1,
-             Fromage, CogVLM)
+             Fromage, CogVLM, PromptTuning, PrefixTuning)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 ANSWER_TASKS = {"fromage": fromage.FromageTask}         # task of a recipe → what it changes of train.py's
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1

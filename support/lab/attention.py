@@ -28,6 +28,7 @@ from papers.llama_adapter import ZeroInitV1
 from papers.minigpt4 import MiniGPT4Llama2
 from papers.mllama import Mllama
 from papers.mllama_vit import Tiles
+from papers.prompt_tuning import PrefixTuning, PromptTuning
 from support.formats.files import UserError
 from support.formats.pictures import PROCESSORS
 from support.formats.tokenizers import Tokenizer
@@ -43,7 +44,8 @@ def attention_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collects the softmax weights (B, H, T, S) of every attention inside `module`, under the name of its
     module.
 
-        decoder.layers.L.attention            words, and the soft tokens among them, on each other
+        decoder.layers.L.attention            words, and the soft tokens among them, on each other;
+                                              prefix_tuning: words on [prefix ; words]
         bridge.softmax.L                      zero_init: words on prompts, a softmax of its own
         bridge.blocks.L                       mapl: [features ; constants]; zero_init: [queries ; features];
                                               flamingo, idefics: words on latents or patches
@@ -123,6 +125,14 @@ def rollout(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> T
 def _(bridge: Frozen, attention: dict[str, Tensor], features: Tensor) -> Tensor:
     N = features.shape[1]
     return torch.full((len(features), bridge.tokens, N), 1 / N, device=features.device)
+
+
+@rollout.register(PromptTuning)
+@rollout.register(PrefixTuning)
+def _(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """The mean over the patches is added to every prompt."""
+    N = features.shape[1]
+    return features.new_full((len(features), len(bridge.prompts), N), 0 if bridge.map is None else 1 / N)
 
 
 @rollout.register
@@ -246,6 +256,17 @@ def _(bridge: Mllama) -> str:
     return "bridge.blocks.*.attention"
 
 
+@singledispatch
+def first_column(bridge: Bridge, image: int) -> int:
+    """The first key that is a visual token, where they share a softmax with the words; image: its place."""
+    return image
+
+
+@first_column.register
+def _(bridge: PrefixTuning, image: int) -> int:
+    return 0                                                                    # in front of all words
+
+
 @torch.no_grad()
 def attention_to_patches(vlm: VLM, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """Where one text (1, T) about one picture (1, N, Di) looks: words (L, H, T', K) and patches (K, N),
@@ -267,7 +288,8 @@ def attention_to_patches(vlm: VLM, tokens: Tensor, features: Tensor) -> tuple[Te
     patches, pattern = rollout(vlm.bridge, attention, features)[0], reading_layers(vlm.bridge)
     layers = [w for name, w in attention.items() if fnmatch.fnmatch(name, pattern)]
     words = torch.stack([w[0, :, w.shape[2] - behind:] for w in layers])
-    return words if words.shape[-1] == len(patches) else words[..., first:first + len(patches)], patches
+    K, start = len(patches), first_column(vlm.bridge, first)
+    return words if words.shape[-1] == K else words[..., start:start + K], patches
 
 
 def gate_history(run: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -45,7 +45,8 @@ NAMES = {                # what each bridge shows besides the decoder's own atte
     "idefics": {**{f"bridge.resampler.layers.{l}": (1, 2, 3, N + 3) for l in range(2)},
                 **{f"bridge.blocks.{l}": (1, H, 7, 3) for l in range(2)}},
 }
-NAMES["minigpt4"] = NAMES["qformer"]
+NAMES["minigpt4"], NAMES["prompt_tuning"] = NAMES["qformer"], {}
+NAMES["prefix_tuning"] = {key: (1, H, 7, 3 + 7) for key in LAYERS}              # [prefix ; words]
 NAMES["kosmos1"] = {"bridge.connector": (1, 2, 3, N + 3)}
 
 
@@ -121,6 +122,9 @@ def test_every_output_follows_from_the_weights_that_were_shown(name):
             if "softmax" in key:
                 continue  # with its layer's attention, below
             beside, prompts, b = None, None, vlm.bridge
+            if name == "prefix_tuning":  # what the prefix adds, beside the words
+                V = b.see(vlm.features(PIXELS))[:, :, LAYERS.index(key), 1].transpose(1, 2)
+                beside, weights = weights[..., :3] @ modules[key].widen(V), weights[..., 3:]
             if name == "zero_init" and key in LAYERS[b.first:]:
                 l = LAYERS.index(key)
                 prompts = attention[f"bridge.softmax.{l - b.first}"]
@@ -183,7 +187,7 @@ def test_what_visual_tokens_are_made_of_is_a_share_of_each_patch(name):
         K, shares = 11, F.pad(torch.ones(2, 9), (1, 1))
     assert made.shape == (2, K, features.shape[1])
     torch.testing.assert_close(made.sum(-1), shares, atol=1e-6, rtol=0)
-    fixed = name in (*(n for n in NAMES if not NAMES[n]), "clipcap_transformer")
+    fixed = name in (*(n for n in NAMES if not NAMES[n]), "clipcap_transformer", "prefix_tuning")
     assert (made >= 0).all() and (fixed or not torch.equal(made[0], made[1]))
 
 
@@ -257,7 +261,10 @@ def test_gaze_is_the_attention_of_the_words_behind_the_picture_to_its_visual_tok
         name, (4, H, len(patches))
     )
     assert words.shape == (L, heads, T, K) and patches.shape == (K, features.shape[1])
-    if L == 4:  # soft tokens stand behind one word
+    if name == "prefix_tuning":  # in front of all keys
+        mine = torch.stack([attention[k][0, :, 2:, :K] for k in LAYERS])
+        assert (words.sum(-1) < 1).all()
+    elif L == 4:  # soft tokens stand behind one word
         mine = torch.stack([attention[k][0, :, 1 + K:, 1:1 + K] for k in LAYERS])
         assert (words.sum(-1) < 1).all()
     else:

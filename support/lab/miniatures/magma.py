@@ -1,0 +1,63 @@
+"""lab/miniatures/magma.py: a prefix alone, adapters in the decoder, or the whole decoder tuned (MAGMA,
+2112.05253v2), and what each leaves of the decoder's own language."""
+from __future__ import annotations
+
+import torch
+
+import data
+from model import IMAGE
+from support.lab.claims_list import BY_KIND, Arm, Claim, Expectation, Number, Side
+from support.worlds.text import ShapesText
+
+TEXT_LOSS = Number("text loss", "nats")
+MEASURES = ("answers", "text loss")
+
+
+@torch.no_grad()
+def measure_text_loss(arm, count: int = 128) -> dict[str, float]:
+    """Mean −log p of a learned token in texts without a picture, of the kind that made the decoder.
+
+    arm: a TrainedArm. The texts are new ones: scenes in words, questions, answers and captions.
+    """
+    text = ShapesText(arm.tokenizer, seed=1, bags=0.0)
+    total = learned = 0
+    for first in range(0, count, 32):
+        documents = [text.document(10_000_000 + i)[0] for i in range(first, first + 32)]
+        documents = [d for d in documents if IMAGE not in d.tokens]
+        tokens, labels, mask = data.collate(documents)
+        loss, n = arm.vlm.loss(tokens, labels, mask=mask)
+        total, learned = total + loss.item(), learned + n
+    return {"text loss": total / learned}
+
+
+MEASUREMENTS = {"text loss": measure_text_loss}
+MEASURED = {"text loss": (TEXT_LOSS.name,)}
+ARMS = {
+    "MAGMA, prefix alone": Arm(("--bridge", "magma", "--option", "mlp=none"), measures=MEASURES),
+    "MAGMA": Arm(("--bridge", "magma"), measures=MEASURES),
+    "MAGMA, decoder tuned": Arm(("--recipe", "magma-tuned"), measures=MEASURES),
+    "MAGMA, attention": Arm(("--bridge", "magma", "--option", "mlp=none", "attention=normal"),
+                            measures=MEASURES),
+    "MAGMA, parallel": Arm(("--bridge", "magma", "--option", "mlp=parallel"), measures=MEASURES),
+    "MAGMA, attention parallel": Arm(("--bridge", "magma", "--option", "mlp=none", "attention=parallel"),
+                                     measures=MEASURES),
+}
+PREFIX = Side("MAGMA, prefix alone")
+CLAIMS = {
+    "magma": Claim(
+        says="Adapters in the decoder add to what a prefix alone learns, and cost its language less than "
+             "tuning it.",
+        source="document 1; MAGMA, LiMBeR",
+        expect=(
+            Expectation(Side("MAGMA"), ">", PREFIX, paper="VQAv2 36.9, LiMBeR 33.33"),
+            Expectation(Side("MAGMA", TEXT_LOSS), ">", Side("MAGMA, prefix alone", TEXT_LOSS)),
+            Expectation(Side("MAGMA, decoder tuned", TEXT_LOSS), ">", Side("MAGMA", TEXT_LOSS)),
+        ),
+        columns=(*BY_KIND, TEXT_LOSS)),
+    "magma-places": Claim(
+        says="In either form and at either place, adapters do no worse than the prefix alone.",
+        source="MAGMA's published code; the configurations have one form",
+        expect=tuple(Expectation(Side(arm), "≥", PREFIX) for arm in (
+            "MAGMA", "MAGMA, attention", "MAGMA, parallel", "MAGMA, attention parallel")),
+        columns=(*BY_KIND, TEXT_LOSS)),
+}
