@@ -10,7 +10,7 @@ from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
 from papers import (blip2_stage1, clip, clipcap, cogvlm, fromage, frozen, idefics, kosmos1, limber,
                     llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, prompt_tuning,
-                    socratic, systems)
+                    socratic, systems, vcgpt, visualgpt)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -23,17 +23,20 @@ from papers.llama_adapter import ZeroInitV1
 from papers.magma import Magma
 from papers.minigpt4 import MiniGPT4, MiniGPT4Llama2
 from papers.prompt_tuning import PrefixTuning, PromptTuning
+from papers.vcgpt import VCGPT
+from papers.visualgpt import VisualGPT
 
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
-                         prompt_tuning)}
+                         prompt_tuning, visualgpt, vcgpt)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap, limber, magma,
-                                         minigpt4, kosmos1, fromage, cogvlm, prompt_tuning)
+                                         minigpt4, kosmos1, fromage, cogvlm, prompt_tuning, visualgpt,
+                                         vcgpt)
               for name, recipe in paper.RECIPES.items()}}
 RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGPT4, MiniGPT4Llama2, Kosmos1,
-             Fromage, CogVLM, PromptTuning, PrefixTuning)
+             Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 ANSWER_TASKS = {"fromage": fromage.FromageTask}         # task of a recipe → what it changes of train.py's
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1

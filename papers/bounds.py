@@ -14,7 +14,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 SIZE = dict(least=1, most=2**20)                        # of a width, a vocabulary, a number of tokens
 LAYERS = dict(least=1, most=1000)
 OPTIONS = {             # an option of a bridge → its bounds; every other whole number is a SIZE
-    **dict.fromkeys(("layers", "depth", "every", "cross_every"), LAYERS),
+    **dict.fromkeys(("layers", "depth", "every", "cross_every", "levels"), LAYERS),
     **dict.fromkeys(("heads", "resampler_heads"), dict(least=1, most=1000)),
     **dict.fromkeys(("first", "adapted"), dict(least=0, most=1000)),
     **dict.fromkeys(("queries", "latents", "vocab", "times"), dict(least=0, most=2**20)),       # 0: has none
@@ -22,6 +22,7 @@ OPTIONS = {             # an option of a bridge → its bounds; every other whol
     "reads": dict(least=-1000, most=1000),              # a layer of the ViT, negative from the last one
     "version": dict(least=0, most=2),
     "dropout": dict(least=0, below=1),
+    "tau": dict(least=0, below=0.5),
     "vision_eps": dict(above=0, most=1),
 }
 

@@ -727,7 +727,9 @@ def test_a_wrong_number_of_images_is_said_in_words():
 VARIANTS = [*[(name, {}) for name in SMALL], ("zero_init", dict(version=0)), ("zero_init", dict(version=1)),
             ("flamingo", dict(see_all=True)), ("flamingo", dict(every=1, first=0, times=2)),
             ("idefics", dict(latents=0, qk_norm=False, vector_gates=True)),
-            ("cogvlm", dict(full_mask=True, every=2)), ("cogvlm", dict(bias=True, mlp=False))]
+            ("cogvlm", dict(full_mask=True, every=2)), ("cogvlm", dict(bias=True, mlp=False)),
+            ("visualgpt", dict(mix="sigmoid", tau=0.0)), ("vcgpt", dict(fuse="inside")),
+            ("vcgpt", dict(fuse="alone"))]
 
 
 ONE_IMAGE = ("zero_init", "prefix_tuning")             # of each text

@@ -29,6 +29,8 @@ from papers.minigpt4 import MiniGPT4Llama2
 from papers.mllama import Mllama
 from papers.mllama_vit import Tiles
 from papers.prompt_tuning import PrefixTuning, PromptTuning
+from papers.vcgpt import VCGPT
+from papers.visualgpt import VisualGPT
 from support.formats.files import UserError
 from support.formats.pictures import PROCESSORS
 from support.formats.tokenizers import Tokenizer
@@ -48,11 +50,13 @@ def attention_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
                                               prefix_tuning: words on [prefix ; words]
         bridge.softmax.L                      zero_init: words on prompts, a softmax of its own
         bridge.blocks.L                       mapl: [features ; constants]; zero_init: [queries ; features];
-                                              flamingo, idefics: words on latents or patches
+                                              flamingo, idefics, vcgpt: words on latents or patches
+        bridge.blocks.L.levels.J              visualgpt: words on a level of the encoder
         bridge.blocks.L.attention             mllama: words on patches
         bridge.connector                      kosmos1: queries on [features ; queries]
         bridge.layers.L.attention, .cross     qformer: queries on each other, on the features
         bridge.resampler.layers.L             flamingo, idefics: latents on [features ; latents]
+        bridge.resampler.layers.L.attention   visualgpt: patches on each other
 
     Hooks recompute the weights from q, k and the mask of each `Attend`, so that nothing the model computes
     changes. A later forward overwrites an earlier one. A row that may attend nowhere is uniform; its module
@@ -229,6 +233,14 @@ def _(bridge: Flamingo, attention: dict[str, Tensor], features: Tensor) -> Tenso
 
 
 @rollout.register
+def _(bridge: VisualGPT, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    x = torch.eye(features.shape[1], device=features.device)
+    for l in range(len(bridge.resampler.layers)):
+        x = rollout_step(x, attention[f"bridge.resampler.layers.{l}.attention"], x)
+    return x
+
+
+@rollout.register
 def _(bridge: Mllama, attention: dict[str, Tensor], features: Tiles) -> Tensor:
     patches = features.pixels.flatten(1, 2)
     return torch.eye(patches.shape[1], device=patches.device).expand(len(patches), -1, -1)
@@ -246,9 +258,15 @@ def _(bridge: ZeroInit) -> str:
     return "bridge.softmax.*"
 
 
-@reading_layers.register
-def _(bridge: Flamingo) -> str:
+@reading_layers.register(Flamingo)
+@reading_layers.register(VCGPT)
+def _(bridge: Bridge) -> str:
     return "bridge.blocks.*"
+
+
+@reading_layers.register
+def _(bridge: VisualGPT) -> str:
+    return f"bridge.blocks.*.levels.{len(bridge.resampler.layers) - 1}"         # the last level
 
 
 @reading_layers.register

@@ -14,8 +14,9 @@ from support.lab.attention import (attention_to_patches, attention_weights, gate
                                    rollout, rollout_step, run_with_attention)
 from bridges import GatedCrossAttention, PostNormAttention, ResamplerLayer
 from conftest import SMALL, small_pictures, small_vlm, tiny_vlm
-from model import Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, split_heads
+from model import Attend, Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, split_heads
 from papers.kosmos1 import Connector
+from papers.vcgpt import FusionLayer
 from support.formats.files import UserError
 
 H, T, N = 4, 5, 10  # heads of the decoder, words behind the picture, ViT tokens with the class token
@@ -48,6 +49,9 @@ NAMES = {                # what each bridge shows besides the decoder's own atte
 NAMES["minigpt4"], NAMES["prompt_tuning"] = NAMES["qformer"], {}
 NAMES["prefix_tuning"] = {key: (1, H, 7, 3 + 7) for key in LAYERS}              # [prefix ; words]
 NAMES["kosmos1"] = {"bridge.connector": (1, 2, 3, N + 3)}
+NAMES["visualgpt"] = {**{f"bridge.resampler.layers.{l}.attention": (1, 2, 9, 9) for l in range(2)},
+                      **{f"bridge.blocks.{l}.levels.{j}": (1, 2, 7, 9) for l in range(4) for j in range(2)}}
+NAMES["vcgpt"] = {f"bridge.blocks.{l}": (1, 2, 7, N) for l in range(2)}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -91,6 +95,11 @@ def again(m, args: tuple, w: torch.Tensor, beside: torch.Tensor | None):
     if isinstance(m, Attention):
         y = w @ m.widen(split_heads(m.v(args[0]), m.kv_heads))
         return m.o(merge_heads(y if beside is None else y + beside))
+    if isinstance(m, Attend):
+        return w @ args[2]
+    if isinstance(m, FusionLayer):
+        x = args[0] + m.o(merge_heads(w @ args[2])) * args[3].any(-1, keepdim=True)
+        return x + m.mlp(m.norm2(x))
     if isinstance(m, EncoderBlock):
         x = args[0] + read(m.v(m.norm1(args[0])), m.heads)
         return x + m.down(m.act(m.up(m.norm2(x))))
@@ -181,13 +190,14 @@ def test_what_visual_tokens_are_made_of_is_a_share_of_each_patch(name):
     with torch.no_grad():
         _, attention = run_with_attention(vlm, torch.cat((TOKENS, TOKENS)), features=features)
     made = rollout(vlm.bridge, attention, features)
-    K = {"linear": 9, "mlp": 9, "limber": 9, "magma": 9, "minigpt4_llama2": 9, "frozen": 2}.get(name, 3)
+    K = {"linear": 9, "mlp": 9, "limber": 9, "magma": 9, "minigpt4_llama2": 9, "visualgpt": 9, "vcgpt": N,
+         "frozen": 2}.get(name, 3)
     shares = torch.ones(2, K)
     if name == "cogvlm":                                # two vectors that hold no patch stand around them
         K, shares = 11, F.pad(torch.ones(2, 9), (1, 1))
     assert made.shape == (2, K, features.shape[1])
     torch.testing.assert_close(made.sum(-1), shares, atol=1e-6, rtol=0)
-    fixed = name in (*(n for n in NAMES if not NAMES[n]), "clipcap_transformer", "prefix_tuning")
+    fixed = name in (*(n for n in NAMES if not NAMES[n]), "clipcap_transformer", "prefix_tuning", "vcgpt")
     assert (made >= 0).all() and (fixed or not torch.equal(made[0], made[1]))
 
 
@@ -257,18 +267,17 @@ def test_gaze_is_the_attention_of_the_words_behind_the_picture_to_its_visual_tok
     words, patches = attention_to_patches(vlm, TOKENS, features)
     with torch.no_grad():
         _, attention = run_with_attention(vlm, TOKENS, features=features)
-    L, heads, K = {"zero_init": (3, H, 3), "flamingo": (2, 2, 3), "idefics": (2, H, 3)}.get(
-        name, (4, H, len(patches))
-    )
+    L, heads, K = {"zero_init": (3, H, 3), "flamingo": (2, 2, 3), "idefics": (2, H, 3), "vcgpt": (2, 2, N),
+                   "visualgpt": (4, 2, 9)}.get(name, (4, H, len(patches)))
     assert words.shape == (L, heads, T, K) and patches.shape == (K, features.shape[1])
     if name == "prefix_tuning":  # in front of all keys
         mine = torch.stack([attention[k][0, :, 2:, :K] for k in LAYERS])
         assert (words.sum(-1) < 1).all()
-    elif L == 4:  # soft tokens stand behind one word
+    elif vlm.bridge.soft_tokens:  # they stand behind one word
         mine = torch.stack([attention[k][0, :, 1 + K:, 1:1 + K] for k in LAYERS])
         assert (words.sum(-1) < 1).all()
     else:
-        reading = "softmax" if name == "zero_init" else "bridge.blocks"
+        reading = {"zero_init": "softmax", "visualgpt": "levels.1"}.get(name, "bridge.blocks")
         mine = torch.stack([attention[k][0, :, 2:] for k in NAMES[name] if reading in k])
         torch.testing.assert_close(words.sum(-1), torch.ones(L, heads, T), atol=1e-6, rtol=0)
     assert torch.equal(words, mine)
