@@ -76,6 +76,8 @@ BRIDGES = {                 # what lies beside a bridge alone
     "limber": keys("model_type"),
     **dict.fromkeys(("minigpt4", "minigpt4_llama2"), keys("""model_type vision_width qformer_width heads
         layers hidden queries width patches layer_norm_eps""")),
+    "fromage": keys("""model_type n_visual_tokens shared_emb_dim vision_width opt_version visual_encoder task
+        pretrained_visual append_retrieval_token retrieval_token_idx input_prompt add_input_to_ret"""),
     "kosmos1": keys("""model_type vision_width width heads queries patches latent_query_num text_config
         vision_config"""),
     "cogvlm": COGVLM,
@@ -125,6 +127,9 @@ ONLY = {
     "mm_patch_merge_type": {"flat"},
     "image_aspect_ratio": {"square", "pad"},
     "vision_feature_select_strategy": {"default", "full"},
+    "text_emb_layers": ([-1],),                                                         # FROMAGe's
+    **dict.fromkeys(("use_image_embed_norm", "use_text_embed_layernorm"), {False}),
+    "use_pooler": {True}, "tunable_prompt_length": {0}, "num_appended_retrieval_tokens": {1},
     "peft_type": {"ADAPTION_PROMPT"},
     "target_modules": {"self_attn"},
     "data_format": {"channels_first"},

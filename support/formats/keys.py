@@ -107,6 +107,7 @@ CONFIG = {
         "data": TEXT, "seed": Key((int,), dict(least=0)), "share": number(above=0, most=100),
         "follow_links": FLAG}),
     **these("trained_parameters training_examples seconds", number(null=True, least=0)),
+    **these("n_visual_tokens shared_emb_dim", size(null=True)),
     **these("adapter_layers adapter_len query_len v_num_heads num_heads", size(null=True)),     # of a bridge
     **these("gated_cross_attention perceiver", Key((dict,), keys={"dim_head": size()})),
 }
@@ -158,7 +159,7 @@ FILES = {                   # the end of a file's name → its table
     "preprocessor_config.json": PROCESSOR, "processor_config.json": PROCESSOR,
     "tokenizer.json": TOKENIZER, "tokenizer_config.json": TOKENIZER_CONFIG,
     "special_tokens_map.json": TOKENIZER_CONFIG,
-    "flamingo_config.json": CONFIG, "adapter_config.json": CONFIG,
+    "flamingo_config.json": CONFIG, "adapter_config.json": CONFIG, "model_args.json": CONFIG,
     "results.json": {"items": size(), "world": TEXT, "rows": Key((list,), each=Key(
         (dict,), each=Key((float, str), null=True),
         keys={"row": TEXT, **these("trained examples mean cider bleu4", number(null=True))}))},

@@ -1,9 +1,10 @@
-"""support/formats/prefix_maps.py: the maps of ClipCap, LiMBeR, MiniGPT-4 and KOSMOS-2 as they are published.
+"""support/formats/prefix_maps.py: the maps of ClipCap, LiMBeR, MiniGPT-4, KOSMOS-2, FROMAGe as published.
 
     clipcap, clipcap_transformer    the authors' .pt: clip_project.*, beside a whole GPT-2, which stays there
     limber                          the authors' proj.ckpt: weight and bias
     minigpt4, minigpt4_llama2       the authors' .pth: {"model": llama_proj.*}; the rest is BLIP-2's
     kosmos1                         transformers' Kosmos2: image_to_text_projection.*, CLIP's post_layernorm
+    fromage                         the authors' pretrained_ckpt.pth.tar: visual_*, text_hidden_fcs.0.0, [RET]
 """
 from __future__ import annotations
 
@@ -35,6 +36,8 @@ KOSMOS_NAMES = {
                  "", "image_to_text_projection."),
     **parameters({"vision_norm": "vision_model.model.post_layernorm"}),
 }
+FROMAGE_NAMES = {"logit_scale": "logit_scale", **parameters({
+    "map": "visual_embeddings", "image_head": "visual_fc", "text_head": "text_hidden_fcs.0.0"})}
 
 
 def words_of(file: Checkpoint, rows: int, config: dict, D: int | None, tokens: int | None) -> tuple[int, int]:
@@ -144,3 +147,17 @@ def kosmos_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
         sizes["vision_eps"] = None                      # features come in behind it
     bridge = make_bridge("kosmos1", DecoderConfig(width=D), Di, **{**sizes, **options})
     return BridgeFile(bridge, KOSMOS_NAMES, ("text_model.", "vision_model."))
+
+
+def fromage_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
+    """FROMAGe's three maps, its scale, and the row of [RET], which the authors store beside them."""
+    start = file.prefix("model.", "")
+    (rows, Di), (joint, D) = (file.shape(start + FROMAGE_NAMES[f"{name}.weight"])
+                              for name in ("map", "text_head"))
+    K = max(1, rows // D)
+    refuse_contradiction(config, f"{file.path}'s config", n_visual_tokens=K, shared_emb_dim=joint,
+                         vision_width=Di, decoder_width=D)
+    bridge = make_bridge("fromage", DecoderConfig(width=D), Di, **{"tokens": K, "joint": joint, **options})
+    names = {**expand(FROMAGE_NAMES, 0, start), "ret": "ret_input_embeddings.weight"}
+    return BridgeFile(bridge, names, tuple(start + part for part in ("lm.", "visual_model.",
+                                                                     "input_embeddings.")))

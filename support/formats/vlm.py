@@ -25,8 +25,8 @@ from support.formats.magma import magma_file
 from support.formats.mapl import mapl_file
 from support.formats.mllama import read_mllama
 from support.formats.pictures import load_processor
-from support.formats.prefix_maps import (clipcap_file, clipcap_transformer_file, kosmos_file, limber_file,
-                                         minigpt4_file, minigpt4_llama2_file)
+from support.formats.prefix_maps import (clipcap_file, clipcap_transformer_file, fromage_file, kosmos_file,
+                                         limber_file, minigpt4_file, minigpt4_llama2_file)
 from support.formats.tokenizer_files import load_tokenizer
 from support.formats.tokenizers import Tokenizer
 from support.formats.vision import load_vit, save_vit
@@ -43,9 +43,10 @@ BRIDGE_FILES = {"mapl": mapl_file, "qformer": qformer_file, "zero_init": adapter
                 "flamingo": openflamingo_file, "clipcap": clipcap_file, "limber": limber_file,
                 "clipcap_transformer": clipcap_transformer_file, "minigpt4": minigpt4_file,
                 "minigpt4_llama2": minigpt4_llama2_file, "kosmos1": kosmos_file, "magma": magma_file,
-                "cogvlm": cogvlm_file}
-BRIDGE_FILE_NAMES = ("adapter_model.safetensors", "adapter.safetensors", "flamingo.safetensors", "proj.ckpt")
-BRIDGE_CONFIGS = ("config.json", "flamingo_config.json", "adapter_config.json")
+                "cogvlm": cogvlm_file, "fromage": fromage_file}
+BRIDGE_FILE_NAMES = ("adapter_model.safetensors", "adapter.safetensors", "flamingo.safetensors", "proj.ckpt",
+                     "pretrained_ckpt.pth.tar")
+BRIDGE_CONFIGS = ("config.json", "flamingo_config.json", "adapter_config.json", "model_args.json")
 # bridge → a function of (vlm, folder) that writes what another library opens
 SAVERS = {"linear": save_llava_linear, "mlp": save_llava, "zero_init": save_peft}
 
@@ -167,7 +168,8 @@ def load_bridge(name: str, path: str | os.PathLike, device=None, dtype: torch.dt
                flamingo    OpenFlamingo's resampler and gated blocks
                cogvlm      CogVLM's and CogVLM2's vision experts and adapter, out of the whole model
                magma       the authors' prefix and adapters
-               clipcap, clipcap_transformer, limber, minigpt4, minigpt4_llama2, kosmos1     prefix_maps.py
+               clipcap, clipcap_transformer, limber, minigpt4, minigpt4_llama2, kosmos1, fromage
+                           prefix_maps.py
     path       the file, or a folder that holds it and perhaps a config
     decoder    what it is for: sizes are checked against it
     options    of make_bridge: what no shape tells, where it is not the published value (heads=…), or which

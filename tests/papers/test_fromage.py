@@ -1,19 +1,26 @@
 """FROMAGe captions and retrieves as the authors' code does, and its decoder keeps every row it had."""
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from conftest import check, golden, tiny_vlm
 from data import Document, Item
 from model import IGNORE, IMAGE, VLM, Decoder, DecoderConfig
 from papers import make_bridge
-from papers.fromage import caption_loss, concatenate, next_word_loss, read_ret, retrieval_losses
-from support.formats import load_decoder
+from papers.fromage import caption_loss, concatenate, read_ret, recall, retrieval_losses
+from support.formats import load_bridge, load_decoder, load_vlm
+from support.formats.files import UserError
+from support.formats.vlm import open_run
+from support.plumbing.log import read_log
+from support.worlds import open_data
 
 THEIRS = {"map": "visual_embeddings", "image_head": "visual_fc", "text_head": "text_hidden_fcs.0.0"}
 
@@ -168,3 +175,78 @@ def test_a_factor_makes_a_ret_below_zero_less_likely():
     h = torch.tensor([[2.0, 1.0], [-1.0, 1.0]])
     assert bridge.logits(h, head).tolist() == [[1.0, 2.0], [1.0, -1.0]]
     assert bridge.logits(h, head, boost=3).tolist() == [[1.0, 6.0], [1.0, -3.0]]    # the second one falls
+
+
+def publish(folder, **changes) -> None:
+    """The authors' files, made of the golden case's tensors: a checkpoint and model_args.json."""
+    source = golden("fromage")[0]
+    tensors = {f"model.{name}": t for name, t in load_file(source / "model.safetensors").items()}
+    rows = load_file(source / "lm" / "model.safetensors")["model.embed_tokens.weight"]
+    tensors |= {"ret_input_embeddings.weight": rows[32], **changes.pop("tensors", {})}
+    torch.save({"state_dict": {k: t for k, t in tensors.items() if t is not None}},
+               folder / "pretrained_ckpt.pth.tar")
+    args = {"opt_version": "facebook/opt-6.7b", "freeze_lm": True, "n_visual_tokens": 1, "shared_emb_dim": 10,
+            "use_image_embed_norm": False, "image_embed_dropout_prob": 0.0, "text_emb_layers": [-1],
+            "retrieval_token_idx": 50266}
+    (folder / "model_args.json").write_text(json.dumps(args | changes))
+
+
+@torch.no_grad()
+def test_the_published_file_is_the_bridge(case, tmp_path):
+    _, x, expected, vlm = case
+    publish(tmp_path)
+    bridge = load_bridge("fromage", tmp_path, decoder=vlm.decoder.config)
+    assert all(torch.equal(a, b) for a, b in zip(bridge.parameters(), vlm.bridge.parameters(), strict=True))
+    assert (bridge.tokens, bridge.training) == (1, False)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(tensors={"ret_input_embeddings.weight": None}), '"ret_input_embeddings.weight" is missing'),
+    (dict(tensors={"model.visual_fc.bias": torch.zeros(9)}), r'"model.visual_fc.bias" has shape \(9,\)'),
+    (dict(tensors={"model.prompt": torch.zeros(9)}), 'first: "model.prompt"'),
+    (dict(n_visual_tokens=4), "n_visual_tokens is 4, but the tensors say 1"),
+    (dict(text_emb_layers=[-1, 12]), "text_emb_layers is"),
+    (dict(use_image_embed_norm=True), "use_image_embed_norm is true"),
+])
+def test_what_does_not_fit_the_published_file_is_refused(tmp_path, changes, message):
+    publish(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        load_bridge("fromage", tmp_path)
+
+
+def test_a_loss_of_its_own_goes_with_its_own_bridge(tmp_path):
+    with pytest.raises(UserError, match="--bridge mlp: recipe fromage has a loss of its own"):
+        train.main(["--recipe", "fromage", "--bridge", "mlp", "--out", str(tmp_path)])
+    for flags in (["--accumulate", "2"], ["--pack"]):
+        with pytest.raises(UserError, match=f"recipe fromage does not read {flags[0]}"):
+            train.main(["--bridge", "fromage", *flags, "--out", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("fromage")
+    train.main(["--bridge", "fromage", "--steps", "4", "--batch", "8", "--eval-items", "8", "--samples", "0",
+                "--log-every", "1", "--dtype", "float32", "--out", str(out)])
+    return out
+
+
+def test_a_run_logs_its_three_losses_finds_pictures_and_opens_again(run):
+    lines = [line for line in read_log(run / "log.jsonl") if "loss" in line]
+    for line in lines:                                                          # (F3)
+        assert math.isclose(line["loss"], line["caption"] + line["text"] + line["retrieval"], rel_tol=1e-5)
+    assert set(json.loads((run / "retrieval.json").read_text())) == {"caption", "dialogue"}
+    vlm = load_vlm(run)
+    length = vlm.decoder.embed.weight.norm(dim=1).mean()
+    torch.testing.assert_close(vlm.bridge.ret.norm(), length, rtol=1e-5, atol=0)       # (F5)
+
+
+@torch.no_grad()
+def test_recall_knows_the_right_picture_and_takes_equal_captions_for_one(run, monkeypatch):
+    vlm, tokenizer, _ = open_run(str(run), "cpu")
+    items = [open_data("shapes").item(i) for i in range(4)]
+    items = [replace(item, captions=[c]) for item, c in zip(items, ("red", "blue", "blue", "two"))]
+    features = torch.eye(4, 128)[:, None]
+    monkeypatch.setattr(vlm.bridge, "embed_pictures", lambda z: z[:, 0, :4])
+    answers = torch.tensor([0, 2, 2, 1])                # right, right by an equal caption, right, wrong
+    monkeypatch.setattr(vlm.bridge, "embed_state", lambda state: torch.eye(4)[answers])
+    assert recall(vlm, tokenizer, items, features) == {"caption": 0.75, "dialogue": 0.75}
