@@ -172,7 +172,7 @@ PAPER = Numbers(1e-5, 1024, 6000)
 RECIPES = {
     "cogvlm": Recipe(
         "CogVLM's fine-tuning (2311.03079v2 §2.3): experts and adapter learn, the decoder is frozen",
-        "VQA and conversations; before, 1.5B pairs", PAPER, Numbers(2e-3, 64, 800), "cogvlm"),
+        "VQA and conversations; before, 1.5B pairs", PAPER, Numbers(1e-3, 64, 800), "cogvlm"),
     "cogvlm-tuned": Recipe(
         "CogVLM's ablation (Table 4): no experts, the decoder learns instead", "as cogvlm",
         PAPER, Numbers(1e-3, 64, 600), "cogvlm", ("bridge", "decoder"),

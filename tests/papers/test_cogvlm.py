@@ -1,18 +1,22 @@
 """CogVLM's visual expert is the published one, starts as a prefix model to the bit, and leaves text alone."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import train
-from conftest import TINY, TINY_VIT, check, check_states, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
+from conftest import (ROOT, TINY, TINY_VIT, check, check_states, fixed_loss, golden, shapes_vlm, stir,
+                      tiny_decoder, tiny_vlm)
 from model import IGNORE, IMAGE, VLM, Bridge, DecoderConfig, ImagePositions
 from papers import cogvlm, make_bridge
 from papers.qk_norm import QKNorm
-from support.formats import load_bridge, load_decoder, load_vlm
+from support.formats import load_bridge, load_decoder, load_tokenizer, load_vlm
 from support.formats.cogvlm import vision_names
 from support.formats.names import as_source
+from support.lab.miniatures.cogvlm import measure_text
 from support.plumbing.ranks import Ranks
 
 C7 = DecoderConfig(width=4096, layers=32, heads=32, kv_heads=32, head_width=128, hidden=11008)
@@ -154,6 +158,15 @@ def test_text_without_an_image_is_the_decoders_own_to_the_bit(options):
         prompt = torch.tensor([[3, 4, 5, 6, 7], [8, 9, IMAGE, 7, 8]])           # beside a picture, too
         before = vlm(prompt, features=torch.randn(1, 9, 20))[0, :5]
     torch.testing.assert_close(before, vlm.decoder(prompt[:1])[0].detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_miniature_measures_that_text_does_not_change():
+    vlm = shapes_vlm("cogvlm")                          # the decoder that runs begin with
+    arm = SimpleNamespace(vlm=vlm, tokenizer=load_tokenizer(ROOT / "weights/decoder"))
+    same = measure_text(arm, 8)
+    assert same["text change"] == 0 and same["text loss"] < 1
+    vlm.decoder.layers[0].mlp.up.weight.data *= 1.5
+    assert measure_text(arm, 8)["text change"] > 0.1
 
 
 def test_training_by_name_starts_from_the_decoders_matrices():
