@@ -8,7 +8,7 @@ import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
-from papers import (blip2_stage1, clip, clipcap, cogvlm, fromage, frozen, idefics, kosmos1, limber,
+from papers import (blip2_stage1, clip, clipcap, cogvlm, fromage, frozen, gligen, idefics, kosmos1, limber,
                     llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, prompt_tuning,
                     socratic, systems, vcgpt, visualgpt)
 from papers.bounds import check_option, nearest
@@ -29,7 +29,7 @@ from papers.visualgpt import VisualGPT
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
-                         prompt_tuning, visualgpt, vcgpt)}
+                         prompt_tuning, visualgpt, vcgpt, gligen)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap, limber, magma,
                                          minigpt4, kosmos1, fromage, cogvlm, prompt_tuning, visualgpt,
