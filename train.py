@@ -38,7 +38,7 @@ import data
 import papers
 from eval import evaluate, first_items, generate_texts, report_run, scalar_scores
 from model import Bridge, IGNORE, IMAGE, VLM
-from papers import ALL_BRIDGES, arguments, blip2_stage1, clip, make_bridge, nearest, systems
+from papers import ALL_BRIDGES, arguments, make_bridge, nearest, systems
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task, print_recipes
 from papers.systems import SYSTEMS
 from support.formats.benchmarks import scienceqa_text
@@ -499,7 +499,7 @@ class AnswerTask(Task):
 
 # Ingredients: what is loaded for a task ---------------------------------------------------------------------
 
-TASKS = {"answer": AnswerTask, "stage1": blip2_stage1.Stage1Task, "lm": text.TextTask, "clip": clip.ClipTask,
+TASKS = {"answer": AnswerTask, "lm": text.TextTask, **papers.TASKS,
          **{name: type(name, (change, AnswerTask), {}) for name, change in papers.ANSWER_TASKS.items()}}
 PER_TOKEN = ("answer", "lm")                            # tasks whose loss is a mean over tokens
 

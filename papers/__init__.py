@@ -39,6 +39,7 @@ RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGP
              Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 ANSWER_TASKS = {"fromage": fromage.FromageTask}         # task of a recipe → what it changes of train.py's
+TASKS = {"stage1": blip2_stage1.Stage1Task, "clip": clip.ClipTask, **limber.TASKS}      # of recipes
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 
 

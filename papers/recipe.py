@@ -42,6 +42,9 @@ UNREAD = {                          # task → the settings of the command line 
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     "clip": ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"},
     "fromage": {"pack", "accumulate"},                  # a batch is contrasted as a whole
+    **dict.fromkeys(("names", "pixels"), ANSWERS | {
+        "option", "lm", "vit", "init", "data", "share", "examples", "accumulate", "frozen", "checkpoint",
+        "compile"}),
     "lm": ANSWERS | {"option", "lm", "vit", "data", "share", "examples", "frozen", "checkpoint"}}
 
 
@@ -50,7 +53,7 @@ class Recipe:
     """What a system trains, through what, on what: the paper's numbers and our toy's side by side."""
     summary: str                    # the paper, what is trained, by which loss
     data: str                       # the paper's data
-    paper: Numbers
+    paper: Numbers | None           # None: no training of the paper's own
     toy: Numbers
     bridge: str = ""                # "": a recipe without a bridge
     trained: tuple[str, ...] = ("bridge",)              # the parts that learn; the others are frozen
@@ -68,7 +71,7 @@ class Recipe:
         return UNREAD[self.task] | ({"cache"} if "vit" in self.trained else set())
 
     def numbers(self, scale: str) -> Numbers:
-        return self.paper if scale == "paper" else self.toy
+        return self.paper if scale == "paper" and self.paper else self.toy
 
 
 def print_recipes(recipes: dict[str, Recipe], systems: dict[str, tuple[str, ...]]) -> None:
@@ -78,7 +81,7 @@ def print_recipes(recipes: dict[str, Recipe], systems: dict[str, tuple[str, ...]
         facts += [f"after {r.start}"] if r.start else []
         print(f"{name}   ({'; '.join(facts)})" if r.bridge else name)
         for column, numbers, data in (("paper", r.paper, r.data), ("toy  ", r.toy, r.toy_data)):
-            print(f"    {column}  {describe_numbers(numbers)} on {data}")
+            print(f"    {column}  {describe_numbers(numbers) if numbers else 'not trained there,'} on {data}")
         sizes = f"; toy sizes: {', '.join(f'{k}={v}' for k, v in r.options.items())}" if r.options else ""
         print(f"    {r.summary}{sizes}")
     for name, stages in systems.items():

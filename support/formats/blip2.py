@@ -297,13 +297,16 @@ def save_stage1(stage: Stage1, out: Path, facts: dict, vit: str) -> None:
 def fill_from_stage1(bridge: QFormer, path: Path) -> None:
     """Stage 2 begins with the Q-Former of a run of blip2-1, without its text branch and its heads.
 
-    Strict both ways, as `fill`; only the projection stays as it is.
+    path: its stage1.safetensors, or the bridge.safetensors of a Q-Former. Strict both ways, as `fill`; only
+    the projection stays as it is.
     """
     file, values = Checkpoint(path), {}
+    start = file.prefix("qformer.", "")
     for n, p in bridge.named_parameters():
         if not n.startswith("project."):
-            values[n] = tensor_for(p, Source(f"qformer.{n}"), file)
-    left_out = ("qformer.words.", "qformer.positions.", *(f"{head}." for head in STAGE1_NAMES["lavis"]))
+            values[n] = tensor_for(p, Source(start + n), file)
+    left_out = ("qformer.words.", "qformer.positions.", "project.",
+                *(f"{head}." for head in STAGE1_NAMES["lavis"]))
     extra = [n for n in file.where if n.removeprefix("qformer.") not in values and ".text_mlp." not in n
              and not f"{n}.".startswith(left_out)]
     if extra:

@@ -14,9 +14,10 @@ from support.formats.pictures import load_processor
 from support.formats.tokenizer_files import copy_tokenizer, load_tokenizer
 from support.formats.tokenizers import Tokenizer
 from support.formats.vision import load_vit, save_vit
-from support.formats.vlm import load_bridge_file, save_vlm
+from support.formats.vlm import load_bridge_file, save_vlm, stored_bridge
 
 HERE = Path(__file__).parents[2]
+BEHIND_QFORMER = ("minigpt4",)                          # bridges that take a finished Q-Former
 WEIGHTS = "weights"                                     # the bundled towers: weights/decoder, weights/vit
 
 
@@ -88,6 +89,11 @@ def load_clip_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
     given.save = save_clip_run
 
 
+def load_no_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """How a run is written that trains a new ViT on nothing but the world."""
+    given.save = save_clip_run
+
+
 def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """A decoder that is trained further, if there is one."""
     if init:
@@ -96,7 +102,8 @@ def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
 
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
-           "lm": load_text_parts, "fromage": load_answer_parts}
+           "lm": load_text_parts, "fromage": load_answer_parts, "names": load_no_parts,
+           "pixels": load_no_parts}
 
 
 def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,
@@ -125,8 +132,15 @@ def start_bridge(bridge: Bridge, decoder: Decoder, init: str) -> None:
 
 
 def fill_from_run(bridge: Bridge, run: Path) -> None:
-    """A bridge begins as another run's; after blip2-1 it is that Q-Former, and only the projection is new."""
-    if (run / "stage1.safetensors").exists():
-        fill_from_stage1(bridge, run / "stage1.safetensors")
-    else:
-        load_bridge_file(bridge, run / "bridge.safetensors", next(bridge.parameters()).device)
+    """A bridge begins as another run's, and stays new where that run made a ViT alone (recipe clip, say).
+
+    After blip2-1 it is that Q-Former and only the projection is new; so it is for MiniGPT-4 after any run of
+    a Q-Former.
+    """
+    stage1, file = run / "stage1.safetensors", run / "bridge.safetensors"
+    if stage1.exists():
+        fill_from_stage1(bridge, stage1)
+    elif bridge.name in BEHIND_QFORMER and stored_bridge(file) == "qformer":
+        fill_from_stage1(bridge, file)
+    elif file.exists() or not (run / "vit" / "config.json").exists():
+        load_bridge_file(bridge, file, next(bridge.parameters()).device)

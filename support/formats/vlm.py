@@ -13,7 +13,7 @@ from papers import make_bridge
 from papers.bounds import nearest
 from support.formats.adapter import adapter_file, save_peft
 from support.formats.blip2 import qformer_file, read_blip2, read_lavis, read_own_stage1
-from support.formats.checkpoint import Checkpoint, fill
+from support.formats.checkpoint import Checkpoint, fill, open_tensors
 from support.formats.cogvlm import cogvlm_file, read_cogvlm
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
 from support.formats.flamingo import openflamingo_file, read_idefics
@@ -138,6 +138,11 @@ def load_run(c: dict, path: Path, device=None, dtype: torch.dtype | None = None)
     return check_image_token(vlm.eval(), path)
 
 
+def stored_bridge(file: str | os.PathLike) -> str:
+    """Of which kind the bridge.safetensors of a run says to be; "" where it does not say."""
+    return (open_tensors(Path(file)).metadata() or {}).get("bridge", "")
+
+
 def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None,
                      dtype: torch.dtype | None = None) -> None:
     """Fill a bridge (on the meta device or not) from the bridge.safetensors of a run; dtype None = float32.
@@ -145,7 +150,7 @@ def load_bridge_file(bridge: Bridge, file: str | os.PathLike, device=None,
     Strict; a file of another kind of bridge is a UserError that names both.
     """
     checkpoint = Checkpoint(file)
-    stored = (checkpoint.files[Path(file)].metadata() or {}).get("bridge", bridge.name)
+    stored = stored_bridge(file) or bridge.name
     if stored != bridge.name:
         raise UserError(f'{file}: holds a "{stored}" bridge, not "{bridge.name}"; use --bridge {stored}.')
     fill(bridge, checkpoint, {}, (), device, dtype or torch.float32)

@@ -190,16 +190,23 @@ def run_arm(name: str, arm: Arm, seed: int, setup: Setup) -> dict:
 
 
 def needed_arms(claims: list[Claim], arms: dict[str, Arm]) -> set[str]:
-    """The arms of these claims, and those that they start from."""
+    """The arms of these claims, those that they start from, and so on."""
     needed = {name for claim in claims for name in claim.arms}
-    return needed | {arms[name].start for name in needed if arms[name].start}
+    while starts := {arms[name].start for name in needed if arms[name].start} - needed:
+        needed |= starts
+    return needed
+
+
+def stage(name: str, arms: dict[str, Arm]) -> int:
+    """How many runs stand before an arm's own."""
+    return 1 + stage(arms[name].start, arms) if arms[name].start else 0
 
 
 def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> dict[tuple[str, int], dict]:
     """{(arm, seed): what `run_arm` returns}; an arm that others start from runs before them."""
-    results = {}
-    for seed, second in itertools.product(range(setup.seeds), (False, True)):
-        ready = [name for name in arms if name in names and bool(arms[name].start) == second]
+    results, stages = {}, sorted({stage(name, arms) for name in names})
+    for seed, n in itertools.product(range(setup.seeds), stages):
+        ready = [name for name in arms if name in names and stage(name, arms) == n]
         work = [(name, arms[name], seed, setup) for name in ready]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(setup.jobs, spawn) if setup.jobs > 1 else contextlib.nullcontext() as pool:

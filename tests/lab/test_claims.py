@@ -22,7 +22,7 @@ import train
 from papers import make_bridge
 from support.lab import miniatures
 from support.lab.claims import (ARMS, CLAIMS, MEASUREMENTS, Setup, arm_flags, arm_folder, claim_report,
-                                few_shot_accuracy, judge, run_claims)
+                                few_shot_accuracy, judge, needed_arms, run_claims, stage)
 from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Side
 from model import VLM
 from support.formats.files import UserError, read_json
@@ -243,3 +243,10 @@ def test_examples_stand_before_the_question_each_with_its_own_picture(monkeypatc
             if question.removesuffix(" Answer:") in [q.question for q in item.qas]
         )
         torch.testing.assert_close(last, own[n])
+
+
+def test_an_arm_that_starts_from_one_that_starts_from_one_runs_last():
+    arms = {"c": Arm((), start="b"), "b": Arm((), start="a"), "a": Arm(()), "other": Arm(())}
+    claim = Claim("It is.", "document 0", (Expectation(Side("c"), ">", Side("other")),), (MEAN,))
+    assert needed_arms([claim], arms) == {"a", "b", "c", "other"}
+    assert [stage(name, arms) for name in arms] == [2, 1, 0, 0]

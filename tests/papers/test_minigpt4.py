@@ -94,10 +94,20 @@ def test_it_trains_by_name_its_run_opens_and_only_the_map_moves(name, learns, tm
     assert all(torch.equal(p, after[n]) for n, p in saved.bridge.state_dict().items())
 
 
-def test_it_starts_from_the_qformer_of_the_first_stage(tmp_path):
-    train.main(["--recipe", "blip2-1", "--steps", "1", *QUICK, "--out", str(tmp_path / "1")])
+@pytest.mark.parametrize("name, run, prefix", [("stage1.safetensors", ["--recipe", "blip2-1"], "qformer."),
+                                               ("bridge.safetensors", ["--bridge", "qformer"], "")])
+def test_it_starts_from_the_qformer_of_either_stage(name, run, prefix, tmp_path):
+    """Three layers behind it, and a Q-Former that learns, are ablations."""
+    train.main([*run, "--steps", "1", *QUICK, "--out", str(tmp_path / "1")])
     argv = ["--bridge", "minigpt4", "--init", str(tmp_path / "1"), "--steps", "1", *QUICK]
-    bridge = train.main([*argv, "--out", str(tmp_path / "2")]).bridge
-    first = load_file(tmp_path / "1" / "stage1.safetensors")
+    bridge = train.main([*argv, "--option", "maps=3", "--out", str(tmp_path / "2")]).bridge
+    assert [type(m).__name__ for m in bridge.project] == ["Linear"] * 3
+    first = load_file(tmp_path / "1" / name)
     frozen = {n: p for n, p in bridge.state_dict().items() if not n.startswith("project.")}
-    assert len(frozen) > 20 and all(torch.equal(p, first[f"qformer.{n}"]) for n, p in frozen.items())
+    assert len(frozen) > 20 and all(torch.equal(p, first[f"{prefix}{n}"]) for n, p in frozen.items())
+
+
+def test_a_tuned_one_learns_all_of_it_unless_it_is_frozen():
+    bridge = tiny_vlm("minigpt4", tuned=True).bridge
+    assert all(p.requires_grad for p in bridge.parameters())
+    assert not any(p.requires_grad for p in bridge.requires_grad_(False).parameters())

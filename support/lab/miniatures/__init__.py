@@ -6,9 +6,10 @@ the names of its numbers}). `python eval.py claims NAME` runs one, `python eval.
 """
 from __future__ import annotations
 
-from support.lab.miniatures import clipcap, cogvlm, fromage, magma, prompt_tuning, vcgpt, visualgpt
+from support.lab.miniatures import (clipcap, cogvlm, fromage, kosmos1, limber, magma, minigpt4, prompt_tuning,
+                                    vcgpt, visualgpt)
 
-MODULES = (clipcap, magma, visualgpt, vcgpt, fromage, prompt_tuning, cogvlm)
+MODULES = (clipcap, limber, magma, minigpt4, kosmos1, visualgpt, vcgpt, fromage, prompt_tuning, cogvlm)
 CLAIMS = {name: claim for module in MODULES for name, claim in module.CLAIMS.items()}
 ARMS = {name: arm for module in MODULES for name, arm in module.ARMS.items()}
 MEASUREMENTS = {name: measure for module in MODULES
