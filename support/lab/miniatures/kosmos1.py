@@ -2,33 +2,13 @@
 2302.14045v2)."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
-
-import data
-from support.lab.claims_list import SHOTS, Arm, Claim, Expectation, Number, Side
-from support.worlds.text import ShapesText
-
-if TYPE_CHECKING:
-    from support.lab.claims import TrainedArm
-
-TEXT_LOSS = Number("text loss", "nats")
-
-
-@torch.no_grad()
-def measure_text(arm: TrainedArm) -> dict[str, float]:
-    """−log p of a learned token, in nats, in the text that the bundled decoder learned (ShapesText)."""
-    texts = map(ShapesText(arm.tokenizer, seed=1, bags=0.0).document, range(100))
-    documents = [document for document, bags in texts if not bags]              # in words alone
-    tokens, labels, mask = data.collate(documents)
-    loss, count = arm.vlm.loss(tokens, labels, None, mask, arm.vlm.features(None))
-    return {"text loss": loss.item() / count}
+from support.lab.claims_list import SHOTS, Arm, Claim, Expectation, Side
+from support.lab.miniatures.magma import TEXT_LOSS
 
 
 def kosmos1(*sets: str) -> Arm:
     flags = ("--bridge", "kosmos1", "--batch", "30", "--data", " + ".join(sets))
-    return Arm(flags, measures=("shots", "text"))
+    return Arm(flags, measures=("shots", "text loss"))
 
 
 ARMS = {
@@ -36,8 +16,6 @@ ARMS = {
     "KOSMOS-1, and pages": kosmos1("shapes", "shapes-pages"),
     "KOSMOS-1, and text": kosmos1("shapes", "shapes-pages", "shapes-words"),
 }
-MEASUREMENTS = {"text": measure_text}
-MEASURED = {"text": {"text loss"}}
 CLAIMS = {"kosmos1": Claim(
     says="Interleaved documents are what makes examples in the prompt help, and text keeps the language.",
     source="KOSMOS-1, a mixture that our sources have no ablation of",
