@@ -103,7 +103,7 @@ class VCGPT(Bridge):
             return h
         fused = h
         for n in range(len(self.blocks)):
-            fused = Flamingo.before(self, self.first + n, fused, visual)
+            fused = Flamingo.before(self, self.first + n, fused, visual)        # block n   (V2), (V3)
         if self.fuse == "ensemble":
             sees = 0 if visual is None else visual["where"].columns(h.shape[1])[..., None] > 0
             fused = fused * sees
