@@ -1,16 +1,21 @@
 """VC-GPT adds the logits of a second reader: its hand example, and what the decoder alone would say."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import train
-from conftest import TINY, fixed_loss, tiny_vlm
+from conftest import TINY, fixed_loss, shapes_vlm, tiny_vlm
 from model import IGNORE, IMAGE, DecoderConfig
 from papers import make_bridge
 from papers.vcgpt import VCGPT
 from support.formats.files import UserError
+from support.lab.claims import TrainedArm
+from support.lab.miniatures.vcgpt import measure_text
+from support.worlds.text import shapes_tokenizer
 
 ROWS = torch.tensor([[3, IMAGE, 5, 6, 8], [IMAGE, 4, IMAGE, 9, 2]])
 
@@ -124,3 +129,12 @@ def test_sizes_and_impossible_options():
 def test_packing_is_refused(tmp_path):
     with pytest.raises(UserError, match="--pack: a vcgpt bridge reaches into the layers"):
         train.main(["--bridge", "vcgpt", "--pack", "--out", str(tmp_path)])
+
+
+def test_the_miniature_measures_text_that_an_ensemble_leaves_alone():
+    """The bundled decoder answers about scenes in words; fuse="alone" asks the second reader, who cannot."""
+    nats = {}
+    for fuse in ("ensemble", "alone"):
+        vlm = shapes_vlm("vcgpt", heads=4, fuse=fuse)
+        nats[fuse] = measure_text(TrainedArm(vlm, shapes_tokenizer(), [None] * 8, Path()))["text"]
+    assert nats["ensemble"] < 0.5 < 4 < nats["alone"]
