@@ -506,8 +506,7 @@ PER_TOKEN = ("answer", "lm")                            # tasks whose loss is a 
 
 def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stored: torch.dtype) -> Task:
     """Load what a recipe's task needs, and freeze the parts that do not learn, `stored` in that dtype."""
-    trained = [world for world, _ in sets] + earlier_sets(s.init)
-    world = trained[0]
+    world, trained = sets[0][0], [each for each, _ in sets] + earlier_sets(s.init)
     if recipe.task != "answer":
         ranks.require_one(s.recipe)
         if len(sets) > 1:
@@ -525,7 +524,8 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
     if issubclass(TASKS[recipe.task], AnswerTask):
         given.bridge = new_bridge(s, s.bridge, given.decoder.config, given.vit.config.width).to(given.device)
         start_bridge(given.bridge, given.decoder, s.init)
-        task = TASKS[recipe.task](given, s, ranks, sets)
+        with at_the_door(f"--vit {s.vit}"):
+            task = TASKS[recipe.task](given, s, ranks, sets)
         for each, _ in sets:
             first = [task.example(each, i)[0] for i in range(min(8, s.batch))]
             require_room(first, s.longest, task.visual_tokens, each.name, given.decoder.config.context)

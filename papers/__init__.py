@@ -10,7 +10,7 @@ from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
 from papers import (blip2_stage1, clip, clipcap, cogvlm, fromage, frozen, gligen, idefics, kosmos1, limber,
                     llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, prompt_tuning,
-                    socratic, systems, vcgpt, visualgpt)
+                    socratic, systems, vcgpt, visualgpt, vlkd)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -25,20 +25,22 @@ from papers.minigpt4 import MiniGPT4, MiniGPT4Llama2
 from papers.prompt_tuning import PrefixTuning, PromptTuning
 from papers.vcgpt import VCGPT
 from papers.visualgpt import VisualGPT
+from papers.vlkd import Vlkd
 
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
-                         prompt_tuning, visualgpt, vcgpt, gligen)}
+                         prompt_tuning, visualgpt, vcgpt, gligen, vlkd)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap, limber, magma,
                                          minigpt4, kosmos1, fromage, cogvlm, prompt_tuning, visualgpt,
-                                         vcgpt)
+                                         vcgpt, vlkd)
               for name, recipe in paper.RECIPES.items()}}
 RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGPT4, MiniGPT4Llama2, Kosmos1,
-             Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT)
+             Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT, Vlkd)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
-ANSWER_TASKS = {"fromage": fromage.FromageTask}         # task of a recipe → what it changes of train.py's
+# task of a recipe → what it changes of train.py's answer task
+ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask}
 TASKS = {"stage1": blip2_stage1.Stage1Task, "clip": clip.ClipTask, **limber.TASKS}      # of recipes
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 

@@ -22,6 +22,8 @@ OPTIONS = {             # an option of a bridge → its bounds; every other whol
     "reads": dict(least=-1000, most=1000),              # a layer of the ViT, negative from the last one
     "version": dict(least=0, most=2),
     "dropout": dict(least=0, below=1),
+    "pairs": dict(least=0, most=1),                     # a share
+    **dict.fromkeys(("distance", "contrast"), dict(least=0, most=1000)),                # weights of losses
     "tau": dict(least=0, below=0.5),
     "vision_eps": dict(above=0, most=1),
 }

@@ -41,7 +41,7 @@ ANSWERS = {"bridge", "turns", "captions", "template", "form", "longest", "cache"
 UNREAD = {                          # task → the settings of the command line that it does not read
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     "clip": ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"},
-    "fromage": {"pack", "accumulate"},                  # a batch is contrasted as a whole
+    **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
     **dict.fromkeys(("names", "pixels"), ANSWERS | {
         "option", "lm", "vit", "init", "data", "share", "examples", "accumulate", "frozen", "checkpoint",
         "compile"}),
@@ -119,6 +119,8 @@ class Ingredients:
     vit: ViT | None = None
     decoder: Decoder | None = None
     bridge: Bridge | None = None
+    clip: nn.Module | None = None   # both towers of a CLIP
+    clip_tokenizer: Any = None
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
     open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about

@@ -35,7 +35,8 @@ VIT = keys("""model_type image_size patch_size hidden_size embed_dim num_hidden_
 TILED_VIT = keys("""model_type image_size patch_size vision_output_dim num_hidden_layers attention_heads
     intermediate_size norm_eps hidden_size num_global_layers max_num_tiles intermediate_layers_indices
     supported_aspect_ratios hidden_act""")
-DUAL_ENCODER = keys("model_type text_config vision_config text_config_dict vision_config_dict projection_dim")
+DUAL_ENCODER = keys("""model_type text_config vision_config text_config_dict vision_config_dict projection_dim
+    vision_folder""")
 CLIP_TEXT = keys("""model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size
     max_position_embeddings hidden_act layer_norm_eps""")
 QFORMER = keys("""model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size

@@ -101,7 +101,7 @@ CONFIG = {
     "cross_attention_layers": Key((list,), each=COUNT),
     "intermediate_layers_indices": Key((list,), each=COUNT),
     "supported_aspect_ratios": Key((list,), each=Key((list,), each=COUNT)),
-    **these("bridge vit decoder", TEXT),                                                # a run of train.py
+    **these("bridge vit decoder vision_folder", TEXT),                                  # a run of train.py
     "bridge_options": OBJECT,
     "settings": Key((dict,), keys={         # what eval.py reads; --resume checks them all
         "data": TEXT, "seed": Key((int,), dict(least=0)), "share": number(above=0, most=100),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from model import Bridge, Decoder, VLM, ViT, ViTConfig
+from papers.clip import CLIP
 from papers.recipe import Ingredients, Task
 from support.formats.blip2 import fill_from_stage1, save_stage1
 from support.formats.files import UserError, write_json
@@ -13,9 +14,10 @@ from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor
 from support.formats.tokenizer_files import copy_tokenizer, load_tokenizer
 from support.formats.tokenizers import Tokenizer
-from support.formats.vision import load_vit, save_vit
+from support.formats.vision import load_clip, load_vit, save_vit
 from support.formats.vlm import load_bridge_file, save_vlm, stored_bridge
 
+TEXT_TOWER = "weights/clip-text"                        # beside the bundled ViT
 HERE = Path(__file__).parents[2]
 BEHIND_QFORMER = ("minigpt4",)                          # bridges that take a finished Q-Former
 WEIGHTS = "weights"                                     # the bundled towers: weights/decoder, weights/vit
@@ -100,10 +102,20 @@ def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
         given.decoder = load_decoder(Path(init) / "decoder")
 
 
+def load_vlkd_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """An answer task's, and the CLIP that the ViT is half of: the bundled text tower, or the ViT's folder."""
+    load_answer_parts(given, lm, vit, init)
+    folder = resolve_folder(TEXT_TOWER if vit == f"{WEIGHTS}/vit" else vit)
+    given.clip, given.clip_tokenizer = load_clip(folder, given.device), load_words(str(folder))
+    if not isinstance(given.clip, CLIP):
+        raise UserError(f"{vit}: holds no CLIP, and it is CLIP's text tower that is distilled; give --vit "
+                        "the folder of a CLIPModel.")
+
+
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
-           "lm": load_text_parts, "fromage": load_answer_parts, "names": load_no_parts,
-           "pixels": load_no_parts}
+           "lm": load_text_parts, "fromage": load_answer_parts, "vlkd": load_vlkd_parts,
+           "names": load_no_parts, "pixels": load_no_parts}
 
 
 def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,

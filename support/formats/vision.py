@@ -270,6 +270,7 @@ def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = 
     """A Hugging Face CLIPModel or SiglipModel folder → both towers; clip(pixels, tokens) → (images, texts).
 
     CLIP's numbers are scaled cosine similarities, SigLIP's the logits of a match. dtype None = float32.
+    The key "vision_folder" (ours) names another folder, relative to this one, that holds the vision tower.
     Whatever does not fit is a UserError.
     """
     where = f"{path}/config.json"
@@ -293,7 +294,10 @@ def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = 
     names = {**expand(VIT_NAMES, config.layers, "vision_model.", "vit."),
              **expand(TEXT_NAMES, text.layers, "text_model.", "text."),
              "image_projection.weight": "visual_projection.weight"}
-    fill(clip, Checkpoint(path), names, (), device, dtype or torch.float32)
+    checkpoint = Checkpoint(path)
+    if c.get("vision_folder"):
+        checkpoint.include(Checkpoint(Path(path) / c["vision_folder"]))
+    fill(clip, checkpoint, names, (), device, dtype or torch.float32)
     clip.text.register_forward_pre_hook(refuse_long_text)
     return clip.eval()
 

@@ -28,6 +28,7 @@ from papers.llama_adapter import ZeroInitV1
 from papers.minigpt4 import MiniGPT4Llama2
 from papers.mllama import Mllama
 from papers.mllama_vit import Tiles
+from papers.vlkd import Vlkd
 from papers.prompt_tuning import PrefixTuning, PromptTuning
 from papers.vcgpt import VCGPT
 from papers.visualgpt import VisualGPT
@@ -166,9 +167,10 @@ def _(bridge: CogVLM, attention: dict[str, Tensor], features: Tensor) -> Tensor:
 @rollout.register(ClipCap)
 @rollout.register(ClipCapTransformer)
 @rollout.register(Fromage)
+@rollout.register(Vlkd)
 def _(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> Tensor:
     """Each of the K soft tokens is made of the one pooled vector: (ΣM, K, 1)."""
-    return features.new_ones(len(features), bridge.prefix(features).shape[1], 1)
+    return features.new_ones(len(features), bridge.prefix(bridge.see(features)).shape[1], 1)
 
 
 @rollout.register
