@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from model import (Attention, Bridge, Decoder, DecoderConfig, ImagePositions, SwiGLU, causal_mask,
                    visible_to_bias)
-from papers.recipe import Numbers, Recipe
+from papers.recipe import MUON, Numbers, Recipe
 
 
 class Expert(nn.Module):
@@ -172,9 +172,9 @@ PAPER = Numbers(1e-5, 1024, 6000)
 RECIPES = {
     "cogvlm": Recipe(
         "CogVLM's fine-tuning (2311.03079v2 §2.3): experts and adapter learn, the decoder is frozen",
-        "VQA and conversations; before, 1.5B pairs", PAPER, Numbers(1e-3, 64, 800), "cogvlm"),
+        "VQA and conversations; before, 1.5B pairs", PAPER, Numbers(2e-3, 64, 800, **MUON), "cogvlm"),
     "cogvlm-tuned": Recipe(
         "CogVLM's ablation (Table 4): no experts, the decoder learns instead", "as cogvlm",
-        PAPER, Numbers(1e-3, 64, 600), "cogvlm", ("bridge", "decoder"),
+        PAPER, Numbers(2e-3, 64, 800, **MUON), "cogvlm", ("bridge", "decoder"),
         options=dict(attention=False, mlp=False)),
 }
