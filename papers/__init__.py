@@ -41,7 +41,7 @@ RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGP
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 # task of a recipe → what it changes of train.py's answer task
 ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask}
-TASKS = {"stage1": blip2_stage1.Stage1Task, "clip": clip.ClipTask, **limber.TASKS}      # of recipes
+TASKS = {"stage1": blip2_stage1.Stage1Task, **clip.TASKS, **limber.TASKS}               # of recipes
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 
 

@@ -1,6 +1,7 @@
 """papers/clip.py: CLIP (2103.00020v1): two towers and a contrast.
 
 Run      python train.py --recipe clip            makes the bundled ViT again and prints its gate
+         python train.py --recipe clip-text       gives the bundled ViT, or --vit, a text tower again
 Content  TextTransformer, CLIP                    the model
          ClipTask, RECIPES                        the training
 """
@@ -94,24 +95,42 @@ class CLIP(nn.Module):
         return self.logit_scale.exp() * self.embed_images(pixels) @ self.embed_texts(tokens).T      # (I3)
 
 
-RECIPES = {"clip": Recipe(
-    "CLIP (2103.00020v1 §2): both towers, symmetric contrast", "400M pairs, 32 epochs",
-    Numbers(5e-4, 32768, 390000, 2000, weight_decay=0.2, clip=0),
-    Numbers(1.5e-3, 96, 2500, weight_decay=0.05), trained=("vit", "text"), task="clip")}
+PAPER = Numbers(5e-4, 32768, 390000, 2000, weight_decay=0.2, clip=0)
+RECIPES = {
+    "clip": Recipe(
+        "CLIP (2103.00020v1 §2): both towers, symmetric contrast", "400M pairs, 32 epochs", PAPER,
+        Numbers(1.5e-3, 96, 2500, weight_decay=0.05), trained=("vit", "text"), task="clip"),
+    "clip-text": Recipe(
+        "LiT (2111.07991v3): a text tower learns beside a locked ViT, by CLIP's contrast",
+        "pairs; LiT's numbers are not in our sources, here stand CLIP's", PAPER,
+        Numbers(1.5e-3, 32, 1200, weight_decay=0.05), trained=("text", "image_projection", "text_projection"),
+        task="clip-text", toy_data="shapes-phrases")}
+
+
+def text_tokens(texts: list[str], tokenizer, longest: int, begin: tuple[int, ...] = ()) -> Tensor:
+    """(n, T) int64: each text's ids, cut to `longest` with the end token; the zeros after it are not read."""
+    rows = [[*begin, *tokenizer.encode(t)][:longest - 1] + [tokenizer.eos] for t in texts]
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, ids in zip(tokens, rows):
+        row[:len(ids)] = torch.tensor(ids)
+    return tokens
 
 
 class ClipTask(Task):
     """Recipe `clip`: CLIP's symmetric contrast, with hard negative captions beside the batch's own.
 
-    Takes world, tokenizer, batch. Both towers are new and both learn.
+    Takes world, tokenizer, batch. Both towers are new and both learn, unless a ViT is given: recipe
+    `clip-text` locks it, and what learns beside it is new.
     """
 
     def __init__(self, given: Ingredients):
         self.given, self.world, self.tokenizer = given, given.world, given.tokenizer
-        vit = ViT(ViTConfig(image_size=self.world.size))
-        # At CLIP's 0.01 the positions are 0.2 % of the patches' variance. A probe then finds the cell of 25 %
-        # of the things, and every bridge fails on "where is …?".
-        nn.init.normal_(vit.positions, std=0.5)
+        self.locked, vit = given.vit is not None, given.vit
+        if not self.locked:
+            vit = ViT(ViTConfig(image_size=self.world.size))
+            # At CLIP's 0.01 the positions are 0.2 % of the patches' variance. A probe then finds the cell of
+            # 25 % of the things, and every bridge fails on "where is …?".
+            nn.init.normal_(vit.positions, std=0.5)
         text = TextTransformer(TextConfig(self.tokenizer.vocab_size, context=64, end=self.tokenizer.eos))
         self.module = CLIP(vit, text, width=128).to(given.device)
         B = given.batch
@@ -119,7 +138,8 @@ class ClipTask(Task):
         self.expect = f"(a uniform guess: (ln {3 * B} + ln {B})/2 = {guess:.2f})"
 
     def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
-        """Nothing is frozen: both towers and the temperature learn."""
+        """A ViT that was given is locked; all else learns, the temperature too."""
+        self.module.vit.requires_grad_(not self.locked)
 
     def batch(self, step: int) -> list[dict]:
         images, texts, negatives = [], [], []
@@ -128,12 +148,8 @@ class ClipTask(Task):
             images.append(image)
             texts.append(text)
             negatives += wrong
-        pixels = data.to_pixels(images, self.module.vit.config.image_size)
-        longest = self.module.text.config.context - 1
-        ids = [self.tokenizer.encode(t)[:longest] + [self.tokenizer.eos] for t in texts + negatives]
-        tokens = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
-        for row, t in zip(tokens, ids):
-            row[:len(t)] = torch.tensor(t)
+        pixels = data.to_pixels(images, self.module.vit.config.image_size, self.given.processor)
+        tokens = text_tokens(texts + negatives, self.tokenizer, self.module.text.config.context)
         return [dict(pixels=pixels, tokens=tokens, set=0, weight=1.0, count=1)]
 
     def loss(self, pixels: Tensor, tokens: Tensor, **_) -> Tensor:
@@ -150,11 +166,12 @@ class ClipTask(Task):
         return {"scale": self.module.logit_scale.exp().item()}
 
     def check(self) -> dict[str, float]:
-        return linear_probe(self.module.vit, train=1000, test=500) if self.world.says_scenes else {}
+        probed = self.world.says_scenes and not self.locked
+        return linear_probe(self.module.vit, train=1000, test=500) if probed else {}
 
     def report(self, out: Path) -> dict[str, dict]:
         """The gate: one token at layer −2 names colour, shape and place of a held-out pair above 95 %."""
-        if not self.world.says_scenes:
+        if not self.world.says_scenes or self.locked:
             return {}
         result = linear_probe(self.module.vit)
         scores = "  ".join(f"{k} {100 * v:.1f}" for k, v in result.items())
@@ -165,3 +182,6 @@ class ClipTask(Task):
         print(f"gate     {verdict}: the lowest of colour, shape and place is {100 * worst:.1f} %, "
               "the gate is 95 %")
         return {"vit/probe.json": result}
+
+
+TASKS = {"clip": ClipTask, "clip-text": ClipTask}

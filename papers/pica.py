@@ -39,7 +39,8 @@ Slips     The instruction says "above context" and stands above it. (PC3) is not
 Claim     Captions by a trained bridge or the true scene; S in {0, 1, 4, 8}, J in {1, 5}, random or similar.
           Similar examples beat random ones; J = 5 is at least as good as J = 1; all stay below a trained
           mapper; what the true scene gains over the bridge's caption is what those words lost. The decoder
-          must know this form of prompt. This comparison has no table yet.
+          must know this form of prompt (recipe lm-prompts). Document 1's own numbers hold this only without
+          examples: MAPL 33.54 / 45.13 / 45.21 on VQAv2. python eval.py claims pica
 """
 from __future__ import annotations
 

@@ -38,14 +38,13 @@ class Numbers:
 
 MUON = dict(optimizer="muon")
 ANSWERS = {"bridge", "turns", "captions", "template", "form", "longest", "cache", "pack"}
+CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"}
+TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
 UNREAD = {                          # task → the settings of the command line that it does not read
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
-    "clip": ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"},
+    "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
-    **dict.fromkeys(("names", "pixels"), ANSWERS | {
-        "option", "lm", "vit", "init", "data", "share", "examples", "accumulate", "frozen", "checkpoint",
-        "compile"}),
-    "lm": ANSWERS | {"option", "lm", "vit", "data", "share", "examples", "frozen", "checkpoint"}}
+    **dict.fromkeys(("names", "pixels"), CLIP | TEXT | {"lm"})}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ Lost      (SM2) names things one at a time: which colour is whose stands in a na
           is stands nowhere.
 Claim     Lists of a world: its colours x shapes, and counts. CLIP of the world ranks, a decoder writes, CLIP
           ranks. The things are named right; their places are a guess. A world of shapes has no places to
-          be at: the third line is left out.
+          be at: the third line is left out. python eval.py claims socratic
 """
 from __future__ import annotations
 

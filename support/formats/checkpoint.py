@@ -259,4 +259,5 @@ def published_tensors(module: nn.Module, names: Names) -> dict[str, Tensor]:
             raise TypeError(f"{ours}: {source} has no inverse")
         index = source.index if isinstance(source, Part) else 0
         blocks.setdefault(source.name, {})[index] = parameter.detach()
-    return {name: torch.cat([parts[i] for i in sorted(parts)]) for name, parts in blocks.items()}
+    return {name: torch.cat([parts[i] for i in sorted(parts)]) if len(parts) > 1 else parts.popitem()[1]
+            for name, parts in blocks.items()}

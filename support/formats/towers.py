@@ -2,19 +2,26 @@
 the run's config.json names them."""
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Processor, to_pixels
 from model import Bridge, Decoder, VLM, ViT, ViTConfig
-from papers.clip import CLIP
+from papers.clip import CLIP, text_tokens
 from papers.recipe import Ingredients, Task
 from support.formats.blip2 import fill_from_stage1, save_stage1
-from support.formats.files import UserError, write_json
-from support.formats.hub import fetch, is_hub_name
+from support.formats.files import UserError, read_json, write_json
+from support.formats.hub import fetch, is_hub_name, tower_folder
 from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor
 from support.formats.tokenizer_files import copy_tokenizer, load_tokenizer
 from support.formats.tokenizers import Tokenizer
-from support.formats.vision import load_clip, load_vit, save_vit
+from support.formats.vision import load_clip, load_vit, save_clip, save_vit
 from support.formats.vlm import load_bridge_file, save_vlm, stored_bridge
 
 TEXT_TOWER = "weights/clip-text"                        # beside the bundled ViT
@@ -88,18 +95,33 @@ def load_stage1_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
 def load_clip_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """A tokenizer, unless the world brought its own, and how the run is written; both towers are new."""
     given.tokenizer = given.tokenizer or load_tokenizer(resolve_folder(lm))
-    given.save = save_clip_run
+    given.save = functools.partial(save_clip_run, lm=lm)
+
+
+def load_clip_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """The same, and the ViT that is locked with its image processor."""
+    load_clip_parts(given, lm, vit)
+    given.save = functools.partial(save_clip_run, lm=lm, vit=vit)
+    given.vit = load_vit(resolve_folder(vit), given.device)
+    given.processor = load_processor(resolve_folder(vit))
+    if given.vit.family != "clip":
+        raise UserError(f"{vit}: only beside a ViT of CLIP's kind a text tower is trained, not beside "
+                        f"{given.vit.family}'s; give --vit another.")
 
 
 def load_no_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """How a run is written that trains a new ViT on nothing but the world."""
-    given.save = save_clip_run
+    given.save = save_vit_run
 
 
 def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """A decoder that is trained further, if there is one."""
     if init:
         given.decoder = load_decoder(Path(init) / "decoder")
+
+
+def load_prompt_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    given.decoder = load_decoder(resolve_folder(lm))
 
 
 def load_vlkd_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
@@ -114,8 +136,9 @@ def load_vlkd_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
 
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
-           "lm": load_text_parts, "fromage": load_answer_parts, "vlkd": load_vlkd_parts,
-           "names": load_no_parts, "pixels": load_no_parts}
+           "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
+           "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "names": load_no_parts,
+           "pixels": load_no_parts}
 
 
 def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,
@@ -130,10 +153,68 @@ def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, 
         copy_tokenizer(resolve_folder(lm), out / "decoder")
 
 
-def save_clip_run(task: Task, out: Path, facts: dict) -> None:
-    """The ViT of a CLIP that was trained; its text tower is not kept."""
+def save_vit_run(task: Task, out: Path, facts: dict) -> None:
     save_vit(task.module.vit, out / "vit")
     write_json(out / "config.json", facts)
+
+
+def save_clip_run(task: Task, out: Path, facts: dict, lm: str, vit: str = "") -> None:
+    """A CLIP and its tokenizer in `clip`; its ViT, if it learned, in `vit` too, else the name of it (vit)."""
+    save_clip(task.module, out / "clip")
+    if task.world.says_scenes:                          # its words have a tokenizer of their own
+        task.tokenizer.save(out / "clip")
+    else:
+        copy_tokenizer(resolve_folder(lm), out / "clip")
+    if not vit:
+        save_vit(task.module.vit, out / "vit")
+    write_json(out / "config.json", {**facts, "vit": portable_name(vit, out) if vit else "vit"})
+
+
+@dataclass
+class OpenedClip:
+    """Both towers with what they read: pictures by `processor`, texts by `tokenizer`."""
+    clip: CLIP
+    tokenizer: Tokenizer
+    processor: Processor
+    begin: tuple[int, ...]                              # ids in front of a text
+
+    @torch.no_grad()
+    def embed_images(self, pictures: list[np.ndarray], batch: int = 128) -> Tensor:
+        """(n, De), of length 1."""
+        weight, size = self.clip.image_projection.weight, self.clip.vit.config.image_size
+        parts = [to_pixels(pictures[i:i + batch], size, self.processor)
+                 for i in range(0, len(pictures), batch)]
+        return torch.cat([self.clip.embed_images(pixels.to(weight)) for pixels in parts])
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str], batch: int = 1024) -> Tensor:
+        """(n, De), of length 1. A text that is too long loses its end."""
+        device, longest = self.clip.logit_scale.device, self.clip.text.config.context
+        parts = [text_tokens(texts[i:i + batch], self.tokenizer, longest, self.begin)
+                 for i in range(0, len(texts), batch)]
+        return torch.cat([self.clip.embed_texts(tokens.to(device)) for tokens in parts])
+
+    @property
+    def scale(self) -> float:
+        return self.clip.logit_scale.exp().item()
+
+
+def open_clip(name: str, device: str | None = None) -> OpenedClip:
+    """A run of recipe clip or clip-text, or a published CLIP (folder, hub name)."""
+    folder = resolve_folder(name)
+    c = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if "settings" not in c:
+        clip, tokenizer = load_clip(folder, device), load_tokenizer(folder)
+        if not isinstance(clip, CLIP) or tokenizer.eos is None:
+            raise UserError(f"{name}: no CLIP whose texts end with a token; give a CLIPModel's folder.")
+        return OpenedClip(clip, tokenizer, load_processor(folder), tuple(tokenizer.begin))
+    if not (folder / "clip" / "config.json").exists():
+        raise UserError(f"{name}: holds no CLIP; train one: python train.py --recipe clip-text (a text tower "
+                        "for the bundled ViT) or --recipe clip (both towers).")
+    clip, tokenizer = load_clip(folder / "clip", device), load_tokenizer(folder / "clip")
+    # A published config cannot name token 2 as the end (it means: the largest id); ours ends with eos.
+    clip.text.config = replace(clip.text.config, end=tokenizer.eos)
+    return OpenedClip(clip, tokenizer, load_processor(tower_folder(folder, c.text("vit"))), ())
 
 
 def start_bridge(bridge: Bridge, decoder: Decoder, init: str) -> None:

@@ -291,15 +291,18 @@ def load_clip(path: str | os.PathLike, device=None, dtype: torch.dtype | None = 
             clip = CLIP(vit, TextTransformer(text), c.get("projection_dim", 512))
         else:
             clip = Siglip(vit, SiglipText(text, given.get("projection_size") or text.width))
-    names = {**expand(VIT_NAMES, config.layers, "vision_model.", "vit."),
-             **expand(TEXT_NAMES, text.layers, "text_model.", "text."),
-             "image_projection.weight": "visual_projection.weight"}
     checkpoint = Checkpoint(path)
     if c.get("vision_folder"):
         checkpoint.include(Checkpoint(Path(path) / c["vision_folder"]))
-    fill(clip, checkpoint, names, (), device, dtype or torch.float32)
+    fill(clip, checkpoint, clip_names(clip), (), device, dtype or torch.float32)
     clip.text.register_forward_pre_hook(refuse_long_text)
     return clip.eval()
+
+
+def clip_names(clip: CLIP | Siglip) -> Names:
+    return {**expand(VIT_NAMES, clip.vit.config.layers, "vision_model.", "vit."),
+            **expand(TEXT_NAMES, clip.text.config.layers, "text_model.", "text."),
+            "image_projection.weight": "visual_projection.weight"}
 
 
 def refuse_long_text(text: TextTransformer, args: tuple) -> None:
@@ -313,4 +316,18 @@ def save_vit(vit: ViT, path: str | os.PathLike) -> None:
     config = hf_vit_config(vit)                  # first: a tower that is neither writes nothing
     names = expand(VIT_NAMES, vit.config.layers, "vision_model.")
     write_tensors(Path(path) / "model.safetensors", published_tensors(vit, names))
+    write_json(Path(path) / "config.json", config)
+
+
+def save_clip(clip: CLIP, path: str | os.PathLike) -> None:
+    """Write a Hugging Face CLIPModel folder."""
+    t, act = clip.text.config, {ours: theirs for theirs, ours in HF_ACT.items()}
+    text = dict(model_type="clip_text_model", vocab_size=t.vocab_size, hidden_size=t.width,
+                intermediate_size=t.hidden, num_hidden_layers=t.layers, num_attention_heads=t.heads,
+                max_position_embeddings=t.context, hidden_act=act[t.act], layer_norm_eps=t.norm_eps)
+    config = dict(architectures=["CLIPModel"], model_type="clip",
+                  projection_dim=len(clip.text_projection.weight), vision_config=hf_vit_config(clip.vit),
+                  text_config=text | ({} if t.end is None else {"eos_token_id": t.end}))
+    names = {**clip_names(clip), **{name: name for name in ("text_projection.weight", "logit_scale")}}
+    write_tensors(Path(path) / "model.safetensors", published_tensors(clip, names))
     write_json(Path(path) / "config.json", config)

@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import re
 import textwrap
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from papers.bounds import nearest
 from support.formats.files import UserError, atomically, read_json, write_json
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
+from support.lab.answerers import measure_answerer
 from support.lab.attention import gate_history
 from support.lab import claims_list, miniatures
 from support.lab.claims_list import COMMON, Arm, Claim, Number, Side
@@ -158,8 +160,13 @@ def arm_folder(runs: str | Path, arm: str, seed: int) -> str:
     return str(Path(runs) / f"{re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')}-s{seed}")
 
 
+RUN_OF = re.compile(r"\{(.+?)\}")                       # in an answerer's flags: an arm whose run it reads
+
+
 def arm_flags(name: str, arm: Arm, seed: int, setup: Setup) -> list[str]:
-    """The command line of an arm's run."""
+    """The command line of an arm's run, or the flags of its answerer."""
+    if arm.answerer:
+        return [RUN_OF.sub(lambda other: arm_folder(setup.runs, other[1], seed), flag) for flag in arm.flags]
     start = ["--init", arm_folder(setup.runs, arm.start, seed)] if arm.start else []
     out = arm_folder(setup.runs, name, seed)
     return [*setup.common, *arm.flags, *start, "--seed", str(seed), "--out", out]
@@ -172,6 +179,12 @@ def run_arm(name: str, arm: Arm, seed: int, setup: Setup) -> dict:
     """
     run, flags = Path(arm_folder(setup.runs, name, seed)), arm_flags(name, arm, seed, setup)
     done = read_json(run / "seen.json") if (run / "seen.json").exists() else {}
+    if arm.answerer and done.get("flags") != flags:
+        torch.set_num_threads(1)
+        start, scores = time.monotonic(), measure_answerer(arm.answerer, flags, seed, setup.count // 2)
+        done = {"flags": flags, "seconds": time.monotonic() - start, "steps": 0, arm.answerer: scores}
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "seen.json", done)
     if done.get("flags") != flags:
         run.mkdir(parents=True, exist_ok=True)
         with (open(run / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file),
@@ -190,20 +203,25 @@ def run_arm(name: str, arm: Arm, seed: int, setup: Setup) -> dict:
 
 
 def needed_arms(claims: list[Claim], arms: dict[str, Arm]) -> set[str]:
-    """The arms of these claims, those that they start from, and so on."""
+    """The arms of these claims, those whose runs they start from or read, and so on."""
     needed = {name for claim in claims for name in claim.arms}
-    while starts := {arms[name].start for name in needed if arms[name].start} - needed:
-        needed |= starts
+    while others := {other for name in needed for other in arms_before(arms[name])} - needed:
+        needed |= others
     return needed
+
+
+def arms_before(arm: Arm) -> list[str]:
+    """The arms whose runs it starts from or reads."""
+    return [arm.start] * bool(arm.start) + [other for flag in arm.flags for other in RUN_OF.findall(flag)]
 
 
 def stage(name: str, arms: dict[str, Arm]) -> int:
     """How many runs stand before an arm's own."""
-    return 1 + stage(arms[name].start, arms) if arms[name].start else 0
+    return max((1 + stage(other, arms) for other in arms_before(arms[name])), default=0)
 
 
 def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> dict[tuple[str, int], dict]:
-    """{(arm, seed): what `run_arm` returns}; an arm that others start from runs before them."""
+    """{(arm, seed): what `run_arm` returns}; an arm that others start from or read runs before them."""
     results, stages = {}, sorted({stage(name, arms) for name in names})
     for seed, n in itertools.product(range(setup.seeds), stages):
         ready = [name for name in arms if name in names and stage(name, arms) == n]

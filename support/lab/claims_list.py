@@ -34,6 +34,8 @@ class Arm:
     flags: tuple[str, ...]              # what differs from COMMON
     start: str = ""                     # it starts from this arm's run of the same seed
     measures: tuple[str, ...] = ()      # what is measured of it: keys of MEASUREMENTS in lab/claims.py
+    answerer: str = ""                  # of lab/answerers.py: nothing is trained, `flags` are the answerer's
+                                        # ("{linear}": the run of arm "linear"), and it is measured
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,12 @@ def clean_folder(out: Path, trained: dict[str, tuple[str, ...]], sources: tuple[
             raise UserError(f"{out}/config.json: is not a run's, and a run would replace it; "
                             "give --out another folder.")
         towers = {*trained.get(str(settings.get("recipe")), ())}
+        towers |= {"clip"} if "text" in towers else set()
         towers |= {"vit"} if settings.get("vit") == "random" else set()
     try:
         for name in PRODUCTS:
             (out / name).unlink(missing_ok=True)
-        for name in towers & {"vit", "decoder"}:
+        for name in towers & {"vit", "decoder", "clip"}:
             shutil.rmtree(out / name, ignore_errors=True)
         remove_unfinished(out)
     except OSError as e:
@@ -94,7 +95,7 @@ def clean_folder(out: Path, trained: dict[str, tuple[str, ...]], sources: tuple[
 
 def remove_unfinished(out: Path) -> None:
     """What writes that were killed have left."""
-    for folder in (out, out / "vit", out / "decoder"):
+    for folder in (out, out / "vit", out / "decoder", out / "clip"):
         for rest in folder.glob(".*"):
             if UNFINISHED.fullmatch(rest.name):
                 rest.unlink(missing_ok=True)

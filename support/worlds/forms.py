@@ -116,3 +116,12 @@ class ShapesWeb(Shapes):
         color, shape = named[rng.integers(len(named))]
         caption = self.forms[rng.integers(len(self.forms))].format(f"{color} {shape}")
         return replace(item, captions=[caption], qas=[])
+
+
+class ShapesPhrases(Shapes):
+    """Pictures for a text tower of CLIP's that reads parts of captions (pairs.py), for training alone.
+
+    "a small red square at the top left and a large", "Photo of a red square.", "There are two objects in this
+    photo."
+    """
+    name, says_scenes = "shapes-phrases", False

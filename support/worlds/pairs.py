@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from data import COLORS, Item, SHAPES, SIZES, Shapes, Thing, choose, draw_scene
+from data import COLORS, Item, SHAPES, SIZES, Shapes, Thing, caption_scene, choose, draw_scene
 from support.formats.files import UserError
 from support.worlds.emoji import Emoji
 from support.worlds.files import Files
+from support.worlds.forms import ShapesPhrases
+from support.worlds.prompts import count_phrase
 from support.worlds.text import describe_scene
 
 
@@ -30,6 +32,47 @@ def shapes_pair(world: Shapes, index: int) -> tuple[np.ndarray, str, list[str]]:
 
     image, true = draw_scene(things, rng), text(things)
     return image, true, [text(hard_negative(world, things, rng)) for _ in range(2)]
+
+
+@contrastive_pair.register(ShapesPhrases)
+def phrase_pair(world: ShapesPhrases, index: int) -> tuple[np.ndarray, str, list[str]]:
+    """A caption of some things, often cut behind a word; or one thing, or how many there are.
+
+    A false text says the same of a nearly equal scene, or another number.
+    """
+    rng = world.rng(index)
+    things = world.scene(rng)
+    image, form = draw_scene(things, rng), rng.choice(3, p=(0.7, 0.2, 0.1))
+    if form == 2:
+        numbers = [len(things), *rng.permutation([n for n in (1, 2, 3, 4) if n != len(things)])]
+        true, *false = (f"There {count_phrase(n)} in this photo." for n in numbers[:3])
+        return image, true, false
+    if form == 1:
+        names = [f"{t.color} {t.shape}" for t in things]
+        others = [f"{c} {s}" for c, s in world.allowed if f"{c} {s}" not in names]
+        near = [name for name in others if {*name.split()} <= {*" ".join(names).split()}]
+        false = [choose(near or others, rng), choose(others, rng)]
+        true, *false = (f"Photo of a {name}." for name in (choose(names, rng), *false))
+        return image, true, false
+    new = [hard_negative(world, things, rng) for _ in range(2)]
+    return image, *cut_captions(things, new, rng)
+
+
+def cut_captions(things: list[Thing], new: list[list[Thing]],
+                 rng: np.random.Generator) -> tuple[str, list[str]]:
+    """Captions of some things in one order, and of the same in nearly equal scenes, all cut behind one word.
+
+    Those scenes have another thing at a place of the list; each caption is long enough to differ there. Cut
+    short, a false one may still fit another thing of the picture; that is rare.
+    """
+    order = [int(i) for i in rng.permutation(len(things))]
+    wrong = [min(n for n, i in enumerate(order) if scene[i] not in things) for scene in new]
+    told = order[:max(int(rng.integers(1, len(order) + 1)), 1 + max(wrong))]
+    texts = [caption_scene([scene[i] for i in told]).split() for scene in (things, *new)]
+    shown = max(next(n for n, (a, b) in enumerate(zip(texts[0], text)) if a != b) for text in texts[1:])
+    end = int(rng.integers(shown + 1, len(texts[0]) + 1)) if rng.random() < 0.7 else len(texts[0])
+    true, *false = (" ".join(text[:end]).rstrip(",") for text in texts)
+    return true, false
 
 
 def hard_negative(world: Shapes, things: list[Thing], rng: np.random.Generator) -> list[Thing]:

@@ -183,6 +183,7 @@ class TextTask(Task):
 
     Takes batch, steps, seed, accumulate, eval_items, generate_texts, and a decoder where training continues.
     """
+    documents = ShapesText
 
     def __init__(self, given: Ingredients):
         self.given, self.tokenizer = given, shapes_tokenizer()
@@ -192,7 +193,7 @@ class TextTask(Task):
         if not self.continued:
             self.decoder = Decoder(DecoderConfig(vocab_size=V)).init_weights()
         self.module = nn.ModuleDict({"decoder": self.decoder}).to(given.device)
-        self.text = ShapesText(self.tokenizer, seed=given.seed)
+        self.text = self.documents(self.tokenizer, seed=given.seed)
         self.vlm = VLM(nn.Module(), WordBag(self.decoder), self.decoder)
         self.expect = f"(a uniform guess over the vocabulary: ln {V} = {math.log(V):.2f})"
         self.block: tuple[int, list] = (-1, [])         # the number of the last block, and its batches

@@ -21,6 +21,8 @@ import eval as evaluation
 import train
 from papers import make_bridge
 from support.lab import miniatures
+from support.lab.answerers import ANSWERERS, add_answerer_flags
+from support.plumbing.flags import Parser
 from support.lab.claims import (ARMS, CLAIMS, MEASUREMENTS, Setup, arm_flags, arm_folder, claim_report,
                                 few_shot_accuracy, judge, needed_arms, run_claims, stage)
 from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Side
@@ -63,6 +65,8 @@ def test_every_claim_names_its_source_and_compares_arms_by_numbers_that_are_meas
         **{name: set(numbers) for name, numbers in miniatures.MEASURED.items()},
     }
     assert names.keys() == MEASUREMENTS.keys()
+    kinds, captions = names["reasons"], {"cider", "bleu4", "objects", "places", "a guess"}
+    answerers = {"pica": kinds, "magic": captions, "socratic": captions}
     for name, claim in CLAIMS.items():
         source = "" if name in miniatures.CLAIMS else r"document [0-4], "           # else the paper's own
         assert re.match(source, claim.source) and claim.says.endswith("."), name
@@ -70,12 +74,11 @@ def test_every_claim_names_its_source_and_compares_arms_by_numbers_that_are_meas
         for expectation in claim.expect:
             assert expectation.relation in (">", "≥")
             for side in (expectation.left, expectation.right):
-                measured = set().union(*(names[measure] for measure in ARMS[side.arm].measures))
+                measured = set().union(*(names[measure] for measure in ARMS[side.arm].measures),
+                                       answerers.get(ARMS[side.arm].answerer, ()))
                 assert (side.number or claim.columns[0]).name in measured, side
     assert len({arm_folder("out", arm, 0) for arm in ARMS}) == len(ARMS)
-    compared = {arm for claim in CLAIMS.values() for arm in claim.arms}
-    starts = {arm.start for arm in ARMS.values() if arm.start}
-    assert compared | starts == set(ARMS)                                   # no arm for nothing
+    assert needed_arms([*CLAIMS.values()], ARMS) == set(ARMS)                # no arm for nothing
 
 
 def test_percentages_are_multiplied_by_100_and_the_other_units_are_not():
@@ -91,7 +94,16 @@ def test_percentages_are_multiplied_by_100_and_the_other_units_are_not():
         "    one seed   a > b: cider: 50 against 2   (document: 2, 1)"]
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", [name for name in ARMS if ARMS[name].answerer])
+def test_the_flags_of_an_answerer_are_flags_of_the_table(name, tmp_path):
+    parser = Parser("eval.py", "")
+    add_answerer_flags(parser)
+    args = parser.parse_args(arm_flags(name, ARMS[name], 2, Setup(runs=tmp_path)))
+    assert args.lm == str(tmp_path / "language-model-s2")
+    assert ARMS[name].answerer in ANSWERERS
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if not ARMS[name].answerer])
 def test_the_flags_of_an_arm_are_a_command_line_of_train(name, tmp_path):
     s, resume = train.settings_from(arm_flags(name, ARMS[name], 2, Setup(runs=tmp_path)))
     assert (s.seed, s.threads, resume) == (2, 1, False)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data import Shapes
-from papers.clip import ClipTask
+from model import ViT, ViTConfig
+from papers.clip import ClipTask, text_tokens
 from papers.linear_probe import fit_logistic_regression
 from papers.recipe import Ingredients
 from support.worlds.pairs import contrastive_pair
@@ -42,6 +43,28 @@ def test_the_scale_of_the_logits_stays_at_100_or_less(task):
         task.after_step()
         assert math.isclose(task.metrics()["scale"], 100, rel_tol=1e-5)
         task.module.logit_scale.copy_(before)
+
+
+def test_a_given_vit_is_locked_and_all_else_learns():
+    """Recipe clip-text (LiT): the ViT stays, its picture and the texts meet in new projections."""
+    vit = ViT(ViTConfig(image_size=48, width=32, layers=1, heads=2, hidden=32))
+    given = Ingredients(torch.device("cpu"), seed=0, batch=2, steps=1, world=Shapes("train"), vit=vit,
+                        tokenizer=shapes_tokenizer(), contrastive_pair=contrastive_pair)
+    locked = ClipTask(given)
+    locked.freeze(("text", "image_projection", "text_projection"), torch.float32)
+    locked.loss(**locked.batch(0)[0]).backward()
+    assert locked.module.vit is vit and all(p.grad is None for p in vit.parameters())
+    others = {n: p for n, p in locked.module.named_parameters() if not n.startswith("vit.")}
+    assert all(p.grad is not None for p in others.values()) and "logit_scale" in others
+    assert locked.check() == locked.report(None) == {}
+
+
+def test_a_text_ends_with_its_end_token_even_if_it_is_cut():
+    tokenizer = shapes_tokenizer()
+    tokens = text_tokens(["red ring", "red"], tokenizer, 3, begin=(tokenizer.bos,))
+    red, end = tokenizer.encode("red"), tokenizer.eos
+    assert tokens[1].tolist() == ([tokenizer.bos, *red] + [end])[:3] or tokens[1, -1] == end
+    assert tokens.shape[1] == 3 and (tokens == end).sum() == 2 and tokens[0, 0] == tokenizer.bos
 
 
 def test_a_run_is_written_by_the_function_that_was_handed_over(task, tmp_path):

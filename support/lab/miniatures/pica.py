@@ -1,0 +1,55 @@
+"""lab/miniatures/pica.py: a picture told in words, behind 0 to 8 examples, random or similar, in 1 or 5
+prompts, by a bridge's caption or the true one (PICa, 2109.05014v2)."""
+from __future__ import annotations
+
+from eval import generate_texts, vision_features
+from data import CAPTION, Document
+from support.lab.answerers import named_things
+from support.lab.claims_list import MEAN, Arm, Claim, Expectation, Number, Side
+
+OBJECTS, PLACES, GUESS = Number("objects"), Number("places"), Number("a guess")
+LINEAR, WORDS = "linear, captions too", "language model"
+MODELS = ("--lm", f"{{{WORDS}}}")
+TOLD = (*MODELS, "--captions-by", f"{{{LINEAR}}}")
+
+
+def ask(shots: int, similarity: str, ensemble: int = 1, told: tuple[str, ...] = TOLD) -> Arm:
+    return Arm((*told, "--shots", str(shots), "--similarity", similarity, "--ensemble", str(ensemble)),
+               answerer="pica")
+
+
+ARMS = {
+    LINEAR: Arm(("--bridge", "linear", "--captions", "0.5"), measures=("answers", "captions", "things")),
+    WORDS: Arm(("--recipe", "lm-prompts")),
+    "PICa, 0": ask(0, "random"),
+    "PICa, 1 random": ask(1, "random"),
+    "PICa, 1 similar": ask(1, "imagequestion"),
+    "PICa, 4 random": ask(4, "random"),
+    "PICa, 4 similar": ask(4, "imagequestion"),
+    "PICa, 8 similar": ask(8, "imagequestion"),
+    "PICa, 1 similar x 5": ask(1, "imagequestion", 5),
+    "PICa, 4 similar, true captions": ask(4, "imagequestion", told=(*MODELS, "--captions-by", "truth")),
+}
+CLAIMS = {"pica": Claim(
+    says="A few examples teach a language model how to answer about captions, best similar ones; words lose "
+         "what a trained bridge keeps.",
+    source="PICa, Tables 2 to 4, and document 1, MAPL's table",
+    expect=(Expectation(Side("PICa, 4 random"), ">", Side("PICa, 0"), "VQAv2 46.86, 20.61"),
+            Expectation(Side("PICa, 8 similar"), "≥", Side("PICa, 4 similar"), "VQAv2 47.80, 46.86"),
+            Expectation(Side("PICa, 1 similar"), ">", Side("PICa, 1 random")),
+            Expectation(Side("PICa, 4 similar"), ">", Side("PICa, 4 random")),
+            Expectation(Side("PICa, 1 similar x 5"), "≥", Side("PICa, 1 similar")),
+            Expectation(Side("PICa, 4 similar, true captions"), ">", Side("PICa, 4 similar")),
+            Expectation(Side(LINEAR), ">", Side("PICa, 4 similar"))),
+    columns=(MEAN, Number("color"), Number("count"), Number("existence"), Number("position")))}
+
+
+def measure_things(arm) -> dict[str, float]:
+    """What the captions of a trained arm name rightly: `named_things`."""
+    prompts = [Document(arm.tokenizer).image().add(CAPTION) for _ in arm.items]
+    features = vision_features(arm.vlm, arm.items, blind=False)
+    return named_things(generate_texts(arm.vlm, prompts, arm.tokenizer, 64, features=features), arm.items)
+
+
+MEASUREMENTS = {"things": measure_things}
+MEASURED = {"things": ("objects", "places", "a guess")}
