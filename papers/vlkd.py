@@ -69,6 +69,7 @@ class Vlkd(Bridge):
         self.project = nn.Linear(vision_width, joint, bias=False)               # P
         self.map = nn.Linear(joint, decoder.width)                              # W'
         self.text_head = nn.Linear(decoder.width, joint, bias=False)            # W
+        nn.init.normal_(self.text_head.weight, std=0.01)        # W s begins about as long as t: (K1) is small
         self.requires_grad_()
 
     def requires_grad_(self, requires_grad: bool = True) -> Vlkd:
