@@ -30,6 +30,7 @@ from support.formats.tokenizers import Tokenizer
 from support.formats.towers import OpenedClip, TEXT_TOWER, WEIGHTS, open_clip
 from support.formats.vlm import open_run
 from support.plumbing.flags import Parser, number
+from support.plumbing.start import refuse_unread
 from support.worlds import open_data
 from support.worlds.prompts import OBJECTS, count_phrase, object_names
 
@@ -88,6 +89,8 @@ class Models:
             raise UserError("pica reads captions; give --captions-by RUN, or "
                             f"{TRUTH} for the pictures' own.")
         if self.args.captions_by == TRUTH:
+            if without := [item.id for item in items if not item.captions]:
+                raise UserError(f"--captions-by {TRUTH}: item {without[0]} has no caption of its own.")
             return {item.id: item.captions[0] for item in items}
         vlm, tokenizer, _ = open_run(self.args.captions_by, self.device)
         prompts = [Document(tokenizer).image().add(CAPTION) for _ in items]
@@ -106,7 +109,8 @@ class Models:
 def make_pica(models: Models, world, items: list[Item]) -> pica.PICa:
     args, (decoder, tokenizer) = models.args, models.language
     captions = models.captions(items)
-    examples = first_items(world, world.splits[0], POOL) if args.shots else []
+    pool = first_items(world, world.splits[0], POOL) if args.shots else []
+    examples = [item for item in pool if item.image is not None and item.qas]
     return pica.PICa(examples, models.embed_pairs, lambda item: captions[item.id],
                      lambda prompts: pica.greedy_replies(decoder, tokenizer, prompts),
                      args.shots, args.ensemble, args.similarity, args.answer_seed)
@@ -135,11 +139,26 @@ def make_socratic(models: Models, world, items: list[Item]) -> socratic.Socratic
 ANSWERERS = {"pica": make_pica, "magic": make_magic, "socratic": make_socratic}
 
 
+READS = {"pica": {"clip", "lm", "captions_by", "shots", "ensemble", "similarity", "answer_seed"},
+         "magic": {"clip", "lm", "candidates", "alpha", "beta"},
+         "socratic": {"clip", "lm", "drafts", "answer_seed"}}               # answerer → its flags
+
+
+def refuse_unread_flags(args: argparse.Namespace, names: list[str]) -> None:
+    """A UserError for a flag of add_answerer_flags that was given and that no answerer of the table reads."""
+    parser = Parser("eval.py", "")
+    add_answerer_flags(parser)
+    given = {flag for flag, value in vars(parser.parse_args([])).items() if getattr(args, flag) != value}
+    read = set().union(*(READS[name] for name in names))
+    refuse_unread(given, given - read, f"a table with {', '.join(names) or 'runs alone'}")
+
+
 def describe_answerer(name: str, args: argparse.Namespace) -> str:
     """The name of its row."""
     if name == "pica":
         by = Path(args.captions_by).name
-        chosen = f"{args.shots} {'random' if args.similarity == 'random' else 'similar'} shots"
+        chosen = "random" if args.similarity == "random" else "similar"
+        chosen = f"{args.shots} {chosen} shots" if args.shots else "0 shots"
         return f"pica, {chosen}{f' x {args.ensemble}' * (args.ensemble > 1)}, captions: {by}"
     return f"magic, beta {args.beta:g}" if name == "magic" else f"socratic, {args.drafts} drafts"
 

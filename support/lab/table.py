@@ -11,7 +11,8 @@ from eval import (SUBCOMMANDS, __doc__ as COMMANDS, baseline_rows, chance_scores
 from papers.bounds import nearest
 from support.formats.files import UserError, read_json
 from support.formats.vlm import open_run
-from support.lab.answerers import ANSWERERS, Models, add_answerer_flags, answerer_rows
+from support.lab.answerers import (ANSWERERS, Models, add_answerer_flags, answerer_rows,
+                                   refuse_unread_flags)
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.worlds import open_data
 from support.worlds.trained import training_sets
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> None:
     add_machine_flags(parser)
     args = parser.parse_args(argv)
     answerers = [name for name in args.runs if name in ANSWERERS]
+    refuse_unread_flags(args, answerers)
     if not args.runs:
         raise UserError("give at least one run folder, such as out/mapl-shapes (python train.py writes it), "
                         f"or a subcommand: {', '.join(SUBCOMMANDS)}.")

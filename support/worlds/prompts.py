@@ -10,13 +10,13 @@ import numpy as np
 from data import (CAPTION, COLORS, KINDS, NUMBERS, PLACES, QA, SEEN, SHAPES, Document, Item, Shapes,
                   caption_scene)
 from papers import pica, socratic
-from papers.recipe import MUON, Ingredients, Numbers, Recipe
+from papers.recipe import Ingredients, Numbers, Recipe
 from support.formats.files import UserError
 from support.worlds import text
 from support.worlds.text import ShapesText, TextTask
 
 SHARES = {"pica": 0.6, "caption": 0.15, "socratic": 0.2, "scene": 0.05}     # of the documents
-SHOTS, SHOT_SHARES = (0, 1, 2, 4, 8), (0.25, 0.25, 0.2, 0.2, 0.1)
+SHOTS, SHOT_SHARES = (0, 1, 2, 4, 8), (0.3, 0.3, 0.2, 0.15, 0.05)
 OBJECTS = 5                                             # told in a prompt of Socratic Models
 OTHER_HABIT = {                     # kind of question → another way to write its answers
     "existence": {"yes": "y", "no": "n"}, "count": {word: str(n) for n, word in enumerate(NUMBERS)},
@@ -131,5 +131,5 @@ RECIPES = {"lm": text.RECIPE, "lm-prompts": Recipe(
     "GPT-3 (2005.14165v4): next-token loss on text, here with the prompts of PICa, MAGiC, Socratic Models",
     "300B tokens, 2,048 in a row, for the 175B",
     Numbers(6e-5, 1563, 93750, 117, weight_decay=0.1, beta2=0.95),
-    Numbers(1e-3, 32, 600, beta2=0.95, **MUON), trained=("decoder",), task="lm-prompts")}
+    Numbers(1e-3, 32, 600, beta2=0.95), trained=("decoder",), task="lm-prompts")}
 TASKS = {"lm": TextTask, "lm-prompts": PromptTask}

@@ -16,7 +16,8 @@ from support.formats import load_vit
 from support.formats.files import UserError, read_json, write_json
 from support.formats.towers import load_clip_text_parts, open_clip
 from support.formats.vlm import open_run
-from support.lab.answerers import (Models, add_answerer_flags, answer_items, describe_answerer, make_pica,
+from support.lab.answerers import (ANSWERERS, READS, Models, add_answerer_flags, answer_items,
+                                   describe_answerer, make_pica,
                                    measure_answerer, named_things)
 from support.lab.claims import Setup, arm_flags, needed_arms, run_claims
 from support.lab.claims_list import Arm, Claim, Expectation, Number, Side
@@ -116,7 +117,7 @@ def evaluation_parts(run: str):
 def test_without_a_run_the_table_is_of_shapes(capsys):
     evaluation.main(["pica", "--captions-by", "truth", "--shots", "0", "--items", "2", "--device", "cpu"])
     text = capsys.readouterr().out
-    assert text.startswith("shapes: 2 pictures a row") and "pica, 0 similar shots, captions: truth" in text
+    assert text.startswith("shapes: 2 pictures a row") and "pica, 0 shots, captions: truth" in text
     assert "chance" in text and "oracle" not in text
 
 
@@ -125,12 +126,24 @@ def test_without_a_run_the_table_is_of_shapes(capsys):
     (["pica", "--shots", "0"], "pica reads captions; give --captions-by RUN, or truth"),
     (["pica", "--shots", "600", "--captions-by", "truth", "--similarity", "random"],
      "pica: 1 prompts with 600"),
+    (["magic", "socratic", "--shots", "3"], "a table with magic, socratic does not read --shots"),
+    (["out/mlp-shapes", "--drafts", "3"], "a table with runs alone does not read --drafts"),
     (["socratics"], 'did you mean "socratic"'), (["pica", "--saved"], "no run has measured pica"),
     (["magic", "--beta", "-1"], "--beta"), (["pica", "--similarity", "same"], "invalid choice: 'same'")])
 def test_a_mistake_is_one_sentence(argv, words):
     with pytest.raises(UserError, match=words) as e:
         evaluation.main([*argv, "--items", "2", "--device", "cpu"])
     assert str(e.value).count("\n") == 0
+
+
+def test_the_truth_needs_a_caption_to_tell():
+    models, item = Models(flags("--captions-by", "truth"), "cpu"), replace(Shapes().item(0), captions=[])
+    with pytest.raises(UserError, match="--captions-by truth: item train-0 has no caption of its own"):
+        models.captions([item])
+
+
+def test_every_flag_is_read_by_an_answerer():
+    assert set().union(*READS.values()) == set(vars(flags())) and READS.keys() == ANSWERERS.keys()
 
 
 def test_an_item_without_a_picture_has_no_answer_here(clip_run):
