@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from model import (Attention, Bridge, Decoder, DecoderConfig, ImagePositions, SwiGLU, causal_mask,
                    visible_to_bias)
-from papers.recipe import MUON, Numbers, Recipe
+from papers.recipe import Numbers, Recipe
 
 
 class Expert(nn.Module):
@@ -169,12 +169,12 @@ def attend_within_images(f: Callable[..., Tensor], where: ImagePositions, q: Ten
 # Three stages: 120,000 steps of 8,192, 60,000 of 1,024, then fine-tuning, whose rate alone is in our sources.
 # The authors train the ViT, too, at a tenth of the rate.
 PAPER = Numbers(1e-5, 1024, 6000)
+TOY = Numbers(2e-3, 64, 800, optimizer="muon", muon_lr=0.04)
 RECIPES = {
     "cogvlm": Recipe(
         "CogVLM's fine-tuning (2311.03079v2 §2.3): experts and adapter learn, the decoder is frozen",
-        "VQA and conversations; before, 1.5B pairs", PAPER, Numbers(2e-3, 64, 800, **MUON), "cogvlm"),
+        "VQA and conversations; before, 1.5B pairs", PAPER, TOY, "cogvlm"),
     "cogvlm-tuned": Recipe(
         "CogVLM's ablation (Table 4): no experts, the decoder learns instead", "as cogvlm",
-        PAPER, Numbers(2e-3, 64, 800, **MUON), "cogvlm", ("bridge", "decoder"),
-        options=dict(attention=False, mlp=False)),
+        PAPER, TOY, "cogvlm", ("bridge", "decoder"), options=dict(attention=False, mlp=False)),
 }
