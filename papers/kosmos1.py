@@ -85,5 +85,6 @@ class Kosmos1(Bridge):
 RECIPES = {"kosmos1": Recipe(
     "KOSMOS-1 (2302.14045v2): connector and decoder learn together; the paper's decoder starts from nothing",
     "text, pairs and interleaved documents",
-    Numbers(2e-4, None, 300_000, 375, "linear", 0.01, 0.98), Numbers(1e-3, 64, 600), "kosmos1",
+    Numbers(2e-4, None, 300_000, 375, "linear", 0.01, 0.98),
+    Numbers(2e-3, 64, 600, optimizer="muon", muon_lr=0.01), "kosmos1",
     ("bridge", "decoder"), options=dict(reads=-2, queries=16, heads=4))}

@@ -28,7 +28,8 @@ decoder that knows nothing but scenes breaks off no caption.
 
     python train.py --bridge minigpt4 --init out/blip2-2        takes the Q-Former of a run of BLIP-2's stages
 
-Without --init the Q-Former is frozen as it was born: random features, which even a linear map can read.
+Without --init the Q-Former is frozen as it was born, and a linear map hardly reads random features: after 150
+steps of 32 pictures it answers 26.7 %, as good as blind (27.1 %).
 """
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ class MiniGPT4Llama2(Bridge):
         return self.map(z)                                                      # (ΣM, N/4, D)  (G2)
 
 
-# The paper's cosine falls to 80 % of the peak, ours to 2 %. The bundled ViT has rows of 3 patches.
+# The paper's cosine falls to 80 % of the peak, ours to 2 %. The bundled ViT has rows of 3 patches, but three
+# patches in one word are more than the bundled decoder reads: after 100 steps of 32 the loss was 2.2 of 2.7.
 PAPER = Numbers(1e-4, 256, 20000, 5000, "cosine", 0.05, 0.999, 0)
 SIZES = {k: v for k, v in blip2_stage1.RECIPES["blip2-1"].options.items() if k != "dropout"}
 RECIPES = {
@@ -100,5 +102,5 @@ RECIPES = {
     "minigpt4_llama2": Recipe(
         "MiniGPT-4 for LLaMA-2, published code: a linear map of four patches side by side learns",
         "LAION, CC, SBU: 5M pairs", PAPER, Numbers(6e-3, 64, 1600), "minigpt4_llama2",
-        options=dict(reads=-2, join=3)),
+        options=dict(reads=-2, join=1)),
 }

@@ -101,6 +101,8 @@ def minigpt4_file(file: Checkpoint, config: dict, qformer: str = "", **options) 
     The published file has the map alone. qformer: the file of BLIP-2 (blip2_pretrained_flant5xxl.pth) with
     the rest. Heads are 64 wide, as BERT's, unless the config or `heads` says otherwise.
     """
+    if qformer and not file.missing("query_tokens"):
+        raise UserError(f"{file.path}: holds a Q-Former of its own; leave out qformer=.")
     if qformer:
         file.include(Checkpoint(qformer))
     if file.missing("query_tokens"):
@@ -109,8 +111,9 @@ def minigpt4_file(file: Checkpoint, config: dict, qformer: str = "", **options) 
     layer = "Qformer.bert.encoder.layer.{}."
     (_, Q, W), (D, _) = file.shape("query_tokens"), file.shape("llama_proj.weight")
     layers = file.count(layer + "attention.self.query.weight")
-    cross = [i for i in range(layers) if not file.missing(layer.format(i) + "crossattention.self.key.weight")]
-    Di = file.shape(layer.format(cross[0]) + "crossattention.self.key.weight")[1]
+    key = layer + "crossattention.self.key.weight"
+    cross = [i for i in range(layers) if not file.missing(key.format(i))] or [0]
+    Di = file.shape(key.format(cross[0]))[1]
     hidden = file.shape(layer.format(0) + "intermediate_query.dense.weight")[0]
     refuse_contradiction(config, f"{file.path}'s config", vision_width=Di, qformer_width=W, layers=layers,
                          hidden=hidden, queries=Q, width=D, layer_norm_eps=1e-12, decoder_width=D)

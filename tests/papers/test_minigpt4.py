@@ -30,6 +30,8 @@ def test_the_qformer_and_its_map_are_the_authors(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(bridge.parameters(), whole.parameters()))
     with pytest.raises(UserError, match="holds llama_proj alone.*qformer="):
         load_bridge("minigpt4", tmp_path / "minigpt4.pth")
+    with pytest.raises(UserError, match="a Q-Former of its own"):
+        load_bridge("minigpt4", folder / "model.safetensors", qformer=tmp_path / "blip2.pth")
     bridge.queries.requires_grad_()                     # frozen, but the case has its gradient
     y = bridge.prefix(bridge.see(x["features"]))
     check(case, "y", y, expected["y"])
