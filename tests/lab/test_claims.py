@@ -126,7 +126,7 @@ def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
     def ask(common: str) -> str:
         setup = Setup(2, 1, tmp_path / "runs", tmp_path / "claims.txt", tuple(common.split()), 4)
         return run_claims(["longer"], setup, CLAIM, STUB)
-    quick = "--steps 12 --batch 4 --threads 1 --log-every 4 --eval-items 1 --samples 1 --lr 0.01"
+    quick = "--steps 6 --batch 4 --threads 1 --log-every 2 --eval-items 1 --samples 1 --lr 0.01"
     text = ask(quick)
     assert (tmp_path / "claims.txt").read_text(encoding="utf-8") == text
     assert (
@@ -157,7 +157,7 @@ def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
     bridge = tmp_path / "runs/second-s1/bridge.safetensors"
     before = bridge.stat().st_mtime_ns
     assert ask(quick) == text and bridge.stat().st_mtime_ns == before   # finished runs are kept
-    ask(quick.replace("12", "13"))
+    ask(quick.replace("steps 6", "steps 7"))
     assert bridge.stat().st_mtime_ns != before          # unless they were asked for something else
 
 

@@ -29,7 +29,9 @@ QUICK = ["--dtype", "float32", "--log-every", "1", "--eval-items", "8", "--sampl
 SAME = ["--examples", "16", "--warmup", "0"]            # one batch over and over: its loss must fall
 STILL = ["--lr", 1e-30]                                 # an update moves a zero by 1e-30, and nothing else
 STEPS = {"lm": 8, "clip": 8, "clip-text": 8, "blip2-1": 25}
-FIRST_STAGES = [name for name, r in train.RECIPES.items()       # lm-prompts: tests/worlds/test_prompts.py
+ABLATIONS = {f"{r.bridge}-{arm}" for r in train.RECIPES.values() for arm in ("frozen", "tuned")}
+FIRST_STAGES = [pytest.param(name, marks=pytest.mark.slow) if name in ABLATIONS else name
+                for name, r in train.RECIPES.items()            # lm-prompts: tests/worlds/test_prompts.py
                 if not r.start and name not in ALL_BRIDGES and name != "lm-prompts"]
 
 
