@@ -110,6 +110,7 @@ class PrefixTuning(Bridge):
         return p if visual is None else p + visual.shape[1]
 
 
+# The papers' numbers are from memory. Prompt tuning's optimiser is Adafactor with a decay of 0.8.
 RECIPES = {
     "prompt_tuning": Recipe(
         "Prompt tuning (2104.08691v2 §3) by a picture: words and a map from the picture to them learn",

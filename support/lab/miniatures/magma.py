@@ -6,11 +6,11 @@ import torch
 
 import data
 from model import IMAGE
-from support.lab.claims_list import BY_KIND, Arm, Claim, Expectation, Number, Side
+from support.lab.claims_list import BY_KIND, LOSS, Arm, Claim, Expectation, Number, Side
 from support.worlds.text import ShapesText
 
 TEXT_LOSS = Number("text loss", "nats")
-MEASURES = ("answers", "text loss")
+MEASURES = ("answers", "loss", "text loss")
 
 
 @torch.no_grad()
@@ -32,15 +32,20 @@ def measure_text_loss(arm, count: int = 128) -> dict[str, float]:
 
 MEASUREMENTS = {"text loss": measure_text_loss}
 MEASURED = {"text loss": (TEXT_LOSS.name,)}
+LONG = ("--steps", "600")               # twice the others' steps: see the note below
+
+
+def arm(*flags: str) -> Arm:
+    return Arm((*flags, *LONG), measures=MEASURES)
+
+
 ARMS = {
-    "MAGMA, prefix alone": Arm(("--bridge", "magma", "--option", "mlp=none"), measures=MEASURES),
-    "MAGMA": Arm(("--bridge", "magma"), measures=MEASURES),
-    "MAGMA, decoder tuned": Arm(("--recipe", "magma-tuned"), measures=MEASURES),
-    "MAGMA, attention": Arm(("--bridge", "magma", "--option", "mlp=none", "attention=normal"),
-                            measures=MEASURES),
-    "MAGMA, parallel": Arm(("--bridge", "magma", "--option", "mlp=parallel"), measures=MEASURES),
-    "MAGMA, attention parallel": Arm(("--bridge", "magma", "--option", "mlp=none", "attention=parallel"),
-                                     measures=MEASURES),
+    "MAGMA, prefix alone": arm("--bridge", "magma", "--option", "mlp=none"),
+    "MAGMA": arm("--bridge", "magma"),
+    "MAGMA, decoder tuned": arm("--recipe", "magma-tuned"),
+    "MAGMA, attention": arm("--bridge", "magma", "--option", "mlp=none", "attention=normal"),
+    "MAGMA, parallel": arm("--bridge", "magma", "--option", "mlp=parallel"),
+    "MAGMA, attention parallel": arm("--bridge", "magma", "--option", "mlp=none", "attention=parallel"),
 }
 PREFIX = Side("MAGMA, prefix alone")
 CLAIMS = {
@@ -50,14 +55,18 @@ CLAIMS = {
         source="document 1; MAGMA, LiMBeR",
         expect=(
             Expectation(Side("MAGMA"), ">", PREFIX, paper="VQAv2 36.9, LiMBeR 33.33"),
+            Expectation(Side("MAGMA, prefix alone", LOSS), ">", Side("MAGMA", LOSS)),
             Expectation(Side("MAGMA", TEXT_LOSS), ">", Side("MAGMA, prefix alone", TEXT_LOSS)),
             Expectation(Side("MAGMA, decoder tuned", TEXT_LOSS), ">", Side("MAGMA", TEXT_LOSS)),
         ),
-        columns=(*BY_KIND, TEXT_LOSS)),
+        columns=(*BY_KIND, LOSS, TEXT_LOSS),
+        note="All runs of this paper have 600 steps. Looked at: seed 0 after 300. The adapters had learned "
+             "what is usually answered (loss 0.54 with the right picture, 0.61 with another's; accuracy "
+             "31 % against the prefix's 38 %); 300 further steps brought it to 0.16."),
     "magma-places": Claim(
         says="In either form and at either place, adapters do no worse than the prefix alone.",
         source="MAGMA's published code; the configurations have one form",
         expect=tuple(Expectation(Side(arm), "≥", PREFIX) for arm in (
             "MAGMA", "MAGMA, attention", "MAGMA, parallel", "MAGMA, attention parallel")),
-        columns=(*BY_KIND, TEXT_LOSS)),
+        columns=(*BY_KIND, LOSS, TEXT_LOSS)),
 }
