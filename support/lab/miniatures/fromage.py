@@ -58,4 +58,8 @@ CLAIMS = {"fromage": Claim(
             Expectation(Side("FROMAGe", SHOTS[4]), ">", Side("FROMAGe, single", SHOTS[4])),
             Expectation(Side("FROMAGe", CLIP_CAPTION), ">", Side("FROMAGe", CAPTION)),
             Expectation(Side("FROMAGe", DIALOGUE), ">", Side("FROMAGe", CLIP_DIALOGUE))),
-    columns=(CAPTION, DIALOGUE, CLIP_CAPTION, CLIP_DIALOGUE, *SHOTS.values()))}
+    columns=(CAPTION, DIALOGUE, CLIP_CAPTION, CLIP_DIALOGUE, *SHOTS.values()),
+    note="The caption before it is what makes a dialogue hard: seed 0 finds 58 % behind one caption, 43 % "
+         "behind a picture and the caption, 17 % behind two captions, 14 % in the whole dialogue. [RET] "
+         "learns behind single captions, pairs or not, as in the published code, and this small frozen "
+         "decoder then mixes both captions into one vector.")}
