@@ -118,8 +118,7 @@ class Ingredients:
     vit: ViT | None = None
     decoder: Decoder | None = None
     bridge: Bridge | None = None
-    clip: nn.Module | None = None   # both towers of a CLIP
-    clip_tokenizer: Any = None
+    clip: Any = None                # both towers (clip), their tokenizer, and begin: ids ahead of a text
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
     open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from data import CAPTION, Document, Item, collate
 from model import Bridge, DecoderConfig, ImagePositions
+from papers.clip import text_tokens
 from papers.recipe import Ingredients, Numbers, Recipe, Task
 
 
@@ -87,12 +88,12 @@ class Vlkd(Bridge):
 class VlkdTask(Task):
     """(K4): what VLKD changes of train.py's answer task, in front of which this class stands.
 
-    Takes clip, a CLIP with the ViT of `vit`, and its tokenizer, clip_tokenizer.
+    Takes clip, of which the ViT is one half.
     """
 
     def __init__(self, given: Ingredients, *others):
         super().__init__(given, *others)
-        self.clip, project = given.clip.eval().requires_grad_(False), self.module.bridge.project
+        self.clip, project = given.clip.clip.requires_grad_(False), self.module.bridge.project
         theirs = self.clip.image_projection.weight
         if project.weight.shape != theirs.shape:
             raise ValueError(f"its vectors have {len(theirs)} numbers, the bridge's {len(project.weight)}; "
@@ -101,11 +102,9 @@ class VlkdTask(Task):
             project.weight.copy_(theirs)
 
     def piece(self, pairs: list[tuple[Document, Item]], m: int, weight: float) -> dict:
-        captions, t = [item.captions[0] for _, item in pairs], self.given.clip_tokenizer
-        text, _, text_mask = collate([Document(self.tokenizer).add(f"{CAPTION} {c}") for c in captions])
-        rows = [[*t.begin, *t.encode(c)][:self.clip.text.config.context - 1] + [t.eos] for c in captions]
-        longest = max(map(len, rows))                   # CLIP reads what stands before the first end
-        clip_text = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        captions, c = [item.captions[0] for _, item in pairs], self.given.clip
+        text, _, text_mask = collate([Document(self.tokenizer).add(f"{CAPTION} {t}") for t in captions])
+        clip_text = text_tokens(captions, c.tokenizer, self.clip.text.config.context, c.begin)
         return super().piece(pairs, m, weight) | dict(text=text, text_mask=text_mask, clip_text=clip_text)
 
     def loss(self, tokens: Tensor, labels: Tensor, mask: Tensor | None, features: Tensor, text: Tensor,

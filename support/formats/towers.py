@@ -127,11 +127,7 @@ def load_prompt_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
 def load_vlkd_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """An answer task's, and the CLIP that the ViT is half of: the bundled text tower, or the ViT's folder."""
     load_answer_parts(given, lm, vit, init)
-    folder = resolve_folder(TEXT_TOWER if vit == f"{WEIGHTS}/vit" else vit)
-    given.clip, given.clip_tokenizer = load_clip(folder, given.device), load_words(str(folder))
-    if not isinstance(given.clip, CLIP):
-        raise UserError(f"{vit}: holds no CLIP, and it is CLIP's text tower that is distilled; give --vit "
-                        "the folder of a CLIPModel.")
+    given.clip = open_clip(TEXT_TOWER if vit == f"{WEIGHTS}/vit" else vit, given.device)
 
 
 # task of a recipe → what loads its ingredients
