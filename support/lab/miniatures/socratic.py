@@ -1,4 +1,8 @@
-"""lab/miniatures/socratic.py: objects come through words, places do not (Socratic Models, 2204.00598v2)."""
+"""lab/miniatures/socratic.py: objects come through words, places do not (Socratic Models, 2204.00598v2).
+
+One draft shows what the words of the prompt hold. Among ten, CLIP's last choice may bring places back, where
+CLIP reads them.
+"""
 from __future__ import annotations
 
 from support.lab.claims_list import CIDER, Arm, Claim, Expectation, Side
