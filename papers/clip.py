@@ -1,8 +1,7 @@
 """papers/clip.py: CLIP (2103.00020v1): two towers and a contrast.
 
 Run      python train.py --recipe clip            makes the bundled ViT again and prints its gate
-         python train.py --recipe clip-text       gives --vit, the bundled ViT, a text tower (weights/clip-text
-                                                  after 300 steps)
+         python train.py --recipe clip-text       a text tower for a ViT: weights/clip-text after 300 steps
 Content  TextTransformer, CLIP                    the model
          ClipTask, RECIPES                        the training
 """
