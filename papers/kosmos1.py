@@ -23,7 +23,9 @@ KOSMOS-2 (2306.14824) publishes:
 There is no residual, norm or feed-forward: p is made of values alone, and Flamingo's resampler, of which this
 is one bare layer, has them all. In (K3) a bias of the keys adds the same to all scores of a query, and the
 softmax takes it away again. LN is CLIP's own post-norm; a vision tower hands over its last state without it,
-so the bridge owns one. Theirs drops 10 % of the attention weights in training, ours none.
+so the bridge owns one. Theirs drops 10 % of the attention weights in training, ours none. As z has length 1,
+W starts at N(0, 1) here, where u is as large as q. At PyTorch's own start it is a twentieth of q, and 150 toy
+steps taught nothing of the picture.
 
 The claim: interleaved documents are what makes few-shot work, and text what keeps the language. In miniature:
 three mixtures (pairs; and interleaved documents; and text), decoder trained too; accuracy with examples and
@@ -70,6 +72,7 @@ class Kosmos1(Bridge):
             raise ValueError("kosmos1 needs one query or more.")
         self.vision_norm = nn.LayerNorm(vision_width, eps=vision_eps) if vision_eps else nn.Identity()
         self.dense = nn.Linear(vision_width, decoder.width)
+        nn.init.normal_(self.dense.weight)              # u as large as q, see above
         self.queries = nn.Parameter(torch.randn(queries, decoder.width))        # q ~ N(0, 1)
         self.connector = Connector(decoder.width, heads)
 
