@@ -79,7 +79,7 @@ def test_a_vit_learns_the_name_of_the_shape_in_a_cell_or_its_pixels():
 
 
 def test_a_map_reads_the_vit_that_another_run_has_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(limber, "linear_probe", lambda vit: {"shape": 0.5})
+    monkeypatch.setattr(limber, "linear_probe", lambda vit, **sizes: {"shape": 0.5})
     argv = ["--steps", "1", "--batch", "4", "--dtype", "float32"]
     made = train.main(["--recipe", "limber-names", *argv, "--out", str(tmp_path / "vit")])
     assert (tmp_path / "vit" / "vit" / "probe.json").exists()
