@@ -287,6 +287,14 @@ def own_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """A run draws its curves where matplotlib is, which takes longer than the steps of a test's run."""
+    train = sys.modules.get("train")
+    if train is not None and request.path.name != "test_curves.py":
+        monkeypatch.setattr(train, "draw_curves", lambda *a, **kw: None)
+
+
 @pytest.fixture
 def decoder() -> Decoder:
     return tiny_decoder()

@@ -711,6 +711,7 @@ def test_of_two_shards_the_missing_one_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux' /proc")
+@pytest.mark.slow
 def test_loading_peaks_at_one_copy_of_the_model(tmp_path):
     sizes = dict(
         vocab_size=8192, width=1024, layers=3, heads=8, kv_heads=8, head_width=128, hidden=2048, tied=False

@@ -300,6 +300,7 @@ def test_captions_are_the_likeliest_words_after_dec_and_stop():
     assert stage.generate(pixels[:1], max_new_tokens=6, stop=(end,)).shape == (1, first + 1)
 
 
+@pytest.mark.slow
 def test_hard_negatives_follow_the_similarity_and_are_never_the_own_pair():
     stage, features = tiny_stage(), torch.randn(4, 10, TINY_VIT.width)
     tokens = torch.randint(1, 30, (4, 5))
@@ -351,6 +352,7 @@ def test_a_text_longer_than_the_positions_is_refused_in_words():
         tiny_stage().itc(torch.randn(1, 10, TINY_VIT.width), torch.ones(1, 17, dtype=torch.long))
 
 
+@pytest.mark.slow
 def test_the_three_losses_fall_together():
     stage, pixels = tiny_stage(), torch.randn(4, 3, 24, 24)
     tokens = torch.tensor([[1, 5, 6, 2], [1, 7, 8, 2], [1, 9, 10, 2], [1, 11, 12, 2]])

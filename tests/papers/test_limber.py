@@ -89,11 +89,3 @@ def test_a_map_reads_the_vit_that_another_run_has_trained(tmp_path, monkeypatch)
         assert all(torch.equal(a, b) for a, b in zip(vit.parameters(), made["vit"].parameters()))
     with pytest.raises(UserError, match="does not read --data"):
         train.main(["--recipe", "limber-names", "--data", "emoji"])
-
-
-def test_it_trains_by_name_and_its_run_opens(tmp_path):
-    argv = ["--bridge", "limber", "--steps", "2", "--batch", "4", "--eval-items", "2", "--samples", "0"]
-    module = train.main([*argv, "--dtype", "float32", "--out", str(tmp_path)])
-    saved = load_vlm(tmp_path)
-    assert not saved.training and saved.bridge.name == "limber"
-    assert torch.equal(saved.bridge.map.weight, module.bridge.map.weight)

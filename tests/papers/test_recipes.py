@@ -30,6 +30,7 @@ SAME = ["--examples", "16", "--warmup", "0"]            # one batch over and ove
 STILL = ["--lr", 1e-30]                                 # an update moves a zero by 1e-30, and nothing else
 STEPS = {"lm": 8, "clip": 8, "clip-text": 8, "blip2-1": 25}
 ABLATIONS = {f"{r.bridge}-{arm}" for r in train.RECIPES.values() for arm in ("frozen", "tuned")}
+ABLATIONS |= {"adapter-rand", "limber-names", "limber-pixels"}
 FIRST_STAGES = [pytest.param(name, marks=pytest.mark.slow) if name in ABLATIONS else name
                 for name, r in train.RECIPES.items()            # lm-prompts: tests/worlds/test_prompts.py
                 if not r.start and name not in ALL_BRIDGES and name != "lm-prompts"]
@@ -62,7 +63,8 @@ def test_a_miniature_run_of_each_first_stage(name, tmp_path):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("system", train.SYSTEMS)
+@pytest.mark.parametrize("system", [pytest.param(name, marks=[pytest.mark.slow] * (name != "llava"))
+                                    for name in train.SYSTEMS])
 def test_a_system_runs_through_its_stages_and_each_starts_from_the_last(system, tmp_path):
     run("--recipe", system, "--steps", 12, *SAME, out=tmp_path)
     first, second = (tmp_path / stage for stage in train.SYSTEMS[system])
