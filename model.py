@@ -433,7 +433,8 @@ class Decoder(nn.Module):
             cache.length += x.shape[1]
         return hidden
 
-    def context(self, x: Tensor, mask: Tensor | None, cache: Cache | None, bridge: Bridge, visual) -> Context:
+    def context(self, x: Tensor, mask: Tensor | None, cache: Cache | None, bridge: Bridge,
+                visual=None) -> Context:
         """Rotary angles and the attention mask for x (B, T, D); arguments as in `states`."""
         T, past = x.shape[1], 0 if cache is None else cache.length
         if cache is not None:
