@@ -21,8 +21,9 @@ CLIP, PICTURES = Processor(), list(np.random.default_rng(0).integers(0, 255, (3,
 
 
 @torch.no_grad()
-def plain(vlm, pictures: list[np.ndarray]) -> torch.Tensor:
-    return vlm.features(to_pixels(pictures, 24))
+def plain(vlm, *batches: list[np.ndarray]) -> torch.Tensor:
+    """Features of batches as they were computed: another size of the batch may round a picture otherwise."""
+    return torch.cat([vlm.features(to_pixels(pictures, 24)) for pictures in batches])
 
 
 @torch.no_grad()
@@ -92,23 +93,26 @@ def test_two_runs_fill_one_cache_in_turns(tmp_path):
     one, two = FeatureCache(tmp_path, vlm, CLIP), FeatureCache(tmp_path, vlm, CLIP)
     a, b, c = PICTURES
     for cache, pictures in ((one, [a]), (two, [b]), (one, [c]), (two, [a, c])):
-        assert torch.equal(features(cache, vlm, pictures), plain(vlm, pictures))
+        assert torch.equal(features(cache, vlm, pictures), plain(vlm, *([p] for p in pictures)))
     third = FeatureCache(tmp_path, vlm, CLIP)
     known = third.look_up([a, b, c])
-    assert not known.missing and torch.equal(known.rows, plain(vlm, [a, b, c]))
+    assert not known.missing and torch.equal(known.rows, plain(vlm, [a], [b], [c]))
     assert third.count == 3                             # nothing was computed twice
 
 
 def test_damaged_rows_are_computed_again_and_a_foreign_file_is_begun_anew(tmp_path, capsys):
     vlm = tiny_vlm("linear")
-    cache, expected = FeatureCache(tmp_path, vlm, CLIP), plain(vlm, PICTURES)
+    cache, expected, (_, b, c) = FeatureCache(tmp_path, vlm, CLIP), plain(vlm, PICTURES), PICTURES
     features(cache, vlm, PICTURES)
     content = bytearray(cache.file.read_bytes())
     content[cache.row_bytes + 3] ^= 1                   # one bit of the second row
-    for damaged in (bytes(content), bytes(content)[:cache.row_bytes], b""):
+    second, rest = plain(vlm, [b]), plain(vlm, [b, c])
+    for damaged, right in ((bytes(content), torch.cat((expected[:1], second, expected[2:]))),
+                           (bytes(content)[:cache.row_bytes], torch.cat((expected[:1], rest))),
+                           (b"", expected)):
         cache.file.write_bytes(damaged)
         again = FeatureCache(tmp_path, vlm, CLIP)
-        assert torch.equal(features(again, vlm, PICTURES), expected)
+        assert torch.equal(features(again, vlm, PICTURES), right)
         assert capsys.readouterr().out.count("damaged rows") == 1
         assert not again.look_up(PICTURES).missing      # and stay right
     for foreign in (b"0/a/0\n0/b/0\n" * 9, bytes(500), b'{"id": 1}' * 20):
@@ -117,7 +121,8 @@ def test_damaged_rows_are_computed_again_and_a_foreign_file_is_begun_anew(tmp_pa
         assert torch.equal(features(again, vlm, PICTURES), expected)
         assert capsys.readouterr().out.count("made anew") == 1
     cache.names.write_bytes(cache.names.read_bytes()[:-5])          # a crash in a line
-    assert torch.equal(features(FeatureCache(tmp_path, vlm, CLIP), vlm, PICTURES), expected)
+    right = torch.cat((expected[:2], plain(vlm, [c])))
+    assert torch.equal(features(FeatureCache(tmp_path, vlm, CLIP), vlm, PICTURES), right)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
