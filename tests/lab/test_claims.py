@@ -122,6 +122,7 @@ CLAIM = {"longer": Claim("A run that goes on from another has the lower loss.", 
                          (LOSS, CIDER))}
 
 
+@pytest.mark.slow
 def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
     def ask(common: str) -> str:
         setup = Setup(2, 1, tmp_path / "runs", tmp_path / "claims.txt", tuple(common.split()), 4)

@@ -30,7 +30,7 @@ SAME = ["--examples", "16", "--warmup", "0"]            # one batch over and ove
 STILL = ["--lr", 1e-30]                                 # an update moves a zero by 1e-30, and nothing else
 STEPS = {"lm": 8, "clip": 8, "clip-text": 8, "blip2-1": 25}
 ABLATIONS = {f"{r.bridge}-{arm}" for r in train.RECIPES.values() for arm in ("frozen", "tuned")}
-ABLATIONS |= {"adapter-rand", "limber-names", "limber-pixels"}
+ABLATIONS |= {"adapter-1", "adapter-rand", "llava-1.5-1", "limber-names", "limber-pixels"}
 FIRST_STAGES = [pytest.param(name, marks=pytest.mark.slow) if name in ABLATIONS else name
                 for name, r in train.RECIPES.items()            # lm-prompts: tests/worlds/test_prompts.py
                 if not r.start and name not in ALL_BRIDGES and name != "lm-prompts"]
@@ -100,6 +100,7 @@ def test_the_second_stage_of_blip2_begins_with_the_qformer_of_the_first(tmp_path
     assert all(torch.allclose(bridge[n], saved[f"qformer.{n}"], rtol=0, atol=1e-29) for n in shared)
 
 
+@pytest.mark.slow
 def test_the_weighted_sum_of_two_data_sets_is_what_flamingo_writes(tmp_path):
     """Σ_m λ_m E_m: a mixture's loss is the weighted sum of the losses on each half of its batch."""
     def first_loss(spec: str, batch: int) -> float:
@@ -150,6 +151,7 @@ def test_documents_that_are_cut_are_counted_whoever_reads_them(tmp_path, capsys)
         assert "warning: 16 documents were longer than --longest 24" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_parameters_is_what_is_saved_and_survives_a_resume(tmp_path):
     argv = ["--bridge", "linear", "--lr", "0.05", "--warmup", "0", "--schedule", "constant"]
 

@@ -34,8 +34,10 @@ def test_without_matplotlib_a_run_works_prints_nothing_of_it_and_curves_asked_fo
 
 
 @pytest.mark.parametrize("bridge, options, panels", [
-    ("mlp", [], 0), ("zero_init", [], 1), ("zero_init", ["--option", "gate_per=layer"], 1),
-    ("flamingo", ["--option", "every=2"], 2), ("idefics", ["--option", "vector_gates=true"], 2),
+    ("mlp", [], 0), ("flamingo", ["--option", "every=2"], 2),
+    pytest.param("zero_init", [], 1, marks=pytest.mark.slow),
+    pytest.param("zero_init", ["--option", "gate_per=layer"], 1, marks=pytest.mark.slow),
+    pytest.param("idefics", ["--option", "vector_gates=true"], 2, marks=pytest.mark.slow),
 ])
 def test_with_matplotlib_a_run_draws_its_curves(bridge, options, panels, tmp_path):
     """And the same file again from the log alone; the log's layers are those that have gates."""

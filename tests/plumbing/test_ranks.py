@@ -108,6 +108,7 @@ def losses(run: Path) -> list[float]:
     return [x["loss"] for x in log(run) if "loss" in x]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "uneven", "uneven-fsdp"])
 def test_two_processes_equal_one(name, folder, tmp_path):
     """Losses, norms, gates, scores, weights, files. The answers of `uneven` have 1 word and 53 words."""
@@ -136,6 +137,7 @@ def test_two_processes_equal_one(name, folder, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in (folder / name).iterdir()}
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_that_was_killed_resumes_to_the_same_losses_bit_for_bit(folder):
     """Slices of parameters and moments, and the random state of each process: dropout is on."""
     unbroken, broken = folder / "unbroken", folder / "broken"
@@ -153,6 +155,7 @@ def test_a_run_of_two_processes_that_was_killed_resumes_to_the_same_losses_bit_f
     assert not list(broken.glob(".*"))  # what the killed save left is gone
 
 
+@pytest.mark.slow
 def test_what_cannot_be_split_is_refused(folder):
     output = (folder / "output.txt").read_text()
     for name, words in {
@@ -168,6 +171,7 @@ def test_what_cannot_be_split_is_refused(folder):
         train.main(["--shard", "--out", str(folder / "one")])
 
 
+@pytest.mark.slow
 def test_several_processes_say_a_mistake_once_and_exit_with_2(folder):
     done = torchrun("train.py", "--bridge", "qfomer", check=False)
     assert done.stderr.count('unknown bridge "qfomer"') == 1 and "exitcode  : 2" in done.stderr

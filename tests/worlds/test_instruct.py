@@ -585,6 +585,7 @@ def test_mistakes_are_one_sentence_each(coco, stub, tmp_path):
         made(tmp_path / "c", f"llava:{tmp_path / 'b'}", 3, "a decoder")
 
 
+@pytest.mark.slow
 def test_the_command_line_generates_and_explains(tmp_path):
     program = [sys.executable, ROOT / "data.py"]
     run = lambda *args: subprocess.run([*program, *args], cwd=tmp_path, capture_output=True, text=True)
