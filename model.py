@@ -449,7 +449,7 @@ class Decoder(nn.Module):
             mask = torch.ones(1, past + T, dtype=torch.bool, device=x.device) if mask is None else mask
             visible = visible_keys(mask, past)                                  # (B or 1, T, S)
             positions = visible.sum(-1) - 1
-            near = visible.flip(-1).cumsum(-1).flip(-1) <= window       # keys that lie between, both ends in
+            near = past + T <= window or visible.flip(-1).cumsum(-1).flip(-1) <= window     # keys from s to t
             bias = visible_to_bias(visible & near, dtype)[:, None]
         positions = bridge.rope_positions(positions, visual)
         angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)   # (B or 1, 1, T, E/2)
