@@ -32,10 +32,8 @@ PAPERS = {module.__name__.removeprefix("papers."): module
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
                          prompt_tuning, visualgpt, vcgpt, gligen, vlkd)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
-           **{name: recipe for paper in (clip, blip2_stage1, frozen, idefics, clipcap, limber, magma,
-                                         minigpt4, kosmos1, fromage, cogvlm, prompt_tuning, visualgpt,
-                                         vcgpt, vlkd)
-              for name, recipe in paper.RECIPES.items()}}
+           **{name: recipe for paper in PAPERS.values()
+              for name, recipe in getattr(paper, "RECIPES", {}).items()}}
 RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGPT4, MiniGPT4Llama2, Kosmos1,
              Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT, Vlkd)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
