@@ -20,7 +20,7 @@ from torch import Tensor
 import data
 from data import CAPTION, COLORS, QA, SHAPES, Document, Item, Shapes
 from eval import accuracy_by_kind, caption_scores, first_items, generate_texts, scalar_scores, vision_features
-from model import Decoder
+from model import VLM, Decoder
 from papers import magic, pica, socratic
 from support.formats.files import UserError, at_the_door
 from support.formats.hub import fetch
@@ -64,6 +64,11 @@ def add_answerer_flags(parser: argparse.ArgumentParser) -> None:
                        help="of PICa's random examples and of Socratic's captions (0)")
 
 
+def write_captions(vlm: VLM, tokenizer: Tokenizer, items: list[Item]) -> list[str]:
+    prompts = [Document(tokenizer).image().add(CAPTION) for _ in items]
+    return generate_texts(vlm, prompts, tokenizer, 64, features=vision_features(vlm, items, blind=False))
+
+
 @dataclass
 class Models:
     """The models that the answerers of a table share; each is opened when it is first needed."""
@@ -93,10 +98,7 @@ class Models:
                 raise UserError(f"--captions-by {TRUTH}: item {without[0]} has no caption of its own.")
             return {item.id: item.captions[0] for item in items}
         vlm, tokenizer, _ = open_run(self.args.captions_by, self.device)
-        prompts = [Document(tokenizer).image().add(CAPTION) for _ in items]
-        features = vision_features(vlm, items, blind=False)
-        texts = generate_texts(vlm, prompts, tokenizer, 64, 1, features)
-        return {item.id: text for item, text in zip(items, texts)}
+        return {item.id: text for item, text in zip(items, write_captions(vlm, tokenizer, items))}
 
     def embed_pairs(self, pairs: list[tuple[Item, QA]]) -> tuple[Tensor, Tensor]:
         """CLIP's embeddings of questions and of their pictures; a picture with several is embedded once."""

@@ -71,6 +71,11 @@ class ShapesText:
         """The ids of the five words of a thing."""
         return [self.word[w] for w in (t.size, t.color, t.shape, *t.place.split())]
 
+    def held_out(self, count: int, progress: float = 1.0) -> list[Document]:
+        """Up to `count` documents that no training has met, those of words alone: without bags."""
+        found = [self.document(10_000_000 + i, progress) for i in range(count)]
+        return [document for document, bags in found if not bags]
+
     def document(self, index: int, progress: float = 1.0) -> tuple[Document, list[list[int]]]:
         """(document, bags (n, BAG) int64 in the order of its IMAGE tokens).
 

@@ -23,9 +23,7 @@ def measure_text(arm: TrainedArm, count: int = 100) -> dict[str, float]:
     """On held-out text without a picture: the loss in nats per learned token, and the largest change of a
     logit since training began."""
     before = load_decoder(resolve_folder(f"{WEIGHTS}/decoder"))
-    source = ShapesText(arm.tokenizer, seed=1, bags=0)
-    found = [source.document(10_000_000 + i) for i in range(count)]
-    tokens, labels, mask = data.collate([document for document, bags in found if not bags])
+    tokens, labels, mask = data.collate(ShapesText(arm.tokenizer, seed=1, bags=0).held_out(count))
     total, count = arm.vlm.loss(tokens, labels, mask=mask)
     change = (arm.vlm(tokens, mask=mask) - before(tokens, mask))[mask].abs().max()
     return {"text loss": total.item() / count, "text change": change.item()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 import data
-from model import IMAGE
 from support.lab.claims_list import BY_KIND, LOSS, Arm, Claim, Expectation, Number, Side
 from support.worlds.text import ShapesText
 
@@ -20,11 +19,9 @@ def measure_text_loss(arm, count: int = 128) -> dict[str, float]:
     arm: a TrainedArm. The texts are new ones: scenes in words, questions, answers and captions.
     """
     text = ShapesText(arm.tokenizer, seed=1, bags=0.0)
-    total = learned = 0
-    for first in range(0, count, 32):
-        documents = [text.document(10_000_000 + i)[0] for i in range(first, first + 32)]
-        documents = [d for d in documents if IMAGE not in d.tokens]
-        tokens, labels, mask = data.collate(documents)
+    documents, total, learned = text.held_out(count), 0.0, 0
+    for first in range(0, len(documents), 32):
+        tokens, labels, mask = data.collate(documents[first:first + 32])
         loss, n = arm.vlm.loss(tokens, labels, mask=mask)
         total, learned = total + loss.item(), learned + n
     return {"text loss": total / learned}

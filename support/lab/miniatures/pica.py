@@ -2,9 +2,7 @@
 prompts, by a bridge's caption or the true one (PICa, 2109.05014v2)."""
 from __future__ import annotations
 
-from eval import generate_texts, vision_features
-from data import CAPTION, Document
-from support.lab.answerers import named_things
+from support.lab.answerers import named_things, write_captions
 from support.lab.claims_list import MEAN, Arm, Claim, Expectation, Number, Side
 
 OBJECTS, PLACES, GUESS = Number("objects"), Number("places"), Number("a guess")
@@ -46,9 +44,7 @@ CLAIMS = {"pica": Claim(
 
 def measure_things(arm) -> dict[str, float]:
     """What the captions of a trained arm name rightly: `named_things`."""
-    prompts = [Document(arm.tokenizer).image().add(CAPTION) for _ in arm.items]
-    features = vision_features(arm.vlm, arm.items, blind=False)
-    return named_things(generate_texts(arm.vlm, prompts, arm.tokenizer, 64, features=features), arm.items)
+    return named_things(write_captions(arm.vlm, arm.tokenizer, arm.items), arm.items)
 
 
 MEASUREMENTS = {"things": measure_things}

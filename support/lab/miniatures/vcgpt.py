@@ -16,9 +16,7 @@ FEW = ("--captions", "1", "--steps", "150", "--batch", "16")
 def measure_text(arm) -> dict[str, float]:
     """Mean −log p of answers about scenes in words: what the bundled decoder was trained on, held out."""
     text = ShapesText(arm.tokenizer, seed=1, bags=0.0)
-    pairs = [text.document(10_000_000 + i, progress=0.9) for i in range(len(arm.items))]
-    documents = [document for document, bags in pairs if not bags]              # some drills have bags
-    tokens, labels, mask = data.collate(documents)
+    tokens, labels, mask = data.collate(text.held_out(len(arm.items), progress=0.9))
     total, count = arm.vlm.loss(tokens, labels, mask=mask)
     return {"text": float(total) / count}
 
