@@ -15,7 +15,7 @@ from model import Bridge, Decoder, VLM, ViT, ViTConfig
 from papers.clip import CLIP, text_tokens
 from papers.recipe import Ingredients, Task
 from support.formats.blip2 import fill_from_stage1, save_stage1
-from support.formats.files import UserError, read_json, write_json
+from support.formats.files import UserError, read_json, write_json, write_tensors
 from support.formats.hub import fetch, is_hub_name, tower_folder
 from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor
@@ -92,6 +92,12 @@ def load_stage1_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
     given.save = save
 
 
+def load_pair_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """The same for a model that is neither a bridge nor a tower; its run is one file of what learned."""
+    load_stage1_parts(given, lm, vit, init)
+    given.save = save_module_run
+
+
 def load_clip_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """A tokenizer, unless the world brought its own, and how the run is written; both towers are new."""
     given.tokenizer = given.tokenizer or load_tokenizer(resolve_folder(lm))
@@ -134,7 +140,7 @@ def load_vlkd_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
            "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "names": load_no_parts,
-           "pixels": load_no_parts}
+           "pixels": load_no_parts, **dict.fromkeys(("visualbert", "vilbert", "vilt"), load_pair_parts)}
 
 
 def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,
@@ -147,6 +153,13 @@ def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, 
     save_vlm(vlm, out, facts, names["vit"], names["decoder"])
     if not names["decoder"]:
         copy_tokenizer(resolve_folder(lm), out / "decoder")
+
+
+def save_module_run(task: Task, out: Path, facts: dict) -> None:
+    """Every parameter that learned, by its name in the task's module."""
+    learned = {name: p.detach() for name, p in task.module.named_parameters() if p.requires_grad}
+    write_tensors(out / "model.safetensors", learned)
+    write_json(out / "config.json", facts)
 
 
 def save_vit_run(task: Task, out: Path, facts: dict) -> None:
