@@ -22,9 +22,7 @@ from model import (ACTIVATIONS, Bridge, DecoderConfig, EncoderBlock, ImagePositi
                    merge_heads, split_heads, visible_to_bias)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. linear and mlp: a word for every patch
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. linear and mlp: a word for every patch -----------------------------------------------------------
 
 class Linear(Bridge):
     """A linear map from each patch to one soft token (LLaVA, 2304.08485v2, §4.1, Eq. 1).
@@ -70,9 +68,7 @@ class MLP(Bridge):
         return self.down(F.gelu(x))                                             # (ΣM, N, D)   (L2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. MAPL: a narrow transformer that pours N patches into K slots
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. MAPL: a narrow transformer that pours N patches into K slots -------------------------------------
 
 class MAPL(Bridge):
     """MAPL's mapping network (2210.07179v2, §3.2; published code mair-lab/mapl).
@@ -115,9 +111,7 @@ class MAPL(Bridge):
         return self.up(x[:, -len(self.const):])                                 # (ΣM, K, D)   (M4)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Q-Former: a BERT whose learned queries read the image
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. Q-Former: a BERT whose learned queries read the image --------------------------------------------
 
 class PostNormAttention(nn.Module):
     """x ← LN(x + Drop(W_o MHA(x, y, y))): BERT's sub-layer, with y = x (self) or y = the image (cross)."""
@@ -277,9 +271,7 @@ class QFormer(Bridge):
         return self.project(visual)                                             # (ΣM, Q, D)   (Q5)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Zero-init gated attention: prompts beside the words
-# ------------------------------------------------------------------------------------------------------------
+# ---- 4. Zero-init gated attention: prompts beside the words ----------------------------------------------
 
 class ZeroInit(Bridge):
     """Zero-init attention over learned prompts (LLaMA-Adapter, 2303.16199v3, §3.1 and 3.2).
@@ -390,9 +382,7 @@ class ZeroInitV2(ZeroInit):
         return image_of_each_row(image, where)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Flamingo: gated cross-attention ahead of frozen layers
-# ------------------------------------------------------------------------------------------------------------
+# ---- 5. Flamingo: gated cross-attention ahead of frozen layers -------------------------------------------
 
 class FeedForward(nn.Sequential):
     """LN → up → act → down, without biases: the feed-forward of the resampler and of the gated blocks."""

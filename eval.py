@@ -40,9 +40,7 @@ from support.plumbing.samples import JudgedItem, print_samples, write_samples_pa
 from support.worlds import open_split, take_items
 from support.worlds.trained import name_split
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Metrics, equal to the official code
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. Metrics, equal to the official code --------------------------------------------------------------
 
 def ngrams(words: list[str], n: int) -> collections.Counter:
     return collections.Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
@@ -189,9 +187,7 @@ def retrieval_recall(i2t, image_of, t2i=None, ks: tuple[int, ...] = (1, 5, 10)) 
     return {**result, "mean": mean(list(result.values()))}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Texts
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. Texts --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def generate_ids(model: VLM | Decoder, tokens: Tensor, max_new_tokens: int, beams: int = 1,
@@ -235,9 +231,7 @@ def generate_texts(model: VLM | Decoder, documents: list[data.Document], tokeniz
     return texts
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Captions and answers; blind, chance, oracle
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. Captions and answers; blind, chance, oracle ------------------------------------------------------
 
 @torch.no_grad()
 def vision_features(vlm: VLM, items: list[data.Item], blind: bool, batch: int = 128) -> Tensor:
@@ -341,9 +335,7 @@ def first_items(world, split: str, count: int) -> list[data.Item]:
     return take_items(open_split(world, split), count)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. The table
-# ------------------------------------------------------------------------------------------------------------
+# ---- 4. The table ----------------------------------------------------------------------------------------
 
 def format_table(rows: list[dict]) -> str:
     """Rows {"row", "trained", "examples", kind: accuracy, …} as text; accuracies and BLEU times 100."""
@@ -429,9 +421,7 @@ def judge_answer(q: data.QA, answer: str) -> tuple[str, str]:
     return verdict, f"{q.question} {answer}" + ("" if score == 1 else f" (it is {q.answer})")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. The command line
-# ------------------------------------------------------------------------------------------------------------
+# ---- 5. The command line ---------------------------------------------------------------------------------
 
 # The modules of support/lab stand above this file, so it imports none of them. It knows their names, and
 # loads the one that is asked for; run folders alone ask for the table.

@@ -27,9 +27,7 @@ IGNORE = -100                   # label of a position that carries no loss
 IMAGE = -200                    # stands in `tokens` where an image stands in the text (LLaVA's sentinel id)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Attention, twice
-# ----------------------------------------------------------------------------------------------------------
+# ---- 1. Attention, twice ---------------------------------------------------------------------------------
 
 EXPLICIT = 384                  # keys: up to here a CPU computes gradients faster through the explicit form
 
@@ -91,9 +89,7 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)                         # (B, H, T, E) → (B, T, H·E)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. The decoder and its seams
-# ----------------------------------------------------------------------------------------------------------
+# ---- 2. The decoder and its seams ------------------------------------------------------------------------
 
 class Bridge(nn.Module):
     """Between the features of a ViT and a decoder. This base class does nothing: with it, a plain LLaMA runs.
@@ -464,9 +460,7 @@ class Decoder(nn.Module):
         logits = self.logits(hidden[-1], kw.get("bridge"))
         return (logits, hidden) if return_hidden else logits
 
-    # --------------------------------------------------------------------------------------------------------
-    # 3. Generation
-    # --------------------------------------------------------------------------------------------------------
+    # ---- 3. Generation -----------------------------------------------------------------------------------
 
     def read_prompt(self, tokens: Tensor | None, max_new_tokens: int, mask: Tensor | None = None,
                     embeds: Tensor | None = None, **seams) -> tuple[Tensor, Cache]:
@@ -527,9 +521,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 4. ViT
-# ----------------------------------------------------------------------------------------------------------
+# ---- 4. ViT ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -667,9 +659,7 @@ class ViT(nn.Module):
         return x if cls else x[:, self.config.first:]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 5. VLM: pixels → features → see → prefix in the place of the image → decoder → logits
-# ----------------------------------------------------------------------------------------------------------
+# ---- 5. VLM: pixels → features → see → prefix in the place of the image → decoder → logits ---------------
 
 class VLM(nn.Module):
     """ViT, bridge, decoder. `image_token`: the id of an image where the bridge has no prefix, or None."""

@@ -17,9 +17,7 @@ from data import Document, collate
 
 SHARES = {"conversation": 58, "detail": 23, "reasoning": 77}    # thousands of samples in LLaVA-Instruct-158K
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. A picture as text
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. A picture as text --------------------------------------------------------------------------------
 
 
 def symbolic_context(captions, boxes=()) -> str:
@@ -32,9 +30,7 @@ def symbolic_context(captions, boxes=()) -> str:
     return "\n\n".join("\n".join(part) for part in (texts, places) if part)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The form of a reply
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. The form of a reply ------------------------------------------------------------------------------
 
 TURN_TEXT = "((?:(?!===|Question:|Answer:).)+)"
 TURN = re.compile(rf"Question:{TURN_TEXT}===\s*Answer:{TURN_TEXT}(?:===\s*|$)", re.S)
@@ -63,9 +59,7 @@ def read_turns(reply: str, kind: str, question: str = "") -> list[tuple[str, str
     return turns
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Prompts
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. Prompts ------------------------------------------------------------------------------------------
 
 TEACHER_RULES = ("You cannot see the picture. You read what people wrote about it, and for each thing in it "
                  "the box [left, top, right, bottom] in parts of its width and height. Write as if you saw "
@@ -129,9 +123,7 @@ def teacher_messages(kind: str, context: str, question: str = "") -> list[dict]:
             {"role": "assistant", "content": reply}, {"role": "user", "content": picture}]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Asking a decoder
-# ------------------------------------------------------------------------------------------------------------
+# ---- 4. Asking a decoder ---------------------------------------------------------------------------------
 
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What the five files were meant to have (650, 520, 430, 560, 450) was counted at wider columns. At 110 they
 # ended here; no file may grow.
-BUDGETS = {"model.py": 791, "bridges.py": 558, "data.py": 458, "train.py": 590, "eval.py": 450,
+BUDGETS = {"model.py": 781, "bridges.py": 548, "data.py": 458, "train.py": 589, "eval.py": 440,
            "README.md": 200}
 PAPER = 200                     # lines of a file in papers/
 WIDTH = 110                     # columns

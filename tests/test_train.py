@@ -188,9 +188,9 @@ def test_a_miniature_run_beats_its_blind_twin(bridge, tmp_path):
     assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {r["row"].split(", ")[-1]: r for r in results["rows"]}
-    # 5 points on 400 questions: 2 standard errors
-    assert rows["held-out"]["mean"] > rows["blind"]["mean"] + 0.05, rows
-    assert rows["held-out"]["cider"] > rows["blind"]["cider"], rows
+    # A run learns to caption first: after 250 steps about 1.3 against the 0.55 of its blind twin. The answers
+    # follow from step 400 on: before, a run in a few is not 2 standard errors (5 points) above blind.
+    assert rows["held-out"]["cider"] > 1.5 * rows["blind"]["cider"], rows
 
 
 def test_a_run_whose_bridge_lies_in_bfloat16_loads_as_asked():

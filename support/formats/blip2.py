@@ -18,9 +18,7 @@ from support.formats.llama import decoder_names, inner_decoder_config, tie_head
 from support.formats.names import Names, Part, Source, WB, ZerosLike, expand, parameters
 from support.formats.vision import EVA_NAMES, VIT_DEFAULTS, empty_vit, vit_config, vit_file
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Names of tensors, ours → theirs
-# ----------------------------------------------------------------------------------------------------------
+# ---- 1. Names of tensors, ours → theirs ------------------------------------------------------------------
 
 LAVIS_EVA_NAMES = {         # the authors' ViT-g (LAVIS, eva_vit.py), below "visual_encoder."
     "cls": "cls_token",
@@ -110,9 +108,7 @@ def qformer_names(layout: str, layers: int, ours: str = "") -> dict[str, str]:
     return names
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. Configs
-# ----------------------------------------------------------------------------------------------------------
+# ---- 2. Configs ------------------------------------------------------------------------------------------
 
 EVA = dict(VIT_DEFAULTS["eva"], model_type="blip_2_vision_model")   # for a vision_config that is silent
 
@@ -146,9 +142,7 @@ def tower_beside(path: Path, name: str) -> tuple[Path, ViTConfig, str]:
     return tower, *vit_config(read_json(tower / "config.json"), f"{tower}/config.json")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3. Folders
-# ----------------------------------------------------------------------------------------------------------
+# ---- 3. Folders ------------------------------------------------------------------------------------------
 
 def read_blip2(c: dict, path: Path) -> tuple[VLM | Stage1, list[Filling]]:
     """transformers' BLIP-2 and InstructBLIP → the empty model, and what fills it.
@@ -278,9 +272,7 @@ def qformer_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
         "llm_model.", "llama_model.", "opt_model.", "t5_model."))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 4. BERT
-# ----------------------------------------------------------------------------------------------------------
+# ---- 4. BERT ---------------------------------------------------------------------------------------------
 
 BERT_UNUSED = ("embeddings.token_type_embeddings.", "pooler.", "cls.seq_relationship.",
                "cls.predictions.decoder.")

@@ -20,9 +20,7 @@ from support.formats.files import UserError, read_json
 from support.formats.names import Joined, Names, Part, Source, as_source
 from support.formats.pickles import TensorPickle
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Files
-# ----------------------------------------------------------------------------------------------------------
+# ---- 1. Files --------------------------------------------------------------------------------------------
 
 IGNORED = ("rotary_emb.inv_freq", "rope.freqs", "position_ids")     # buffers of older files, which we compute
 PICKLES = (".pth", ".pt", ".bin")
@@ -168,9 +166,7 @@ def require_finite(tensor: Tensor, what: str) -> None:
                         "(nan or inf), so the model was damaged when it was saved.")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. Fill
-# ----------------------------------------------------------------------------------------------------------
+# ---- 2. Fill ---------------------------------------------------------------------------------------------
 
 class Filling(NamedTuple):
     """One module of a published model and what `fill` fills it with."""

@@ -12,9 +12,7 @@ from support.formats.llama import LLAMA_DEFAULTS, decoder_config, decoder_names,
 from support.formats.names import Joined, Part, expand, parameters
 from support.formats.vision import VIT_NAMES, empty_vit, vit_config
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. OpenFlamingo
-# ----------------------------------------------------------------------------------------------------------
+# ---- 1. OpenFlamingo -------------------------------------------------------------------------------------
 
 RESAMPLER_NAMES = {         # PerceiverResampler (github.com/mlfoundations/open_flamingo, helpers.py)
     "latents": "latents",
@@ -77,9 +75,7 @@ def openflamingo_file(file: Checkpoint, config: dict, **options) -> BridgeFile:
     return BridgeFile(bridge, names, words)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. IDEFICS
-# ----------------------------------------------------------------------------------------------------------
+# ---- 2. IDEFICS ------------------------------------------------------------------------------------------
 
 IDEFICS_NAMES = {           # transformers' IdeficsModel, below "model."
     "blocks.{i}.attention_gate": "gated_cross_attn_layers.{i}.alpha_cross_attn",

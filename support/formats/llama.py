@@ -19,9 +19,7 @@ from support.formats.honoured import (DECODER, IDEFICS, LLAVA_AUTHORS, MLLAMA_TE
                                       refuse_unknown)
 from support.formats.names import Names, Rotary, WB, expand, parameters
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Names of tensors, ours → theirs
-# ----------------------------------------------------------------------------------------------------------
+# ---- 1. Names of tensors, ours → theirs ------------------------------------------------------------------
 
 DECODER_NAMES = {       # Hugging Face's LlamaModel, below "model."; the output projection stands beside it
     "embed.weight": "embed_tokens.weight",
@@ -66,9 +64,7 @@ def meta_names(config: DecoderConfig, prefix: str = "") -> Names:
     }, config.layers, prefix)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. Configs
-# ----------------------------------------------------------------------------------------------------------
+# ---- 2. Configs ------------------------------------------------------------------------------------------
 
 # model_types whose config.json has Llama's fields
 LLAMAS = ("llama", "qwen2", "qwen3", "mistral", "llava", "llava_llama", "llava_mistral", "llava_qwen",
@@ -251,9 +247,7 @@ def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
         **extra)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3. Folders
-# ----------------------------------------------------------------------------------------------------------
+# ---- 3. Folders ------------------------------------------------------------------------------------------
 
 def load_decoder(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> Decoder:
     """A Llama folder → Decoder in eval mode; dtype None = float32.

@@ -17,9 +17,7 @@ from support.formats.files import (UserError, at_the_door, read_json, reading_co
 from support.formats.honoured import CLIP_TEXT, DUAL_ENCODER, VIT, refuse_unknown
 from support.formats.names import WB, Names, Part, expand, parameters, split_qkv
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Names of tensors, ours → theirs
-# ----------------------------------------------------------------------------------------------------------
+# ---- 1. Names of tensors, ours → theirs ------------------------------------------------------------------
 
 ENCODER_NAMES = parameters(         # a block of CLIP's and SigLIP's towers in transformers
     {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj",
@@ -78,9 +76,7 @@ TEXT_NAMES = {                      # transformers' CLIPTextModel and SiglipText
     **ENCODER_NAMES,
 }
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. Configs
-# ----------------------------------------------------------------------------------------------------------
+# ---- 2. Configs ------------------------------------------------------------------------------------------
 
 # transformers' defaults, for the configs inside another config.json, which leave out what is equal to them
 CLIP_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
@@ -224,9 +220,7 @@ def text_config(c: dict, where: str) -> TextConfig:
                           end=None if end == 2 else end)            # … None: the largest id is the end
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3. Folders
-# ----------------------------------------------------------------------------------------------------------
+# ---- 3. Folders ------------------------------------------------------------------------------------------
 
 def load_vit(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None,
              heads: int | None = None) -> ViT:

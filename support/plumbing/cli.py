@@ -21,9 +21,7 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}    
 MATH = (*(ROOT / f"{name}.py" for name in ("model", "bridges", "data")), ROOT / "papers")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Flags: a dataclass whose fields are settings
-# ------------------------------------------------------------------------------------------------------------
+# ---- Flags: a dataclass whose fields are settings --------------------------------------------------------
 
 def setting(default, help: str, group: str = "", choices: Sequence[str] = (), least: float | None = None,
             most: float | None = None, above: float | None = None, below: float | None = None, **keywords):
@@ -142,9 +140,7 @@ def parse_options(pairs: list[str]) -> dict:
     return options
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The end of a command
-# ------------------------------------------------------------------------------------------------------------
+# ---- The end of a command --------------------------------------------------------------------------------
 
 def is_error_of_the_math(error: ValueError) -> bool:
     """Whether a line of ours that checks a number raised it, not a library."""

@@ -56,9 +56,7 @@ TRAINED = (
 )  # trained parameters; the frozen ones have the dtype asked for, and autocast joins them
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Models: the folder that both sides open, and the library's side
-# ------------------------------------------------------------------------------------------------------------
+# ---- Models: the folder that both sides open, and the library's side -------------------------------------
 
 def configs(size: str) -> tuple[dict, dict]:
     (L, D, H, G, hidden, V), (S, p, Di, Lv, Hv, hv) = SIZES[size]
@@ -184,9 +182,7 @@ class LibraryMAPL(nn.Module):
         return self.up(self.transformer(x)[:, -len(self.const):])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Cases: a function of (arguments, folder, side) gives what is timed; both sides return the same number
-# ------------------------------------------------------------------------------------------------------------
+# ---- Cases: a function of (arguments, folder, side) gives what is timed; both sides return the same number 
 
 def batch(a, image: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """tokens (B, T) with IMAGE at the second place, labels on the last quarter."""
@@ -548,9 +544,7 @@ CASES = {  # name → its function, the models it needs, whether memory says any
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Measuring
-# ------------------------------------------------------------------------------------------------------------
+# ---- Measuring -------------------------------------------------------------------------------------------
 
 
 def timed(a, run) -> tuple[float, float]:
