@@ -194,6 +194,7 @@ class PairsTask(Task):
     def report(self, out: Path) -> dict[str, dict]:
         result, split = self.check(), self.given.name_split(self.given.open_held_out())
         own, another, pairs = (100 * value for value in result.values())
-        print(f"words    {own:.0f} % right, masked in {split} captions; {another:.0f} % beside another picture")
+        print(f"words    {own:.0f} % right, masked in {split} captions; "
+              f"{another:.0f} % beside another picture")
         print(f"pairs    {pairs:.0f} % judged right, as belonging together or not; chance is 50 %")
         return {"results.json": result}

@@ -24,9 +24,9 @@ A mask of a stream has one number per position, r = R = place, and its name says
     cm3            where the infilled sequence (papers/cm3.py) has it: then a span sees both of its sides, and
                    nothing but spans sees a span
 
-`document` (…, T) packs several texts into a row: each is a group. Padding is group 0 and sees padding, so that
-no softmax has an empty row; what it makes there is never read. Flamingo's words see latents of images: there
-keys are not queries, see `image_mask`.
+`document` (…, T) packs several texts into a row: each is a group. Padding is group 0 and sees padding: no
+softmax has an empty row, and what it makes there is never read. Flamingo's words see latents of images:
+there keys are not queries, see `image_mask`.
 
 Paper and code: Show-o's builder counts the marks at both ends of an image as image, and hides padding on
 request only. Transfusion's loss is L_LM + 5 · L_DDPM; here is its mask alone.
