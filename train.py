@@ -62,7 +62,7 @@ from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
 from support.worlds import open_data, open_split, prompts, take_items, text, unread_settings
-from support.worlds.pairs import contrastive_pair, require_captions
+from support.worlds.pairs import contrastive_pair, preference_pair, require_captions
 from support.worlds.trained import earlier_sets, name_split
 
 
@@ -515,7 +515,7 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
         generate_texts=generate_texts, contrastive_pair=contrastive_pair, take_items=take_items,
         open_held_out=lambda: open_split(world, world.held_out), trained=trained,
-        name_split=lambda split: name_split(split, trained))
+        preference_pair=preference_pair, name_split=lambda split: name_split(split, trained))
     if world.says_scenes:                               # its words have a tokenizer of their own
         given.tokenizer = text.shapes_tokenizer()
     LOADERS[recipe.task](given, s.lm, s.vit, s.init)

@@ -8,9 +8,9 @@ import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
-from papers import (blip2_stage1, clip, clipcap, cogvlm, fromage, frozen, gligen, idefics, kosmos1, limber,
-                    llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, prompt_tuning,
-                    socratic, systems, vcgpt, visualgpt, vlkd)
+from papers import (blip2_stage1, clip, clipcap, cogvlm, dpo, fromage, frozen, gligen, idefics, kosmos1,
+                    limber, llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, ppo,
+                    prompt_tuning, socratic, systems, vcgpt, visualgpt, vlkd)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -30,7 +30,7 @@ from papers.vlkd import Vlkd
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
-                         prompt_tuning, visualgpt, vcgpt, gligen, vlkd)}
+                         prompt_tuning, visualgpt, vcgpt, gligen, vlkd, dpo, ppo)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in PAPERS.values()
               for name, recipe in getattr(paper, "RECIPES", {}).items()}}
@@ -38,7 +38,7 @@ RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGP
              Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT, Vlkd)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 # task of a recipe → what it changes of train.py's answer task
-ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask}
+ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, **dpo.TASKS}
 TASKS = {"stage1": blip2_stage1.Stage1Task, **clip.TASKS, **limber.TASKS}               # of recipes
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 

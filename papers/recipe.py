@@ -42,6 +42,7 @@ UNREAD = {                          # task → the settings of the command line 
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
+    **dict.fromkeys(("dpo", "dpo-sft"), {"turns", "captions", "template", "form", "pack"}),
     **dict.fromkeys(("names", "pixels"), CLIP | TEXT | {"lm"})}
 
 
@@ -117,6 +118,7 @@ class Ingredients:
     clip: Any = None                # both towers (clip), their tokenizer, and begin: ids ahead of a text
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
+    preference_pair: Callable | None = None             # (world, i) → Item, captions: a true and a false one
     open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about
     take_items: Callable | None = None                  # (world, count) → its first readable items
     trained: list | None = None     # the data sets that the parts have met, `world` first

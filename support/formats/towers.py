@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data import Processor, to_pixels
 from model import Bridge, Decoder, VLM, ViT, ViTConfig
+from papers import dpo
 from papers.clip import CLIP, text_tokens
 from papers.recipe import Ingredients, Task
 from support.formats.blip2 import fill_from_stage1, save_stage1
@@ -139,6 +140,7 @@ def load_vlkd_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
            "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
+           **dict.fromkeys(dpo.TASKS, load_answer_parts),
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "names": load_no_parts,
            "pixels": load_no_parts, **dict.fromkeys(("visualbert", "vilbert", "vilt"), load_pair_parts)}
 

@@ -66,10 +66,11 @@ def fill_settings(s, name: str, recipes: dict):
     def folder(recipe: str) -> str:
         return f"{s.out}/{recipe}" if s.out and system else f"out/{recipe}-{re.split('[: ]', s.data)[0]}"
 
-    start, out = folder(r.start), s.out if s.out and not system else folder(name)
+    first = s.bridge if r.start == r.bridge else r.start    # DPO of another bridge starts from its own run
+    start, out = folder(first), s.out if s.out and not system else folder(name)
     if r.start and not s.init:
         if not Path(start).is_dir():
-            raise UserError(f"recipe {name} starts from a run of {r.start}, and there is none at {start}; "
+            raise UserError(f"recipe {name} starts from a run of {first}, and there is none at {start}; "
                             "train that first, give --init RUN, or --init none to start fresh.")
         s.init = start
     return dataclasses.replace(s, out=out, init="" if s.init == "none" else s.init)

@@ -1,4 +1,5 @@
-"""worlds/pairs.py: a picture, its text and false texts, for contrastive training (papers/clip.py)."""
+"""worlds/pairs.py: a picture, its text and false texts, for contrastive training (papers/clip.py) and for
+preferences (papers/dpo.py)."""
 from __future__ import annotations
 
 import functools
@@ -120,6 +121,35 @@ def caption_pair(world: Files, index: int) -> tuple[np.ndarray, str, list[str]]:
     drawn = world.rng(index).integers(0, len(world), 8)
     others = (c.strip() for i in drawn for c in world.items[i][0].captions[:1])
     return item.image, item.captions[0], [c for c in others if c not in item.captions][:2]
+
+
+@functools.singledispatch
+def preference_pair(world, index: int) -> Item:
+    """A picture with two captions, a true and a false one, from what contrasts with it."""
+    image, true, false = contrastive_pair(world, index)
+    if not false:
+        raise UserError(f"{world.name}: item {index} has no false caption beside its own; dpo needs data "
+                        "whose pictures have different captions.")
+    return Item(image, [true, false[0]], [])
+
+
+@preference_pair.register(Shapes)
+def shapes_preference(world: Shapes, index: int) -> Item:
+    """The false caption names a thing that is not there: in the place of one, or as one more."""
+    rng = world.rng(index)
+    things = sorted(world.scene(rng), key=lambda t: t.cell)
+    image, shown = draw_scene(things, rng), {t.pair for t in things}
+    n = int(rng.integers(len(things)))
+    near = [p for p in world.allowed if p not in shown and set(p) & set(things[n].pair)]
+    color, shape = choose(near, rng)
+    false = replace(things[n], color=color, shape=shape)
+    if rng.random() < 0.5:
+        rest = things[:n] + things[n + 1:]
+    else:
+        free = [cell for cell in range(9) if all(t.cell != cell for t in things)]
+        rest, false = things, replace(false, cell=choose(free, rng))
+    captions = [caption_scene(things), caption_scene(sorted([*rest, false], key=lambda t: t.cell))]
+    return Item(image, captions, [], f"{world.split}-{index}")
 
 
 def require_captions(world, index: int = 0) -> Item:
