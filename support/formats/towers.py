@@ -121,6 +121,11 @@ def load_no_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None
     given.save = save_vit_run
 
 
+def load_picture_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """How a run is written that trains a new tokenizer of pictures on nothing but the world."""
+    given.save = save_module_run
+
+
 def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """A decoder that is trained further, if there is one."""
     if init:
@@ -142,7 +147,8 @@ LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": loa
            "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
            **dict.fromkeys(dpo.TASKS, load_answer_parts),
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "names": load_no_parts,
-           "pixels": load_no_parts, **dict.fromkeys(("visualbert", "vilbert", "vilt"), load_pair_parts)}
+           "pixels": load_no_parts, "vq": load_picture_parts,
+           **dict.fromkeys(("visualbert", "vilbert", "vilt"), load_pair_parts)}
 
 
 def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,
