@@ -35,13 +35,18 @@ from papers.recipe import Ingredients, Task
 SPECIAL = 3                     # ids behind the tokenizer's own: [CLS], [SEP], [MASK]
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """As BERT starts: N(0, 0.02)."""
+    return nn.Embedding.from_pretrained(0.02 * torch.randn(rows, width), freeze=False)
+
+
 class WordEmbedding(nn.Module):
     """Words, positions, segments and the norm of their sum."""
 
     def __init__(self, vocab_size: int, width: int, positions: int = 512, segments: int = 2):
         super().__init__()
-        self.words = nn.Embedding(vocab_size, width)
-        self.positions, self.segments = nn.Embedding(positions, width), nn.Embedding(segments, width)
+        self.words = embedding(vocab_size, width)
+        self.positions, self.segments = embedding(positions, width), embedding(segments, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def sum(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -81,12 +86,11 @@ class WordHead(nn.Module):
 
 @torch.no_grad()
 def init_bert(module: nn.Module) -> None:
-    """As BERT starts: matrices and embeddings N(0, 0.02), biases 0, norms 1."""
+    """The same for matrices; biases begin at 0, norms at 1."""
     for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, 0.0, 0.02)
-            if getattr(part, "bias", None) is not None:
-                nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Linear):
+            part.weight.copy_(0.02 * torch.randn_like(part.weight))
+            nn.init.zeros_(part.bias)
 
 
 def mask_words(tokens: Tensor, may: Tensor, mask_id: int, vocab_size: int,
@@ -109,8 +113,8 @@ def mask_words(tokens: Tensor, may: Tensor, mask_id: int, vocab_size: int,
 
 
 def word_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """(W5): (B, T, V), (B, T) → the mean over the places with a label; 0 where there is none."""
-    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    """(W5): (…, V), (…) → the mean over the places with a label; 0 where there is none."""
+    total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
@@ -124,7 +128,8 @@ def swap_pairs(B: int, generator: torch.Generator | None = None, share: float = 
 
 
 class PairsTask(Task):
-    """Pictures with captions. A paper's task makes `module` and defines loss, word_logits and match_scores.
+    """Pictures with captions. A paper's task makes `module`, with its parts as children, and defines loss,
+    word_logits and match_scores.
 
     Takes everything but decoder and bridge. Behind the tokenizer's words stand [CLS], [SEP], [MASK].
     """
@@ -135,21 +140,17 @@ class PairsTask(Task):
         self.words = self.tokenizer.vocab_size              # ids of words; the special ones follow
         self.cls, self.sep, self.mask_id = range(self.words, self.words + SPECIAL)
 
-    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
-        """All learns, `vit` if the recipe says so."""
-        super().freeze((*trained, *(n for n, _ in self.module.named_children() if n != "vit")), stored)
-
-    def rows(self, captions: list[list[str]], other: Tensor) -> list[list[int]]:
-        """The ids of each text, out of the captions of every item in random order."""
+    def rows(self, captions: list[list[str]], other: Tensor | None) -> list[list[int]]:
+        """The ids of each text, out of the captions of every item in random order; other None: no pairs."""
         return [[self.cls, *self.tokenizer.encode(own[0])[:self.context - 2], self.sep] for own in captions]
 
-    def piece(self, items: list[data.Item], seed: tuple[int, ...], share: float = 0.5) -> dict:
+    def piece(self, items: list[data.Item], seed: tuple[int, ...], paired: bool = True) -> dict:
         """pixels (B, 3, S, S) · tokens, masked, labels (B, T) · mask (B, T) bool · other (B,) of (W6)."""
         rng = np.random.default_rng(seed)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        other = swap_pairs(len(items), generator, share)
+        other = swap_pairs(len(items), generator)
         captions = [[item.captions[i] for i in rng.permutation(len(item.captions))] for item in items]
-        rows = [torch.tensor(row) for row in self.rows(captions, other)]
+        rows = [torch.tensor(row) for row in self.rows(captions, other if paired else None)]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.sep)
         mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         masked, labels = mask_words(tokens, tokens < self.words, self.mask_id, self.words, generator)
@@ -180,8 +181,8 @@ class PairsTask(Task):
         g, right = self.given, {"words": [], "words, another picture": [], "pairs": []}
         items = [item for item in g.take_items(g.open_held_out(), g.eval_items) if item.captions]
         for n in range(0, len(items), 100):
-            words, pairs = (self.to_device([self.piece(items[n:n + 100], (g.seed, 2, n), share)])[0]
-                            for share in (0.0, 0.5))
+            words, pairs = (self.to_device([self.piece(items[n:n + 100], (g.seed, 2, n), paired)])[0]
+                            for paired in (False, True))
             chosen = words["labels"] != IGNORE
             for shift, key in enumerate(("words", "words, another picture")):
                 pixels = words["pixels"].roll(shift, 0)
@@ -194,7 +195,6 @@ class PairsTask(Task):
     def report(self, out: Path) -> dict[str, dict]:
         result, split = self.check(), self.given.name_split(self.given.open_held_out())
         own, another, pairs = (100 * value for value in result.values())
-        print(f"words    {own:.0f} % right, masked in {split} captions; "
-              f"{another:.0f} % beside another picture")
-        print(f"pairs    {pairs:.0f} % judged right, as belonging together or not; chance is 50 %")
+        print(f"words    masked ones, {split}: {own:.0f} % right, {another:.0f} % beside another picture\n"
+              f"pairs    {pairs:.0f} % judged right, as belonging together or not; chance is 50 %")
         return {"results.json": result}

@@ -38,9 +38,11 @@ MUON = dict(optimizer="muon")
 ANSWERS = {"bridge", "turns", "captions", "template", "form", "longest", "cache", "pack"}
 CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"}
 TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
+PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 UNREAD = {                          # task → the settings of the command line that it does not read
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
+    **dict.fromkeys(("visualbert", "vilbert", "vilt"), PAIRS),
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
     **dict.fromkeys(("dpo", "dpo-sft"), {"turns", "captions", "template", "form", "pack"}),
     **dict.fromkeys(("names", "pixels", "vq"), CLIP | TEXT | {"lm"})}

@@ -35,6 +35,9 @@ VIT = keys("""model_type image_size patch_size hidden_size embed_dim num_hidden_
 TILED_VIT = keys("""model_type image_size patch_size vision_output_dim num_hidden_layers attention_heads
     intermediate_size norm_eps hidden_size num_global_layers max_num_tiles intermediate_layers_indices
     supported_aspect_ratios hidden_act""")
+VISUALBERT = keys("""model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size
+    max_position_embeddings type_vocab_size hidden_act layer_norm_eps visual_embedding_dim
+    special_visual_initialize""")
 DUAL_ENCODER = keys("""model_type text_config vision_config text_config_dict vision_config_dict projection_dim
     vision_folder""")
 CLIP_TEXT = keys("""model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size
@@ -130,6 +133,7 @@ ONLY = {
     "vision_feature_select_strategy": {"default", "full"},
     "text_emb_layers": ([-1],),                                                         # FROMAGe's
     **dict.fromkeys(("use_image_embed_norm", "use_text_embed_layernorm"), {False}),
+    "bypass_transformer": {False},                                                      # VisualBERT's
     "use_pooler": {True}, "tunable_prompt_length": {0}, "num_appended_retrieval_tokens": {1},
     "peft_type": {"ADAPTION_PROMPT"},
     "target_modules": {"self_attn"},

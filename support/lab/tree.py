@@ -26,9 +26,10 @@ LANES = {                                               # a row's lane: the firs
     "No training: words, or a choice of words": ("none",),
     "Inside the layers, and behind them": ("before", "beside", "between", "around", "finish"),
     "Soft tokens in the text": ("prefix", "no decoder"),
+    "One model for words and pictures, without a decoder": ("stream",),
 }
 WIDTH, LEFT, RIGHT, BOX, ROW, HEAD = 1180, 30, 144, 136, 34, 34     # pixels
-FIRST, LAST = 12 * 20 + 10, 12 * 24 + 8                             # months of 2010.…, 2407.…
+FIRST, LAST = 12 * 19 + 8, 12 * 24 + 8                              # months of 1908.…, 2408.…
 
 
 @dataclass
