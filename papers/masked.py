@@ -1,7 +1,5 @@
 """What the readers of pictures and captions share: BERT's parts (1810.04805v2), masked words, swapped pairs.
 
-Used by visualbert.py, vilbert.py, vilt.py; a post-norm BERT layer is made of the Q-Former's sub-layers.
-
     symbol   shape        here        meaning
     y        (B, T)       tokens      ids of [CLS] words [SEP], padding behind them
     E        (V, D)       words       word embeddings, again the output matrix of the head
@@ -20,6 +18,7 @@ without a masked word, and (W5) divides by what the batch has.
 """
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +128,9 @@ def swap_pairs(B: int, generator: torch.Generator | None = None, share: float = 
 
 class PairsTask(Task):
     """Pictures with captions. A paper's task makes `module`, with its parts as children, and defines loss,
-    word_logits and match_scores.
+
+        word_logits(pixels, tokens, mask)   (B, T, V)
+        match_scores(piece)                 (B,) log-odds that the pairs of (W6) belong together
 
     Takes everything but decoder and bridge. Behind the tokenizer's words stand [CLS], [SEP], [MASK].
     """
@@ -138,7 +139,14 @@ class PairsTask(Task):
     def __init__(self, given: Ingredients):
         self.given, self.world, self.tokenizer = given, given.world, given.tokenizer
         self.words = self.tokenizer.vocab_size              # ids of words; the special ones follow
-        self.cls, self.sep, self.mask_id = range(self.words, self.words + SPECIAL)
+        self.vocab_size = V = self.words + SPECIAL
+        self.cls, self.sep, self.mask_id = range(self.words, V)
+        self.expect = f"(uniform guesses of words and pairs: ln {V} + ln 2 = {math.log(2 * V):.2f})"
+
+    def cells(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, R, Di): the regions, of the ViT, which is frozen."""
+        vit = self.module["vit"]
+        return vit.features(pixels.to(next(vit.parameters()).dtype))
 
     def rows(self, captions: list[list[str]], other: Tensor | None) -> list[list[int]]:
         """The ids of each text, out of the captions of every item in random order; other None: no pairs."""
@@ -163,14 +171,6 @@ class PairsTask(Task):
         indices = range(step * g.batch, (step + 1) * g.batch)
         items = [self.world.item(i % g.examples if g.examples else i) for i in indices]
         return [self.piece(items, (g.seed, 1, step)) | dict(set=0, weight=1.0, count=1)]
-
-    def word_logits(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, T, V)."""
-        raise NotImplementedError
-
-    def match_scores(self, piece: dict) -> Tensor:
-        """(B,) log-odds that the pairs of (W6) belong together."""
-        raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
         return {name: value.item() for name, value in self.last.items()}

@@ -38,7 +38,6 @@ fusion: the regions come in ahead of one more layer only.
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import IGNORE, visible_to_bias
-from papers.masked import (SPECIAL, BertLayer, PairsTask, WordEmbedding, WordHead, embedding, init_bert,
-                           word_loss)
+from papers.masked import (BertLayer, PairsTask, WordEmbedding, WordHead, embedding, init_bert, word_loss)
 from papers.recipe import Ingredients, Numbers, Recipe
 
 
@@ -138,10 +136,8 @@ class VisualBertTask(PairsTask):
 
     def __init__(self, given: Ingredients):
         super().__init__(given)
-        V = self.words + SPECIAL
-        config = VisualBertConfig(V, 128, 2, 4, 512, self.context, given.vit.config.width, dropout=0.0)
+        config = VisualBertConfig(self.vocab_size, 128, 2, 4, 512, self.context, given.vit.config.width, 0.0)
         self.module = nn.ModuleDict({"vit": given.vit, "bert": VisualBert(config)}).to(given.device)
-        self.expect = f"(uniform guesses: ln {V} + ln 2 = {math.log(2 * V):.2f})"
 
     def rows(self, captions: list[list[str]], other: Tensor | None) -> list[list[int]]:
         """[CLS] caption [SEP] another one of the same picture or of another's [SEP]; or one caption alone."""
@@ -152,11 +148,9 @@ class VisualBertTask(PairsTask):
                 for own, j in zip(captions, other)]
 
     def states(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        with torch.no_grad():
-            features = self.module["vit"].features(pixels)
         ends = (tokens == self.sep).long()
         second = (ends.cumsum(1) - ends).clamp(max=1)                           # 1 behind the first [SEP]
-        return self.module["bert"](tokens, features, mask, second)[-1]
+        return self.module["bert"](tokens, self.cells(pixels), mask, second)[-1]
 
     def loss(self, pixels: Tensor, mask: Tensor, masked: Tensor, labels: Tensor, other: Tensor,
              **_) -> Tensor:

@@ -1,4 +1,8 @@
-"""support/formats/streams.py: VisualBERT as transformers writes it and as the hub has it (uclanlp/…)."""
+"""support/formats/streams.py: models that read words and pictures in one stream or two.
+
+    load_visualbert     VisualBertForPreTraining, as transformers writes it and the hub has it (uclanlp/…)
+    load_vilbert        the authors' BertForMultiModalPreTraining (vilbert_beta)
+"""
 from __future__ import annotations
 
 import os
@@ -6,10 +10,11 @@ from pathlib import Path
 
 import torch
 
+from papers.vilbert import ViLBert, ViLBertConfig
 from papers.visualbert import VisualBert, VisualBertConfig
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, read_json, reading_config
-from support.formats.honoured import VISUALBERT, refuse_unknown
+from support.formats.honoured import VILBERT, VISUALBERT, refuse_unknown
 from support.formats.names import Names, expand, parameters
 
 def bert_layer(ours: str, theirs: str) -> Names:
@@ -37,7 +42,8 @@ def bert_config(c: dict, where: str, read: frozenset[str]) -> dict:
     refuse_unknown(c, where, read)
     if c.get("hidden_act", "gelu") != "gelu" or c.get("layer_norm_eps", 1e-12) != 1e-12:
         raise UserError(f"{where}: hidden_act must be gelu and layer_norm_eps 1e-12, the published values.")
-    return dict(vocab_size=c["vocab_size"], width=c["hidden_size"], layers=c["num_hidden_layers"],
+    vocab = c["vocab_size"] if "vocab_size" in c else c["vocab_size_or_config_json_file"]
+    return dict(vocab_size=vocab, width=c["hidden_size"], layers=c["num_hidden_layers"],
                 heads=c["num_attention_heads"], hidden=c["intermediate_size"],
                 positions=c["max_position_embeddings"], dropout=c.get("hidden_dropout_prob", 0.1))
 
@@ -59,4 +65,42 @@ def load_visualbert(path: str | os.PathLike, device=None, dtype: torch.dtype | N
         **expand(bert_layer("layers.{i}.", "visual_bert.encoder.layer.{i}."), config.layers)}
     tied = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
     fill(model, Checkpoint(path), names, tied, device, dtype or torch.float32)
+    return model.eval()
+
+
+def load_vilbert(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> ViLBert:
+    """A folder with a ViLBERT and its config.json, in eval mode; dtype None = float32."""
+    path = Path(path)
+    c, where = read_json(path / "config.json"), f"{path}/config.json"
+    with torch.device("meta"), reading_config(where, "the config.json of a ViLBERT"):
+        if c.get("fusion_method", "mul") != "mul" or c.get("v_hidden_act", "gelu") != "gelu":
+            raise UserError(f"{where}: fusion_method must be mul and v_hidden_act gelu, as published.")
+        config = ViLBertConfig(
+            **bert_config(c, where, VILBERT), region=c["v_feature_size"], classes=c["v_target_size"],
+            region_width=c["v_hidden_size"], region_layers=c["v_num_hidden_layers"],
+            region_heads=c["v_num_attention_heads"], region_hidden=c["v_intermediate_size"],
+            shared=c["bi_hidden_size"], shared_heads=c["bi_num_attention_heads"],
+            connect=tuple(zip(c["v_biattention_id"], c["t_biattention_id"])))
+        model = ViLBert(config)
+    root, joint = "bert.v_embeddings.", "bert.encoder.c_layer.{i}."
+    names = {
+        **word_embedding("text.", "bert.embeddings."), **word_head("word_head.", "cls.predictions."),
+        **word_head("region_head.", "cls.imagePredictions."),
+        "region_head.bias": "cls.imagePredictions.decoder.bias",
+        "classes.weight": "cls.imagePredictions.decoder.weight",
+        **parameters({"features": f"{root}image_embeddings", "boxes": f"{root}image_location_embeddings",
+                      "region_norm": f"{root}LayerNorm", "text_pool": "bert.t_pooler.dense",
+                      "region_pool": "bert.v_pooler.dense", "match_head": "cls.bi_seq_relationship"}),
+        **expand(bert_layer("text_layers.{i}.", "bert.encoder.layer.{i}."), config.layers),
+        **expand(bert_layer("region_layers.{i}.", "bert.encoder.v_layer.{i}."), config.region_layers)}
+    for side, n, letter in (("regions", 1, "v"), ("text", 2, "t")):
+        table = {"q": f"biattention.query{n}", "k": f"biattention.key{n}", "v": f"biattention.value{n}",
+                 "o": f"biOutput.dense{n}", "norm": f"biOutput.LayerNorm{n}",
+                 "mlp.up": f"{letter}_intermediate.dense", "mlp.down": f"{letter}_output.dense",
+                 "mlp.norm": f"{letter}_output.LayerNorm"}
+        names |= expand(parameters(table, f"connections.{{i}}.{side}.", joint), len(config.connect))
+    unread = [f"bert.encoder.c_layer.{i}.biOutput.q_dense{n}." for n in (1, 2)
+              for i in range(len(config.connect))]
+    fill(model, Checkpoint(path), names, ("cls.predictions.decoder.weight", *unread), device,
+         dtype or torch.float32)
     return model.eval()
