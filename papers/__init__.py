@@ -16,6 +16,8 @@ from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
 from papers.fromage import Fromage
 from papers.frozen import Frozen
+from papers.gligen import Gligen
+from papers.gligen_task import GligenTask
 from papers.idefics import Idefics
 from papers.kosmos1 import Kosmos1
 from papers.limber import Limber
@@ -35,10 +37,10 @@ RECIPES = {**systems.RECIPES,                           # of systems of several 
            **{name: recipe for paper in PAPERS.values()
               for name, recipe in getattr(paper, "RECIPES", {}).items()}}
 RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGPT4, MiniGPT4Llama2, Kosmos1,
-             Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT, Vlkd)
+             Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT, Vlkd, Gligen)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 # task of a recipe → what it changes of train.py's answer task
-ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, **dpo.TASKS}
+ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen": GligenTask, **dpo.TASKS}
 TASKS = {"stage1": blip2_stage1.Stage1Task, **clip.TASKS, **limber.TASKS, **vq.TASKS,   # of recipes
          **visualbert.TASKS, **vilbert.TASKS}
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1

@@ -31,13 +31,13 @@ place of boxes; a comment in their config says that self-attention was better th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import EncoderBlock, ViT, ViTConfig, merge_heads, split_heads
+from model import Bridge, DecoderConfig, EncoderBlock, ViT, merge_heads, split_heads
+from papers.recipe import MUON, Numbers, Recipe
 
 
 def fourier(boxes: Tensor, frequencies: int = 8) -> Tensor:
@@ -115,60 +115,62 @@ class DenseGatedSelfAttention(GatedSelfAttention):
         return y.flatten(2).transpose(1, 2)
 
 
-@dataclass
-class Grounded:
-    """Pixels and the grounding tokens of each picture; stands in for the pixels of a ViT."""
-    pixels: Tensor      # (B, 3, S, S)
-    tokens: Tensor      # (B, M, C)
-    beta: float = 1.0
+def grounded_state(vit: ViT, layers: nn.ModuleList, pixels: Tensor, h: Tensor,
+                   beta: Tensor | float = 1.0) -> Tensor:
+    """The state (B, N, Di) of a frozen ViT behind as many blocks as there are gated layers.
 
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-
-class GroundedBlock(EncoderBlock):
-    """A block of the frozen ViT, and the gated layer between its two residuals."""
-
-    def __init__(self, c: ViTConfig, fuser: GatedSelfAttention):
-        super().__init__(c.width, c.heads, c.hidden, c.act, c.norm_eps)
-        self.fuser = fuser
-
-    def forward(self, x: Tensor, given: Grounded | None = None) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        if given is not None:
-            x = self.fuser(x, given.tokens, given.beta)
-        return x + self.mlp(self.norm2(x))
-
-
-class GroundedViT(ViT):
-    """A ViT whose features know what is asked of the picture; of plain pixels they are the frozen ViT's.
-
-    kind: GatedSelfAttention, or GatedCross to compare.
+    Each gated layer works between the two residuals of its block. beta: one for all, or (B, 1, 1).
     """
+    v = vit.embed(pixels)
+    for block, layer in zip(vit.blocks, layers):
+        v = v + block.attention(block.norm1(v))
+        v = layer(v, h, beta)                                                   # (E2)
+        v = v + block.mlp(block.norm2(v))
+    return v
 
-    def __init__(self, config: ViTConfig, context: int, kind: type[GatedSelfAttention] = GatedSelfAttention):
-        self.context, self.kind = context, kind
-        super().__init__(config)
 
-    def adopt(self, vit: ViT) -> GroundedViT:
-        """Take the weights of a ViT and freeze them; the gated layers learn."""
-        left = self.load_state_dict(vit.state_dict(), strict=False)
-        if left.unexpected_keys or any(".fuser." not in name for name in left.missing_keys):
-            raise ValueError("this ViT has other parts than the grounded one.")
-        for name, p in self.named_parameters():
-            p.requires_grad_(".fuser." in name)
+class Gligen(Bridge):
+    """A linear map behind a ViT, and what lets boxes into that ViT; without boxes it is the linear map.
+
+    layers: gated layers, one for each of the first blocks of the ViT; the map reads the state behind them.
+    tuned: whether the map learns, too; the paper locks the model that it starts from.
+    """
+    name, soft_tokens = "gligen", True
+
+    def __init__(self, decoder: DecoderConfig, vision_width: int, layers: int = 3, heads: int = 4,
+                 context: int = 768, hidden: int = 512, cross: bool = False, tuned: bool = False):
+        super().__init__()
+        self.reads, self.tuned = layers, tuned
+        self.map = nn.Linear(vision_width, decoder.width)
+        self.net = PositionNet(decoder.width, context, hidden)
+        kind = GatedCross if cross else GatedSelfAttention
+        self.layers = nn.ModuleList(kind(vision_width, context, heads) for _ in range(layers))
+        self.requires_grad_()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Gligen:
+        super().requires_grad_(requires_grad)
+        self.map.requires_grad_(requires_grad and self.tuned)
         return self
 
-    def block(self, c: ViTConfig) -> EncoderBlock:
-        return GroundedBlock(c, self.kind(c.width, self.context, c.heads))
+    def prefix(self, visual: Tensor) -> Tensor:
+        return self.map(visual)                                                 # (ΣM, N, D)
 
-    def forward(self, pixels: Tensor | Grounded, return_hidden: bool = False, depth: int | None = None):
-        if isinstance(pixels, Tensor):
-            return super().forward(pixels, return_hidden, depth)
-        hidden = [self.embed(pixels.pixels)]
-        for block in self.blocks[:depth]:
-            hidden.append(block(hidden[-1], pixels))
-        return hidden if return_hidden else hidden[-1]
+    def look(self, vit: ViT, pixels: Tensor, boxes: Tensor, phrase: Tensor,
+             beta: Tensor | float = 1.0) -> Tensor:
+        """Features (B, N, Di) of pictures with a box each, boxes (B, 4), and a phrase (D,) for all of them."""
+        boxes = torch.stack((boxes, torch.zeros_like(boxes)), dim=1)            # (B, 2, 4)  one is padding
+        real = torch.tensor([True, False], device=boxes.device).expand(len(boxes), -1)
+        h = self.net(boxes, phrase.expand(*boxes.shape[:2], -1), real)          # (B, 2, C)
+        v = grounded_state(vit, self.layers, pixels, h, beta)
+        return v if self.reads_cls else v[:, vit.config.first:]
+
+    def gates(self) -> Tensor:
+        gates = [torch.stack((layer.attention_gate, layer.ff_gate)) for layer in self.layers]
+        return torch.stack(gates).detach().float().tanh()                       # (layers, 2)
+
+    @property
+    def gated_layers(self) -> list[int]:
+        return [*range(len(self.layers))]
 
 
 def beta_schedule(steps: int, full: float, falling: float = 0.0) -> list[float]:
@@ -177,3 +179,11 @@ def beta_schedule(steps: int, full: float, falling: float = 0.0) -> list[float]:
         raise ValueError(f"shares {full} and {falling} of the steps are negative or more than all.")
     a, b = int(full * steps), int(falling * steps)
     return [1.0] * a + [1 - (i + 1) / b for i in range(b)] + [0.0] * (steps - a - b)
+
+
+RECIPES = {"gligen": Recipe(
+    "GLIGEN (2301.07093v2): gated layers in a frozen ViT learn to answer about a box, a linear map beside",
+    "Flickr, VG, O365, SBU, CC3M: boxes with names",
+    Numbers(5e-5, None, 500_000, 10_000, "constant", 0.0, 0.999, 0), Numbers(2e-3, 64, 600, **MUON), "gligen",
+    task="gligen", options=dict(context=128, hidden=128, tuned=True), captions=0.0,
+    toy_data="shapes-places")}

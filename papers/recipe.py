@@ -44,6 +44,7 @@ UNREAD = {                          # task → the settings of the command line 
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(("visualbert", "vilbert", "vilt"), PAIRS),
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
+    "gligen": {"pack", "cache", "captions"},
     **dict.fromkeys(("dpo", "dpo-sft"), {"turns", "captions", "template", "form", "pack"}),
     **dict.fromkeys(("names", "pixels", "vq"), CLIP | TEXT | {"lm"})}
 

@@ -142,6 +142,7 @@ SMALL = {
     "kosmos1": dict(queries=3, heads=2), "cogvlm": {},
     "magma": dict(attention="scaled_parallel", adapter_norm=True),
     "fromage": dict(tokens=3, joint=12), "vlkd": dict(joint=12),
+    "gligen": dict(layers=2, heads=2, context=6, hidden=12, tuned=True),
     "prompt_tuning": dict(prompts=3), "prefix_tuning": dict(prompts=3, hidden=12),
     "zero_init": dict(prompts=3, adapted=3, width=16, depth=2, heads=2),
     "flamingo": dict(every=2, first=1, latents=3, depth=2, heads=2, head_width=8),

@@ -14,9 +14,11 @@ from data import Processor, to_pixels
 from model import Bridge, Decoder, VLM, ViT, ViTConfig
 from papers import dpo
 from papers.clip import CLIP, text_tokens
+from papers.gligen_task import take_place
 from papers.recipe import Ingredients, Task
 from support.formats.blip2 import fill_from_stage1, save_stage1
-from support.formats.files import UserError, read_json, write_json, write_tensors
+from support.formats.checkpoint import Checkpoint, fill
+from support.formats.files import UserError, at_the_door, read_json, write_json, write_tensors
 from support.formats.hub import fetch, is_hub_name, tower_folder
 from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor
@@ -28,6 +30,7 @@ from support.formats.vlm import load_bridge_file, save_vlm, stored_bridge
 TEXT_TOWER = "weights/clip-text"                        # beside the bundled ViT
 HERE = Path(__file__).parents[2]
 BEHIND_QFORMER = ("minigpt4",)                          # bridges that take a finished Q-Former
+AROUND_LINEAR = ("gligen",)                             # … or a finished linear map
 WEIGHTS = "weights"                                     # the bundled towers: weights/decoder, weights/vit
 
 
@@ -142,12 +145,20 @@ def load_vlkd_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
     given.clip = open_clip(TEXT_TOWER if vit == f"{WEIGHTS}/vit" else vit, given.device)
 
 
+def load_gligen_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """An answer task's, for a world whose questions are about places."""
+    with at_the_door(f"--data {given.world.name}"):
+        for index in range(8):
+            take_place(given.world.item(index, turns=5))
+    load_answer_parts(given, lm, vit, init)
+
+
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
            "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
            **dict.fromkeys(dpo.TASKS, load_answer_parts),
-           "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "names": load_no_parts,
-           "pixels": load_no_parts, "vq": load_picture_parts,
+           "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "gligen": load_gligen_parts,
+           "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
            **dict.fromkeys(("visualbert", "vilbert", "vilt"), load_pair_parts)}
 
 
@@ -252,5 +263,7 @@ def fill_from_run(bridge: Bridge, run: Path) -> None:
         fill_from_stage1(bridge, stage1)
     elif bridge.name in BEHIND_QFORMER and stored_bridge(file) == "qformer":
         fill_from_stage1(bridge, file)
+    elif bridge.name in AROUND_LINEAR and file.exists() and stored_bridge(file) == "linear":
+        fill(bridge.map, Checkpoint(file), {"weight": "map.weight", "bias": "map.bias"})
     elif file.exists() or not (run / "vit" / "config.json").exists():
         load_bridge_file(bridge, file, next(bridge.parameters()).device)

@@ -16,11 +16,12 @@ from support.formats.datasets import FORMATS
 from support.formats.files import UserError
 from support.worlds.emoji import Emoji
 from support.worlds.files import Files, MissingPicture
-from support.worlds.forms import (ShapesAnswers, ShapesChoices, ShapesPages, ShapesPhrases, ShapesReasons,
-                                  ShapesWeb, ShapesWords)
+from support.worlds.forms import (ShapesAnswers, ShapesChoices, ShapesPages, ShapesPhrases, ShapesPlaces,
+                                  ShapesReasons, ShapesWeb, ShapesWords)
 
 WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, ShapesChoices, ShapesReasons,
-                                          ShapesAnswers, ShapesWeb, ShapesPhrases, Emoji)}
+                                          ShapesAnswers, ShapesWeb, ShapesPhrases, ShapesPlaces,
+                                          Emoji)}
 
 CHOICES = {"scienceqa", ShapesChoices.name}             # kinds with multiple choice
 NO_QUESTIONS = {"coco", "karpathy", "flickr30k", "flickr8k", "cc", "textcaps", "vizwiz", "llava", "alpaca",

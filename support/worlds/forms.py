@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from data import CAPTION, COLORS, Item, NUMBERS, PLACES, QA, QUESTION, SHAPES, Shapes
+from data import (CAPTION, COLORS, Item, KINDS, NUMBERS, PLACES, QA, QUESTION, SHAPES, Shapes, Thing,
+                  choose)
 from support.formats.chat import alpaca_prompt
 
 
@@ -47,6 +48,16 @@ class ShapesPages(Shapes):
                 q = part.qas[0]
                 chunks.append((n, f"{QUESTION.format(q.question)} {q.answer}"))
         return Item(None, [], [], f"{self.split}-{index}", images=[p.image for p in parts], chunks=chunks)
+
+
+class ShapesPlaces(Shapes):
+    """The color and the shape of one thing, which the questions name by its place."""
+    name = "shapes-places"
+
+    def questions(self, things: list[Thing], rng: np.random.Generator, kinds=KINDS) -> list[QA]:
+        t = choose([t for t in things if t.pair in self.asked], rng)
+        return [QA("color", f"what color is the object at the {t.place}?", t.color),
+                QA("shape", f"what shape is at the {t.place}?", t.shape)][:len(kinds)]
 
 
 class ShapesChoices(Shapes):

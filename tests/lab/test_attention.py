@@ -33,7 +33,7 @@ def vlm_of(name: str, **options) -> VLM:
 LAYERS = [f"decoder.layers.{l}.attention" for l in range(4)]
 NAMES = {                # what each bridge shows besides the decoder's own attention, and its shape
     "linear": {}, "mlp": {}, "frozen": {}, "limber": {}, "clipcap": {}, "minigpt4_llama2": {}, "magma": {},
-    "fromage": {}, "vlkd": {},
+    "fromage": {}, "vlkd": {}, "gligen": {},
     "cogvlm": {},
     "clipcap_transformer": {f"bridge.blocks.{l}": (1, 2, 2 + 3, 2 + 3) for l in range(2)},
     "mapl": {f"bridge.blocks.{l}": (1, 2, N + 3, N + 3) for l in range(2)},
@@ -190,7 +190,7 @@ def test_what_visual_tokens_are_made_of_is_a_share_of_each_patch(name):
     with torch.no_grad():
         _, attention = run_with_attention(vlm, torch.cat((TOKENS, TOKENS)), features=features)
     made = rollout(vlm.bridge, attention, features)
-    K = {"linear": 9, "mlp": 9, "limber": 9, "magma": 9, "minigpt4_llama2": 9, "visualgpt": 9, "vcgpt": N,
+    K = {"linear": 9, "mlp": 9, "gligen": 9, "limber": 9, "magma": 9, "minigpt4_llama2": 9, "visualgpt": 9, "vcgpt": N,
          "frozen": 2, "vlkd": 1}.get(name, 3)
     shares = torch.ones(2, K)
     if name == "cogvlm":                                # two vectors that hold no patch stand around them

@@ -1,19 +1,25 @@
 """GLIGEN's grounding tokens and gated layers are the authors'; at zero they leave a ViT alone to the bit."""
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import TINY_VIT, check, fixed_loss, golden, stir
-from model import EncoderBlock, ViT, merge_heads, split_heads
-from papers import gligen
-from papers.gligen import (DenseGatedSelfAttention, GatedCross, GatedSelfAttention, Grounded, GroundedViT,
-                           PositionNet, beta_schedule, fourier)
+import train
+from conftest import TINY, TINY_VIT, check, fixed_loss, golden, shapes_vlm, stir, tiny_vlm
+from data import HELD_OUT, PLACES, QA, Item
+from model import VLM, merge_heads, split_heads
+from papers import gligen, make_bridge
+from papers.gligen import (DenseGatedSelfAttention, GatedCross, GatedSelfAttention, PositionNet,
+                           beta_schedule, fourier)
+from papers.gligen_task import answer_boxes, take_place
 from support.formats.checkpoint import Checkpoint, fill
-from support.formats.files import UserError, write_tensors
+from support.formats.files import UserError, read_json, write_tensors
 from support.formats.gligen import FUSER, load_gligen, position_names
+from support.worlds import open_data
+from support.worlds.text import shapes_tokenizer
 
 
 def variant(kind: type[GatedSelfAttention], prefix: str) -> GatedSelfAttention:
@@ -108,52 +114,102 @@ def test_by_hand():
 
 # --- inside a ViT -------------------------------------------------------------------------------------------
 
-def grounded(kind: type[GatedSelfAttention] = GatedSelfAttention) -> tuple[ViT, GroundedViT, Grounded]:
-    vit, g = stir(ViT(TINY_VIT)), torch.Generator().manual_seed(0)
-    mine = GroundedViT(TINY_VIT, 6, kind).adopt(vit).eval()
-    return vit, mine, Grounded(torch.randn(2, 3, 24, 24, generator=g), torch.randn(2, 3, 6, generator=g))
+def grounded(cross: bool = False) -> tuple[VLM, dict]:
+    """A tiny model with the bridge as it begins, and what its `look` takes."""
+    vlm, g = tiny_vlm("gligen", stirred=False, cross=cross), torch.Generator().manual_seed(0)
+    stir(vlm.vit)
+    given = dict(pixels=torch.randn(2, 3, 24, 24, generator=g), phrase=torch.randn(TINY.width, generator=g),
+                 boxes=torch.tensor([[0, 0, 1, 1], [1, 2, 2, 3]]) / 3)
+    return vlm, given
+
+
+def open_gates(bridge) -> None:
+    for layer in bridge.layers:
+        stir(layer)
+        nn.init.constant_(layer.attention_gate, 0.5)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("kind", [GatedSelfAttention, GatedCross])
-def test_gates_or_beta_at_zero_leave_the_vit_alone_to_the_bit(kind, gradients):
-    vit, mine, given = grounded(kind)
+@pytest.mark.parametrize("cross", [False, True])
+def test_gates_or_beta_at_zero_leave_the_vit_alone_to_the_bit(cross, gradients):
+    vlm, given = grounded(cross)
     with torch.set_grad_enabled(gradients):
-        plain = vit.features(given.pixels)
-        assert torch.equal(mine.features(given), plain)                         # both gates start at 0
-        for block in mine.blocks:
-            stir(block.fuser)
-            nn.init.constant_(block.fuser.attention_gate, 0.5)
-        assert not torch.allclose(mine.features(given), plain, atol=1e-2)
-        assert torch.equal(mine.features(given.pixels), plain)                  # nothing is asked
-        given.beta = 0.0
-        assert torch.equal(mine.features(given), plain)
+        plain = vlm.features(given["pixels"])
+        assert torch.equal(vlm.bridge.look(vlm.vit, **given), plain)            # both gates start at 0
+        open_gates(vlm.bridge)
+        boxed = vlm.bridge.look(vlm.vit, **given)
+        assert not torch.allclose(boxed, plain, atol=1e-2)
+        assert torch.equal(vlm.features(given["pixels"]), plain)                # nothing is asked
+        assert torch.equal(vlm.bridge.look(vlm.vit, **given, beta=0.0), plain)
+        each = vlm.bridge.look(vlm.vit, **given, beta=torch.tensor([1.0, 0.0])[:, None, None])
+    assert torch.equal(each[0], boxed[0]) and torch.equal(each[1], plain[1])
 
 
-def test_only_the_gated_layers_learn_and_the_first_step_moves_the_gates():
-    _, mine, given = grounded()
-    mine.features(given, -1).square().sum().backward()
-    moved = {name for name, p in mine.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moved == {f"blocks.{l}.fuser.{g}" for l in range(3) for g in ("attention_gate", "ff_gate")}
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_gated_layers_learn_and_the_first_step_moves_the_gates(tuned):
+    vlm, given = grounded()
+    bridge = make_bridge("gligen", TINY, TINY_VIT.width, layers=2, heads=2, context=6, hidden=12, tuned=tuned)
+    bridge.prefix(bridge.look(vlm.vit, **given)).square().sum().backward()
+    moved = {name for name, p in bridge.named_parameters() if p.grad is not None and p.grad.any()}
+    gates = {f"layers.{n}.{gate}" for n in range(2) for gate in ("attention_gate", "ff_gate")}
+    assert moved == gates | ({"map.weight", "map.bias"} if tuned else set())
 
 
-def test_grounding_tokens_have_no_order_and_padding_is_seen():
-    _, mine, given = grounded()
-    for block in mine.blocks:
-        stir(block.fuser)
-        nn.init.constant_(block.fuser.attention_gate, 0.5)
+def test_boxes_are_told_apart_and_padding_is_seen():
+    vlm, given = grounded()
+    open_gates(vlm.bridge)
     with torch.no_grad():
-        y = mine.features(given)
-        turned = mine.features(Grounded(given.pixels, given.tokens[:, [2, 0, 1]]))
-        more = mine.features(Grounded(given.pixels, torch.cat((given.tokens, torch.zeros(2, 1, 6)), 1)))
-    torch.testing.assert_close(turned, y, atol=1e-5, rtol=1e-5)     # float32, another order
-    assert not torch.allclose(more, y, atol=1e-3)
+        y = vlm.bridge.look(vlm.vit, **given)
+        other = vlm.bridge.look(vlm.vit, **given | {"boxes": given["boxes"].flip(0)})
+        vlm.bridge.net.null_box += 1
+        padded = vlm.bridge.look(vlm.vit, **given)
+    assert not torch.allclose(other, y, atol=1e-3) and not torch.allclose(padded, y, atol=1e-3)
 
 
-def test_another_tower_is_refused():
-    other = nn.ModuleDict({"blocks": nn.ModuleList([EncoderBlock(20, 2, 40, "gelu", 1e-5)])})
-    with pytest.raises(ValueError, match="other parts"):
-        GroundedViT(TINY_VIT, 6).adopt(other)
+# --- the task -----------------------------------------------------------------------------------------------
+
+def test_the_place_goes_from_the_words_into_a_box():
+    world = open_data("shapes-places:test")
+    for i in range(40):
+        item = world.item(i)
+        boxed, place = take_place(item), item.qas[0].question.split(" at the ")[1].strip("?")
+        assert [q.question for q in boxed.qas] == ["what color is the object there?", "what shape is there?"]
+        x0, y0, x1, y1 = (3 * boxed.box).round().long().tolist()
+        assert PLACES[3 * y0 + x0] == place and (x1, y1) == (x0 + 1, y0 + 1)
+        color, shape = (q.answer for q in boxed.qas)
+        assert f"{color} {shape} at the {place}" in item.about and (color, shape) in HELD_OUT
+    assert len(world.item(0, turns=1).qas) == 1
+    with pytest.raises(UserError, match="^--data shapes: the questions of item .* give --data shapes-places"):
+        train.main(["--recipe", "gligen", "--data", "shapes"])
+
+
+def test_a_box_answers_what_it_is_asked(monkeypatch):
+    """Right with its own box, wrong with the next picture's, and a guess is one thing of the picture."""
+    items = [Item(np.zeros((48, 48, 3), np.uint8), [], [QA("color", f"what color is the object at the {p}?", a)],
+                  about="a small red ring at the top left; a large blue ring at the bottom right")
+             for p, a in (("top left", "red"), ("bottom right", "blue"))]
+    vlm, seen = shapes_vlm("gligen", context=6, hidden=12), []
+    monkeypatch.setattr(type(vlm.bridge), "look", lambda self, vit, pixels, boxes, phrase, beta:
+                        seen.append(beta) or boxes)
+
+    def read(vlm, prompts, tokenizer, longest, features, pictures):
+        return ["blue" if features[n, 0] > 0 and seen[-1] else " red" for n, in pictures]
+    found = answer_boxes(vlm, shapes_tokenizer(), items, read)
+    assert found == {"box": 1.0, "wrong box": 0.0, "no box": 0.5, "a guess": 0.5} and seen == [1, 1, 0]
+
+
+def test_the_map_is_a_linear_runs_and_stays_as_it_is(tmp_path):
+    quick = ["--steps", "2", "--batch", "2", "--eval-items", "2", "--samples", "0", "--log-every", "1"]
+    lock = ["--recipe", "gligen", "--option", "tuned=false", "--init", str(tmp_path / "linear"), *quick]
+    train.main(["--bridge", "linear", "--data", "shapes-places", "--out", str(tmp_path / "linear"), *quick])
+    vlm = train.main([*lock, "--out", str(tmp_path / "run")])
+    started = load_file(tmp_path / "linear/bridge.safetensors")
+    assert torch.equal(vlm.bridge.map.weight, started["map.weight"]) and vlm.bridge.gates().abs().min() > 0
+    assert read_json(tmp_path / "run/boxes.json").keys() == {"box", "wrong box", "no box", "a guess"}
+    tables = [read_json(tmp_path / f"{run}/results.json")["rows"][0] for run in ("linear", "run")]
+    assert tables[0]["mean"] == tables[1]["mean"]                               # β = 0: the model it starts from
+    with pytest.raises(UserError, match="give the option layers, not reads"):
+        train.main([*lock, "--option", "reads=-1", "--out", str(tmp_path / "other")])
 
 
 def test_the_schedule():

@@ -6,11 +6,11 @@ the names of its numbers}). `python eval.py claims NAME` runs one, `python eval.
 """
 from __future__ import annotations
 
-from support.lab.miniatures import (clipcap, cogvlm, fromage, kosmos1, limber, magic, magma, minigpt4, pica,
-                                    prompt_tuning, socratic, vcgpt, visualgpt, vlkd)
+from support.lab.miniatures import (clipcap, cogvlm, fromage, gligen, kosmos1, limber, magic, magma, minigpt4,
+                                    pica, prompt_tuning, socratic, vcgpt, visualgpt, vlkd)
 
 MODULES = (clipcap, limber, magma, minigpt4, kosmos1, visualgpt, vcgpt, fromage, prompt_tuning, cogvlm,
-           vlkd, pica, magic, socratic)
+           gligen, vlkd, pica, magic, socratic)
 CLAIMS = {name: claim for module in MODULES for name, claim in module.CLAIMS.items()}
 ARMS = {name: arm for module in MODULES for name, arm in module.ARMS.items()}
 MEASUREMENTS = {name: measure for module in MODULES
