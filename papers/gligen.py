@@ -157,7 +157,7 @@ class Gligen(Bridge):
 
     def look(self, vit: ViT, pixels: Tensor, boxes: Tensor, phrase: Tensor,
              beta: Tensor | float = 1.0) -> Tensor:
-        """Features (B, N, Di) of pictures with a box each, boxes (B, 4), and a phrase (D,) for all of them."""
+        """Features (B, N, Di) of pictures with a box each, boxes (B, 4), and one phrase (D,) for all."""
         boxes = torch.stack((boxes, torch.zeros_like(boxes)), dim=1)            # (B, 2, 4)  one is padding
         real = torch.tensor([True, False], device=boxes.device).expand(len(boxes), -1)
         h = self.net(boxes, phrase.expand(*boxes.shape[:2], -1), real)          # (B, 2, C)

@@ -1,7 +1,7 @@
 """GLIGEN's task: what is in the box? The questions of shapes-places, whose place goes into a box.
 
-    python train.py --recipe gligen                                     map and gated layers learn: 3 minutes
-    python train.py --bridge linear --data shapes-places                the model that the paper would lock …
+    python train.py --recipe gligen                                 the map and the gated layers learn
+    python train.py --bridge linear --data shapes-places            a model, which is locked …
     python train.py --recipe gligen --init out/linear-shapes-places --option tuned=false    … and its boxes
 
 The paper draws pictures; its loss is the diffusion's. Here the same layers sit in the ViT of a model that
@@ -30,15 +30,19 @@ class BoxedItem(Item):
     box: Tensor | None = None       # (4,) x0 y0 x1 y1 in 0 … 1; None: the questions say the place in words
 
 
+def place_box(place: str) -> Tensor:
+    y, x = divmod(PLACES.index(place), 3)
+    return torch.tensor([x, y, x + 1, y + 1]) / 3
+
+
 def take_place(item: Item) -> BoxedItem:
     """"there" stands in the place of "at the top left", and the box of that cell beside it."""
     found = {place for q in item.qas for place in PLACE.findall(q.question)}
     if len(found) != 1:
         raise ValueError(f"the questions of item {item.id} are about {len(found)} places, not about one; "
                          "give --data shapes-places.")
-    y, x = divmod(PLACES.index(found.pop()), 3)
     qas = [replace(q, question=PLACE.sub("there", q.question)) for q in item.qas]
-    return BoxedItem(**{**vars(item), "qas": qas}, box=torch.tensor([x, y, x + 1, y + 1]) / 3)
+    return BoxedItem(**{**vars(item), "qas": qas}, box=place_box(found.pop()))
 
 
 def phrase_vector(vlm: VLM, tokenizer) -> Tensor:
@@ -47,26 +51,39 @@ def phrase_vector(vlm: VLM, tokenizer) -> Tensor:
     return rows[torch.tensor(tokenizer.encode(" object"), device=rows.device)].detach().float().mean(0)
 
 
+def other_box(item: BoxedItem) -> Tensor | None:
+    """The box of the first thing of the picture that is not asked about; None: there is no other."""
+    boxes = [place_box(place) for place in PLACE.findall(item.about)]
+    return next((box for box in boxes if not torch.equal(box, item.box)), None)
+
+
 @torch.no_grad()
 def answer_boxes(vlm: VLM, tokenizer, items: list[Item], generate_texts: Callable) -> dict[str, float]:
-    """Shares of right answers, 0 … 1.
+    """Shares of right answers, 0 … 1, on the pictures with several things; one thing needs no box.
 
-    box, wrong box, no box      with the box, with the next picture's, without (β = 0)
+    box, another box, no box    with the box, with that of another thing, without (β = 0)
+    blind box                   with the box and a zeroed picture
     a guess                     of one who names any thing of the picture
+    {} where no picture has several things.
     """
-    taken, weight = [take_place(item) for item in items], vlm.vit.positions
-    pixels = to_pixels([item.image for item in items], vlm.vit.config.image_size, vlm.processor).to(weight)
-    boxes, phrase = torch.stack([item.box for item in taken]).to(weight.device), phrase_vector(vlm, tokenizer)
+    taken = [item for item in map(take_place, items) if other_box(item) is not None]
+    weight = vlm.vit.positions
+    pixels = to_pixels([item.image for item in taken], vlm.vit.config.image_size, vlm.processor).to(weight)
+    if not taken:
+        return {}
+    boxes, others = (torch.stack(some).to(weight.device)
+                     for some in ([item.box for item in taken], [other_box(item) for item in taken]))
     asked = [(n, q) for n, item in enumerate(taken) for q in item.qas]
     prompts = [Document(tokenizer).image().add(QUESTION.format(q.question)) for _, q in asked]
-    found = {}
-    for name, shown, beta in ("box", boxes, 1.0), ("wrong box", boxes.roll(1, 0), 1.0), ("no box", boxes, 0.0):
-        features = vlm.bridge.look(vlm.vit, pixels, shown, phrase, beta)
+    phrase, found = phrase_vector(vlm, tokenizer), {}
+    for name, seen, shown, beta in (("box", pixels, boxes, 1.0), ("another box", pixels, others, 1.0),
+                                    ("no box", pixels, boxes, 0.0), ("blind box", 0 * pixels, boxes, 1.0)):
+        features = vlm.bridge.look(vlm.vit, seen, shown, phrase, beta)
         texts = generate_texts(vlm, prompts, tokenizer, 12, features=features,
                                pictures=[[n] for n, _ in asked])
         found[name] = sum(text.strip() == q.answer for (_, q), text in zip(asked, texts)) / len(asked)
-    things = [items[n].about.split("; ") for n, _ in asked]
-    guessed = [sum(f" {q.answer} " in t for t in seen) / len(seen) for seen, (_, q) in zip(things, asked)]
+    things = [(taken[n].about.split("; "), q.answer) for n, q in asked]
+    guessed = [sum(f" {answer} " in thing for thing in seen) / len(seen) for seen, answer in things]
     return found | {"a guess": sum(guessed) / len(guessed)}
 
 
@@ -108,5 +125,5 @@ class GligenTask(Task):
         items = g.take_items(g.open_held_out(), g.eval_items)
         scores = answer_boxes(self.module, self.tokenizer, items, g.generate_texts)
         text = "   ".join(f"{name} {100 * score:.1f}" for name, score in scores.items())
-        print(f"what is in the box? right answers in %:   {text}")
+        print(f"what is in the box? right answers in %, pictures with several things:   {text}")
         return files | {"boxes.json": scores}

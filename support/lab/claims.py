@@ -4,6 +4,7 @@
     python eval.py claims papers                        the point of each paper of papers/
     python eval.py claims zero-init gates --seeds 3
     python eval.py claims all --jobs 8 --out claims.txt
+    python eval.py claims papers --kept                 trains nothing: what the finished runs say
 
 Finished runs in out/claims are kept, so that the command goes on where it was stopped.
 """
@@ -14,6 +15,8 @@ import contextlib
 import itertools
 import math
 import multiprocessing
+import os
+import platform
 import re
 import textwrap
 import time
@@ -37,7 +40,7 @@ from support.formats.vlm import open_run
 from support.lab.answerers import measure_answerer
 from support.lab.attention import gate_history
 from support.lab import claims_list, miniatures
-from support.lab.claims_list import COMMON, Arm, Claim, Number, Side
+from support.lab.claims_list import CIDER, COMMON, MEAN, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
 from support.plumbing.flags import Parser, number
 from support.plumbing.log import read_log
@@ -46,6 +49,7 @@ from support.worlds import open_data
 
 CLAIMS = claims_list.CLAIMS | miniatures.CLAIMS
 ARMS = claims_list.ARMS | miniatures.ARMS
+PAPER_COLUMNS = ["", "seeds", "trained", "held-out", "blind", "minutes", "verdicts"]    # of PAPERS_REPORT
 PAPERS_REPORT = "support/results/papers.txt"
 GROUPS = {"all": claims_list.CLAIMS, "papers": miniatures.CLAIMS}       # names for several
 
@@ -175,14 +179,16 @@ def arm_flags(name: str, arm: Arm, seed: int, setup: Setup) -> list[str]:
 def run_arm(name: str, arm: Arm, seed: int, setup: Setup) -> dict:
     """Train an arm unless its finished run lies in its folder, and measure what is missing.
 
-    Returns and keeps in seen.json: {"flags", "seconds", "steps", measurement: {name: number}}.
+    Returns and keeps in seen.json: {"flags", "seconds", "steps", "trained" (parameters), measurement: {name:
+    number}}.
     """
     run, flags = Path(arm_folder(setup.runs, name, seed)), arm_flags(name, arm, seed, setup)
     done = read_json(run / "seen.json") if (run / "seen.json").exists() else {}
     if arm.answerer and done.get("flags") != flags:
         torch.set_num_threads(1)
         start, scores = time.monotonic(), measure_answerer(arm.answerer, flags, seed, setup.count // 2)
-        done = {"flags": flags, "seconds": time.monotonic() - start, "steps": 0, arm.answerer: scores}
+        done = {"flags": flags, "seconds": time.monotonic() - start, "steps": 0, "trained": 0,
+                arm.answerer: scores}
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "seen.json", done)
     if done.get("flags") != flags:
@@ -191,7 +197,8 @@ def run_arm(name: str, arm: Arm, seed: int, setup: Setup) -> dict:
               contextlib.redirect_stderr(file)):
             train.main(flags)
         config = read_json(run / "config.json")
-        done = {"flags": flags, "seconds": config["seconds"], "steps": config["steps"]}
+        done = {"flags": flags, "seconds": config["seconds"], "steps": config["steps"],
+                "trained": config.get("trained_parameters")}
         write_json(run / "seen.json", done)
     missing = [measure for measure in arm.measures if measure not in done]
     if missing:
@@ -213,6 +220,18 @@ def needed_arms(claims: list[Claim], arms: dict[str, Arm]) -> set[str]:
 def arms_before(arm: Arm) -> list[str]:
     """The arms whose runs it starts from or reads."""
     return [arm.start] * bool(arm.start) + [other for flag in arm.flags for other in RUN_OF.findall(flag)]
+
+
+def finished_seeds(claim: Claim, setup: Setup, arms: dict[str, Arm]) -> int:
+    """Of how many of the seeds, from 0 on, all runs of this claim are finished and measured."""
+    def finished(name: str, seed: int) -> bool:
+        arm, file = arms[name], Path(arm_folder(setup.runs, name, seed)) / "seen.json"
+        done = read_json(file) if file.exists() else {}
+        return done.get("flags") == arm_flags(name, arm, seed, setup) and {*arm.measures} <= {*done}
+
+    needed = needed_arms([claim], arms)
+    return next((seed for seed in range(setup.seeds) if not all(finished(name, seed) for name in needed)),
+                setup.seeds)
 
 
 def stage(name: str, arms: dict[str, Arm]) -> int:
@@ -280,24 +299,68 @@ def claim_report(name: str, claim: Claim, results: dict[tuple[str, int], dict],
     return "\n".join([f"{name}: {claim.says} ({claim.source})", *lines]), verdicts
 
 
+def paper_row(claim: Claim, results: dict[tuple[str, int], dict], seeds: int) -> list[str]:
+    """Of the paper's own arm, the first of its claim: trained parameters, a number and that of the same model
+    with zeroed pictures ("-" where it was not measured), minutes of a run."""
+    arm = claim.arms[0]
+
+    def shown(number: Number) -> str:
+        values = arm_values(results, seeds, arm, number)
+        return f"{mean(values):.3g} {number.unit}" if values else "-"
+
+    def blind(number: Number) -> Number:
+        return replace(number, name=f"blind {number.name}")
+    columns = (*claim.columns, MEAN, CIDER)
+    number = next((n for n in columns if "-" not in (shown(n), shown(blind(n)))), columns[0])
+    trained = results[arm, 0].get("trained")
+    minutes = mean([results[arm, seed]["seconds"] for seed in range(seeds)]) / 60
+    return ["-" if trained is None else f"{trained:,}", shown(number), shown(blind(number)), f"{minutes:.1f}"]
+
+
 def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim] = CLAIMS,
-               arms: dict[str, Arm] = ARMS) -> str:
-    """Train and measure every arm of these claims, write the report to setup.report, and return it."""
-    results = run_arms(needed_arms([claims[name] for name in names], arms), setup, arms)
-    reports = {name: claim_report(name, claims[name], results, setup.seeds) for name in names}
-    minutes = sum(result["seconds"] for result in results.values()) / 60
+               arms: dict[str, Arm] = ARMS, kept: bool = False) -> str:
+    """Train and measure every arm of these claims, write the report to setup.report, and return it.
+
+    kept: train nothing; the report is about the claims and the seeds whose runs are finished.
+    """
     asked = next((group for group, members in GROUPS.items() if names == [*members]), " ".join(names))
-    head = (f"python eval.py claims {asked}: seeds 0 to {setup.seeds - 1}, {len(results)} runs, "
-            f"{minutes:.0f} minutes of training on one core each; every run: {' '.join(setup.common)}\n"
+    results: dict[tuple[str, int], dict] = {}
+    if kept:
+        seeds = {name: finished_seeds(claims[name], setup, arms) for name in names}
+        names = [name for name in names if seeds[name]]
+        if not names:
+            raise UserError(f"{setup.runs} holds all runs of none of these claims; leave out --kept.")
+        for name in names:
+            results |= run_arms(needed_arms([claims[name]], arms), replace(setup, seeds=seeds[name]), arms)
+    else:
+        seeds = dict.fromkeys(names, setup.seeds)
+        results = run_arms(needed_arms([claims[name] for name in names], arms), setup, arms)
+    reports = {name: claim_report(name, claims[name], results, seeds[name]) for name in names}
+    minutes = sum(result["seconds"] for result in results.values()) / 60
+    head = (f"python eval.py claims {asked}{' --kept' * kept}: seeds 0 to {max(seeds.values()) - 1}, "
+            f"{len(results)} runs, {minutes:.0f} minutes of training on one core each ({machine()}); every "
+            f"run: {' '.join(setup.common)}\n"
             "Mean ± standard deviation over seeds: accuracy in %, CIDEr, loss in nats per learned token; "
             f"{setup.count} held-out pictures.\n"
             "The documents' numbers are of other data and models: compare the direction. The verdicts are "
             "computed (support/lab/claims.py, judge).")
-    summary = [f"    {name:12s}{', '.join(verdicts)}" for name, (_, verdicts) in reports.items()]
+    summary = [f"    {name:12s}{', '.join(verdicts)}" for name, (_, verdicts) in reports.items()
+               if name not in miniatures.CLAIMS]
+    rows = {name: [name, str(seeds[name]), *paper_row(claims[name], results, seeds[name])]
+            for name in reports if name in miniatures.CLAIMS}
+    if rows:
+        *columns, last = PAPER_COLUMNS
+        verdicts = [last, *(", ".join(reports[name][1]) for name in rows)]
+        table = align([columns, *rows.values()]).splitlines()
+        summary += [f"    {line}  {verdict}" for line, verdict in zip(table, verdicts)]
     text = "\n".join([head, "", *summary, "", *(f"{text}\n" for text, _ in reports.values())])
     with atomically(Path(setup.report)) as tmp:
         tmp.write_text(text, encoding="utf-8")
     return text
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__.partition('+')[0]}"
 
 
 def main(argv: list[str]) -> None:
@@ -310,6 +373,8 @@ def main(argv: list[str]) -> None:
                         help="runs at a time, one core each (2)")
     parser.add_argument("--out", default="", metavar="FILE",
                         help=f"of the report ({Setup.report}, or papers.txt beside it)")
+    parser.add_argument("--kept", action="store_true",
+                        help="train nothing: report the claims and seeds whose runs are finished")
     args = parser.parse_args(argv)
     if not args.names:
         raise UserError(f"which claims? Write all, papers, or some of {', '.join(CLAIMS)}.")
@@ -318,4 +383,4 @@ def main(argv: list[str]) -> None:
         if name not in CLAIMS:
             raise UserError(f'unknown claim "{name}"; {nearest(name, [*GROUPS, *CLAIMS])}')
     report = args.out or (PAPERS_REPORT if args.names == ["papers"] else Setup.report)
-    print(run_claims(names, Setup(args.seeds, args.jobs, report=report)))
+    print(run_claims(names, Setup(args.seeds, args.jobs, report=report), kept=args.kept))

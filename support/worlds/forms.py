@@ -52,7 +52,7 @@ class ShapesPages(Shapes):
 
 class ShapesPlaces(Shapes):
     """The color and the shape of one thing, which the questions name by its place."""
-    name = "shapes-places"
+    name, says_scenes = "shapes-places", False
 
     def questions(self, things: list[Thing], rng: np.random.Generator, kinds=KINDS) -> list[QA]:
         t = choose([t for t in things if t.pair in self.asked], rng)

@@ -190,8 +190,8 @@ def test_what_visual_tokens_are_made_of_is_a_share_of_each_patch(name):
     with torch.no_grad():
         _, attention = run_with_attention(vlm, torch.cat((TOKENS, TOKENS)), features=features)
     made = rollout(vlm.bridge, attention, features)
-    K = {"linear": 9, "mlp": 9, "gligen": 9, "limber": 9, "magma": 9, "minigpt4_llama2": 9, "visualgpt": 9, "vcgpt": N,
-         "frozen": 2, "vlkd": 1}.get(name, 3)
+    K = {"linear": 9, "mlp": 9, "gligen": 9, "limber": 9, "magma": 9, "minigpt4_llama2": 9, "visualgpt": 9,
+         "vcgpt": N, "frozen": 2, "vlkd": 1}.get(name, 3)
     shares = torch.ones(2, K)
     if name == "cogvlm":                                # two vectors that hold no patch stand around them
         K, shares = 11, F.pad(torch.ones(2, 9), (1, 1))

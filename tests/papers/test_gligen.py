@@ -184,30 +184,35 @@ def test_the_place_goes_from_the_words_into_a_box():
 
 
 def test_a_box_answers_what_it_is_asked(monkeypatch):
-    """Right with its own box, wrong with the next picture's, and a guess is one thing of the picture."""
-    items = [Item(np.zeros((48, 48, 3), np.uint8), [], [QA("color", f"what color is the object at the {p}?", a)],
-                  about="a small red ring at the top left; a large blue ring at the bottom right")
-             for p, a in (("top left", "red"), ("bottom right", "blue"))]
+    """Right with its own box, wrong with the other's; a guess is one thing of the picture; one with a single
+    thing is left out."""
+    two = "a small red ring at the top left; a large blue ring at the bottom right"
+    grey, asked = np.full((48, 48, 3), 99, np.uint8), "what color is the object at the {}?"
+    items = [Item(grey, [], [QA("color", asked.format(p), a)], about=about)
+             for p, a, about in (("top left", "red", two), ("bottom right", "blue", two),
+                                 ("top left", "red", two.split(";")[0]))]
     vlm, seen = shapes_vlm("gligen", context=6, hidden=12), []
     monkeypatch.setattr(type(vlm.bridge), "look", lambda self, vit, pixels, boxes, phrase, beta:
-                        seen.append(beta) or boxes)
+                        seen.append((beta, bool(pixels.any()))) or boxes)
 
     def read(vlm, prompts, tokenizer, longest, features, pictures):
-        return ["blue" if features[n, 0] > 0 and seen[-1] else " red" for n, in pictures]
+        return ["blue" if features[n, 0] > 0 and all(seen[-1]) else " red" for n, in pictures]
     found = answer_boxes(vlm, shapes_tokenizer(), items, read)
-    assert found == {"box": 1.0, "wrong box": 0.0, "no box": 0.5, "a guess": 0.5} and seen == [1, 1, 0]
+    assert found == {"box": 1.0, "another box": 0.0, "no box": 0.5, "blind box": 0.5, "a guess": 0.5}
+    assert seen == [(1, True), (1, True), (0, True), (1, False)]
 
 
 def test_the_map_is_a_linear_runs_and_stays_as_it_is(tmp_path):
-    quick = ["--steps", "2", "--batch", "2", "--eval-items", "2", "--samples", "0", "--log-every", "1"]
+    quick = ["--steps", "2", "--batch", "2", "--eval-items", "6", "--samples", "0", "--log-every", "1"]
     lock = ["--recipe", "gligen", "--option", "tuned=false", "--init", str(tmp_path / "linear"), *quick]
     train.main(["--bridge", "linear", "--data", "shapes-places", "--out", str(tmp_path / "linear"), *quick])
     vlm = train.main([*lock, "--out", str(tmp_path / "run")])
     started = load_file(tmp_path / "linear/bridge.safetensors")
     assert torch.equal(vlm.bridge.map.weight, started["map.weight"]) and vlm.bridge.gates().abs().min() > 0
-    assert read_json(tmp_path / "run/boxes.json").keys() == {"box", "wrong box", "no box", "a guess"}
+    assert read_json(tmp_path / "run/boxes.json").keys() == {"box", "another box", "no box", "blind box",
+                                                            "a guess"}
     tables = [read_json(tmp_path / f"{run}/results.json")["rows"][0] for run in ("linear", "run")]
-    assert tables[0]["mean"] == tables[1]["mean"]                               # β = 0: the model it starts from
+    assert tables[0]["mean"] == tables[1]["mean"]                               # β = 0: what it started from
     with pytest.raises(UserError, match="give the option layers, not reads"):
         train.main([*lock, "--option", "reads=-1", "--out", str(tmp_path / "other")])
 

@@ -6,13 +6,18 @@ the names of its numbers}). `python eval.py claims NAME` runs one, `python eval.
 """
 from __future__ import annotations
 
+from dataclasses import replace
+
 from support.lab.miniatures import (clipcap, cogvlm, fromage, gligen, kosmos1, limber, magic, magma, minigpt4,
                                     pica, prompt_tuning, socratic, vcgpt, visualgpt, vlkd)
 
 MODULES = (clipcap, limber, magma, minigpt4, kosmos1, visualgpt, vcgpt, fromage, prompt_tuning, cogvlm,
            gligen, vlkd, pica, magic, socratic)
 CLAIMS = {name: claim for module in MODULES for name, claim in module.CLAIMS.items()}
-ARMS = {name: arm for module in MODULES for name, arm in module.ARMS.items()}
+OWN = {claim.arms[0] for claim in CLAIMS.values()}      # the papers' own arms: blind, too
+ARMS = {name: replace(arm, measures=(*arm.measures, "blind"))
+        if name in OWN and {"answers", "captions"} & {*arm.measures} else arm
+        for module in MODULES for name, arm in module.ARMS.items()}
 MEASUREMENTS = {name: measure for module in MODULES
                 for name, measure in getattr(module, "MEASUREMENTS", {}).items()}
 MEASURED = {name: numbers for module in MODULES for name, numbers in getattr(module, "MEASURED", {}).items()}

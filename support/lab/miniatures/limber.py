@@ -31,7 +31,7 @@ def measure_said(arm: TrainedArm) -> dict[str, float]:
 
 LIMBER = ("--bridge", "limber", "--captions", "1")
 ARMS = {
-    "LiMBeR, captions": Arm(LIMBER, measures=("said",)),
+    "LiMBeR, captions": Arm(LIMBER, measures=("said", "captions")),
     "ViT, names": Arm(("--recipe", "limber-names", "--steps", "1000")),
     "ViT, pixels": Arm(("--recipe", "limber-pixels", "--steps", "1000")),
     "LiMBeR, names": Arm(LIMBER, start="ViT, names", measures=("said",)),
