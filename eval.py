@@ -245,11 +245,11 @@ def vision_features(vlm: VLM, items: list[data.Item], blind: bool, batch: int = 
 
 
 def evaluate(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], blind: bool = False, beams: int = 1,
-             captions: bool = True) -> dict:
+             captions: bool = True, form: str = "QCM-LEA") -> dict:
     """Scores on these items: {kind of question: accuracy, "mean": over kinds, "cider", "bleu4"}.
 
     Accuracies and BLEU-4 are 0 … 1. The texts come with them: "answers", one per question, and "captions",
-    one per item (None without a picture), where all pictures have references.
+    one per item (None without a picture), where all pictures have references. form: of scienceqa_text.
     """
     pictured = [n for n, item in enumerate(items) if item.image is not None]
     features = vision_features(vlm, [items[n] for n in pictured], blind)
@@ -261,7 +261,7 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], blind: bool
         return generate_texts(vlm, documents, tokenizer, longest, beams, features, pictures=pictures)
 
     questions = [q for item in items for q in item.qas]
-    asked = [(n, question_text(q)) for n, item in enumerate(items) for q in item.qas]
+    asked = [(n, question_text(q, form)) for n, item in enumerate(items) for q in item.qas]
     answers = write(asked, 256 if any(map(is_multiple_choice, questions)) else 12)
     result = accuracy_by_kind(questions, answers) | {"answers": answers}
     if captions and pictured and all(items[n].captions for n in pictured):
@@ -276,8 +276,8 @@ def is_multiple_choice(q: data.QA) -> bool:
     return bool(q.choices) and q.source is not None
 
 
-def question_text(q: data.QA) -> str:
-    return "\n" + scienceqa_text(q)[0] if is_multiple_choice(q) else data.QUESTION.format(q.question)
+def question_text(q: data.QA, form: str) -> str:
+    return "\n" + scienceqa_text(q, form)[0] if is_multiple_choice(q) else data.QUESTION.format(q.question)
 
 
 def answer_accuracy(q: data.QA, answer: str, evaluator: str = "") -> float:
@@ -348,7 +348,7 @@ def format_table(rows: list[dict]) -> str:
             return value or ""
         if column in ("trained", "examples"):
             return f"{value:,}"
-        return f"{value:.2f}" if column == "cider" else f"{100 * value:.1f}"
+        return f"{value:.2f}" if column in ("cider", "loss") else f"{100 * value:.1f}"
     head = ["" if c == "row" else c for c in columns]
     return align([head] + [[cell(c, r.get(c)) for c in columns] for r in rows])
 
@@ -366,19 +366,19 @@ def scalar_scores(result: dict) -> dict:
 
 
 def table_rows(vlm: VLM, tokenizer: Tokenizer, trained: list, count: int, label: dict,
-               beams: int = 1) -> tuple[list[dict], list[data.Item], dict]:
+               beams: int = 1, form: str = "QCM-LEA") -> tuple[list[dict], list[data.Item], dict]:
     """Rows of one run: held-out, seen, blind; then the held-out items and the full result on them.
 
     trained: the data sets of the run; the first is asked about. Its held-out split is called trained-on if
-    the run has met it. label: {"row": its name, "trained": parameters, "examples": of training}.
+    the run met it. label: {"row": name, "trained": parameters, "examples": of training}; form: of `evaluate`.
     """
     name, sizes = label["row"], {k: v for k, v in label.items() if k != "row"}
     held_out = open_split(trained[0], trained[0].held_out)
     items, seen = take_items(held_out, count), first_items(trained[0], trained[0].seen, count)
-    result = evaluate(vlm, tokenizer, items, beams=beams)
-    blind = evaluate(vlm, tokenizer, items, blind=True, beams=beams)
+    result, blind, own = (evaluate(vlm, tokenizer, asked, zeroed, beams, form=form)
+                          for asked, zeroed in ((items, False), (items, True), (seen, False)))
     rows = [{"row": f"{name}, {name_split(held_out, trained)}", **sizes, **scalar_scores(result)},
-            {"row": f"{name}, seen", **sizes, **scalar_scores(evaluate(vlm, tokenizer, seen, beams=beams))},
+            {"row": f"{name}, seen", **sizes, **scalar_scores(own)},
             {"row": f"{name}, blind", **scalar_scores(blind)}]
     return rows, items, result
 
@@ -397,10 +397,10 @@ def baseline_rows(vlm: VLM, tokenizer: Tokenizer, world, items: list[data.Item])
     return rows
 
 
-def report_run(vlm: VLM, tokenizer: Tokenizer, trained: list, out: Path, count: int, samples: int) -> None:
+def report_run(vlm: VLM, tokenizer, trained: list, out: Path, count: int, samples: int, form: str) -> None:
     """Print samples with verdicts, and the table; results.json and samples.html in `out` keep both."""
     world, label = trained[0], row_label(vlm.bridge.name, read_json(out / "config.json"))
-    rows, items, result = table_rows(vlm, tokenizer, trained, count, label)
+    rows, items, result = table_rows(vlm, tokenizer, trained, count, label, form=form)
     split = rows[0]["row"].split(", ")[-1]              # held-out, or trained-on
     rows += baseline_rows(vlm, tokenizer, world, items)
     captions, answers = result.get("captions", [None] * len(items)), iter(result["answers"])

@@ -467,7 +467,8 @@ class AnswerTask(Task):
 
     def check(self) -> dict[str, float]:
         items = first_items(self.world, self.world.held_out, 100)
-        return scalar_scores(evaluate(self.module, self.tokenizer, items, captions=False))
+        return scalar_scores(evaluate(self.module, self.tokenizer, items, captions=False,
+                                      form=self.s.form))
 
     def report(self, out: Path) -> dict[str, dict]:
         if self.cut_documents:
@@ -481,7 +482,7 @@ class AnswerTask(Task):
             return {}
         if (item.captions or item.qas) and (item.image is not None or held_out.finite):
             report_run(self.module, self.tokenizer, self.given.trained, out, self.s.eval_items,
-                       self.s.samples)
+                       self.s.samples, self.s.form)
             return {}
         loss = self.held_out_loss(held_out)     # a conversation, page or instruction has no one right answer
         split = self.given.name_split(held_out)

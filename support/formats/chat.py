@@ -46,6 +46,12 @@ class Template:
         learned = self.assistant.partition("⟦")[2]
         return next(iter(re.findall(SPECIAL, learned)), None)
 
+    @property
+    def text_end(self) -> str:
+        """The plain text that ends an answer where no special token does: "###", or the end of a line."""
+        form = (self.prompt or self).assistant
+        return "" if self.turn_end else form.partition("{}")[2].removesuffix("⟧")
+
     def spans(self, messages: str | list[dict], answer: bool = True) -> list[tuple[str, bool, bool]]:
         """(text, learn, special) from left to right; special: the text is a special token or "<image>".
 
@@ -178,6 +184,16 @@ def choose_template(name: str, tokenizer) -> Template:
             raise UserError(f"--template {name} writes {text}, and this model's tokenizer has no such token; "
                             "take another template.")
     return template
+
+
+def use_template(name: str, tokenizer, trained: bool = False) -> None:
+    """From now on the tokenizer writes conversations by --template NAME, and its answers end as there.
+
+    trained: a model has learned it. Only then does a line of "plain" end an answer: it is no chat form, and a
+    model that publishes none goes on with the text.
+    """
+    tokenizer.template = choose_template(name, tokenizer)
+    tokenizer.text_end = tokenizer.template.text_end if trained or name != "plain" else ""
 
 
 def template_digest(source: str) -> str:

@@ -50,6 +50,7 @@ class PublishedTemplate:
     processor: bool = False
     name = "published"
     caption_only = ends_with_eos = False
+    text_end = ""
 
     # --- rendering ------------------------------------------------------------------------------------------
 

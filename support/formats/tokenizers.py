@@ -51,10 +51,11 @@ class Tokenizer:
     directions know what precedes: "nothing", a "special" token, or "text" that goes on.
     begin, end: the ids that are written in front of a text and behind it, bos and none where no file says.
     template: the chat template of the folder that the tokenizer comes from (chat.py).
-    ends: ids that end a text by the configs of that folder.
+    ends: ids that end a text by the configs of that folder; text_end: a text that ends an answer, if any.
     """
     template = TEMPLATES["plain"]
     ends: frozenset[int] = frozenset()
+    text_end = ""
 
     def __init__(self, text_ids, special: dict[str, int], bos: str | None = None, eos: str | None = None,
                  image: str | None = None, words: dict[str, int] | None = None,
@@ -73,10 +74,11 @@ class Tokenizer:
         return tuple(sorted({self.eos, self.special.get(self.template.turn_end), *self.ends} - {None}))
 
     def answer_text(self, ids) -> str:
-        """Text of generated ids, up to the first that ends it."""
+        """Text of generated ids, up to the first that ends it, or to `text_end`."""
         ids, stop = [*map(int, ids)], self.stop
         end = next((n for n, i in enumerate(ids) if i in stop), len(ids))
-        return self.decode(ids[:end]).strip()
+        text = self.decode(ids[:end]).strip()
+        return text.partition(self.text_end)[0].strip() if self.text_end else text
 
     def add(self, text: str) -> int:
         """The id of a special token; a new one (BLIP-2 adds "[DEC]" to BERT's) gets the next free id."""

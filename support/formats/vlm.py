@@ -13,6 +13,7 @@ from papers import make_bridge
 from papers.bounds import nearest
 from support.formats.adapter import adapter_file, save_peft
 from support.formats.blip2 import qformer_file, read_blip2, read_lavis, read_own_stage1
+from support.formats.chat import use_template
 from support.formats.checkpoint import Checkpoint, fill, open_tensors
 from support.formats.cogvlm import cogvlm_file, read_cogvlm
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
@@ -113,15 +114,22 @@ def check_image_token(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def open_run(run: str, device) -> tuple[VLM, Tokenizer, dict]:
-    """A run folder of train.py, or a published model by its folder or hub name, with its config.json."""
+def open_run(run: str, device, dtype: torch.dtype | None = None) -> tuple[VLM, Tokenizer, dict]:
+    """A run folder of train.py, or a published model by its folder or hub name, with its config.json.
+
+    The tokenizer writes conversations in the template that the run was trained in (--template).
+    """
     folder = fetch(run) if is_hub_name(run) else Path(run)
-    vlm = load_vlm(folder, device)
+    vlm = load_vlm(folder, device, dtype)
     facts, vlm.processor = read_json(folder / "config.json"), load_processor(folder)
     towers = {facts[k]: tower_folder(folder, facts[k]) for k in ("decoder", "vit") if k in facts}
     for name, path in (towers or {run: folder}).items():        # a published model is its own tower
         print_licence(name, path, sys.stderr)
-    return vlm, load_tokenizer(towers.get(facts.get("decoder"), folder)), facts
+    tokenizer = load_tokenizer(towers.get(facts.get("decoder"), folder))
+    with at_the_door(f"{folder}/config.json"):
+        if template := facts.get("settings", {}).get("template"):
+            use_template(template, tokenizer, trained=True)
+    return vlm, tokenizer, facts
 
 
 def load_run(c: dict, path: Path, device=None, dtype: torch.dtype | None = None) -> VLM:

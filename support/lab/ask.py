@@ -8,8 +8,8 @@
 
 MODEL is a run of train.py, a published vision-language model (LLaVA, InstructBLIP, BLIP-2's first stage,
 IDEFICS, Llama 3.2 Vision) or a decoder: a folder, or a name on the Hugging Face hub. What it holds decides.
-A published model is asked in the chat template that its folder publishes; one that publishes none continues
-the prompt as it stands. --template takes another one.
+A run is asked in the form that it was trained in, a published model in the chat template that its folder
+publishes; one that publishes none continues the prompt as it stands. --template takes another one.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import data
 from eval import generate_ids, generate_texts
 from model import Decoder, IMAGE, VLM, ViT
 from papers.mllama_vit import TiledViT, Tiles
-from support.formats.chat import TEMPLATES, choose_template
+from support.formats.chat import TEMPLATES, alpaca_prompt, use_template
 from support.formats.files import UserError, at_the_door, read_json
 from support.formats.hub import fetch, print_licence
 from support.formats.llama import load_decoder
@@ -33,6 +33,7 @@ from support.formats.pictures import load_processor, read_image, tile_pixels
 from support.formats.tokenizer_files import load_tokenizer
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import LAYOUTS, load_vlm, open_run
+from support.lab.protocols import PROTOCOLS, learned_chat
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.plumbing.packed import packed
 
@@ -55,19 +56,41 @@ class Request:
 
 
 def ask_run(run: str, request: Request) -> str:
-    """The answer of a run of train.py; without a prompt a caption."""
-    vlm, tokenizer, _ = open_run(run, request.device)
+    """The answer of a run of train.py, asked in the form that it was trained in; without a prompt a caption.
+
+    The form is that of its first data set: questions, or conversations in its chat template, in whose place
+    request.template stands.
+    """
+    vlm, tokenizer, facts = open_run(run, request.device, request.dtype)
     check_length(vlm.decoder, request)
-    pixels, document = read_question(vlm, tokenizer, request.image, request.prompt)
-    features = vlm.features(pixels.to(request.device))
+    chat = learned_chat(facts, tokenizer)
+    if request.template:
+        use_template(request.template, tokenizer)
+    if request.template or chat:
+        why = "by --template" if request.template else "in which it was trained"
+        print(f"{run}: asked in the chat template {tokenizer.template.name}, {why}.", file=sys.stderr)
+        chat = request.template or chat
+    pixels, document = read_question(vlm, tokenizer, request.image, request.prompt, chat)
+    features = vlm.features(pixels.to(request.device, next(vlm.vit.parameters()).dtype))
     return generate_texts(vlm, [document], tokenizer, request.max_new_tokens, request.beams, features)[0]
 
 
-def read_question(vlm: VLM, tokenizer: Tokenizer, image: str, prompt: str) -> tuple[Tensor, data.Document]:
-    """Pixels (1, 3, S, S) of a picture file, and the question about it; without a prompt a caption."""
+def read_question(vlm: VLM, tokenizer: Tokenizer, image: str, prompt: str,
+                  chat: str = "") -> tuple[Tensor, data.Document]:
+    """Pixels (1, 3, S, S) of a picture file, and the question about it; without a prompt a caption.
+
+    chat: as a conversation, in the tokenizer's chat template; see learned_chat.
+    """
     pixels = data.to_pixels([read_image(image)], vlm.vit.config.image_size, vlm.processor)
-    text = data.QUESTION.format(prompt) if prompt else data.CAPTION
-    return pixels, data.Document(tokenizer).image().add(text)
+    if not chat:
+        text = data.QUESTION.format(prompt) if prompt else data.CAPTION
+        return pixels, data.Document(tokenizer).image().add(text)
+    if chat == "plain":                                 # it has learned captions alone, without a question
+        message = f"<image>{prompt}"
+    else:
+        prompt = prompt or PROTOCOLS["llava"].caption
+        message = "<image>\n" + (alpaca_prompt(prompt) if chat == "alpaca" else prompt)
+    return pixels, data.Document(tokenizer).chat(message)
 
 
 def ask_decoder(name: str, folder: Path, request: Request) -> str:
@@ -93,7 +116,7 @@ def open_tokenizer(folder: Path, template: str) -> Tokenizer:
     """The tokenizer of a published model with a chat template of TEMPLATES, or "" for the folder's own."""
     tokenizer = load_tokenizer(folder)
     if template:
-        tokenizer.template = choose_template(template, tokenizer)
+        use_template(template, tokenizer)
     return tokenizer
 
 
@@ -199,7 +222,7 @@ def main(argv: list[str]) -> None:
     request = Request(args.image, args.prompt, args.max_new_tokens, args.beams, device,
                       DTYPES[args.dtype], args.template)
     kind = facts.get("model_type")
-    if args.template and ("bridge" in facts or kind in LAYOUTS and kind not in QUESTION_FORMS):
+    if args.template and kind in LAYOUTS and kind not in QUESTION_FORMS:
         raise UserError(f"{args.model} is not asked in a chat template; leave out --template.")
     if "bridge" in facts:
         if not args.image:

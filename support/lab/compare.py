@@ -17,7 +17,7 @@ import json
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,10 +32,10 @@ from support.formats.hub import fetch, is_hub_name
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
 from support.lab.measures import Cells, EvaluationSet, Settings, chance_cells, measure_cells, open_set
-from support.lab.protocols import Comparison, PROTOCOLS
+from support.lab.protocols import Comparison, PROTOCOLS, learned_chat
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.worlds import WORLDS
-from support.worlds.trained import name_split, training_sets
+from support.worlds.trained import MAYBE, Unknown, known_sets, name_split
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published.csv"
 OFFICIAL = {"vqav2": "vqav2", "okvqa": "okvqa", "vizwizvqa": "vizwiz", "textvqa": "textvqa", "coco": "coco",
@@ -52,11 +52,8 @@ class OpenedRun:
 
     @functools.cached_property
     def trained(self) -> list:
-        """The data sets that it was trained on; none where they are not on this machine."""
-        try:
-            return training_sets(self.facts["settings"])
-        except (KeyError, UserError):
-            return []
+        """The data sets that it was trained on; Unknown where they are not on this machine."""
+        return known_sets(self.facts)
 
     def specs(self, settings: Settings) -> list[str]:
         """The data sets that it is asked about: those of the table, or the first that it was trained on."""
@@ -80,7 +77,7 @@ def compare_runs(runs: list[str], settings: Settings = Settings()) -> tuple[list
     settings.folder: FOLDER/RUN.jsonl keeps every text, and none is written twice. Beside it lie the
     predictions in each benchmark's official form: RUN-DATA-MEASURE.json, and a folder for MME.
     """
-    if settings.protocol not in PROTOCOLS:
+    if settings.protocol and settings.protocol not in PROTOCOLS:
         hint = nearest(settings.protocol, PROTOCOLS)
         raise UserError(f'no protocol is called "{settings.protocol}"; {hint}')
     counts = collections.Counter(spec.split(":")[0] for spec in settings.specs)
@@ -116,6 +113,12 @@ def measure_run(run: OpenedRun, blind: bool, datasets: dict[str, EvaluationSet],
     if not blind:
         row = row_label(run.name, run.facts)
     row["cells"] = {}
+    chat = learned_chat(run.facts, run.tokenizer)
+    if not settings.protocol:
+        settings = replace(settings, protocol="llava" if chat else "ours")
+        if chat:
+            notes.append(f"{run.name} was trained on conversations: it is asked as LLaVA asks, in the chat "
+                         f"template {run.tokenizer.template.name}; --protocol names another form")
     for spec in run.specs(settings):
         if spec not in datasets:
             datasets[spec] = open_set(spec, settings)
@@ -128,8 +131,13 @@ def measure_run(run: OpenedRun, blind: bool, datasets: dict[str, EvaluationSet],
         cells, predictions, missing = measure_cells(comparison, dataset, settings, form)
         row["cells"] |= {(dataset.kind, *key): x for key, x in cells.items()}
         notes += [f"{run.name}, {text}" for text in missing]
-        if name_split(dataset.asked, run.trained) != "held-out":
+        split = name_split(dataset.asked, run.trained)
+        if split == "trained-on":
             notes.append(f"{run.name} was trained on what {spec} asks about: none of its cells is held-out")
+        elif split == MAYBE:
+            why = "; ".join(other.why for other in run.trained if isinstance(other, Unknown))
+            notes.append(f"{run.name} may have been trained on what {spec} asks about, which cannot be known "
+                         f"here ({why}): none of its cells is called held-out")
         if settings.folder and dataset.kind not in OFFICIAL:
             notes.append(f"no official file of {dataset.kind}'s predictions is known; their texts are in "
                          f"{settings.folder}.")
@@ -242,7 +250,8 @@ def make_parser() -> Parser:
     asked = parser.add_argument_group("what is asked")
     asked.add_argument("--data", action="append", default=[], metavar="SPEC",
                        help="another data set than the run's; several give a column each and their Overall")
-    asked.add_argument("--protocol", default="ours", help=f"whose prompts: {' | '.join(PROTOCOLS)} (ours)")
+    asked.add_argument("--protocol", default="",
+                       help=f"whose prompts: {' | '.join(PROTOCOLS)} (ours; of a run on conversations llava)")
     asked.add_argument("--shots", default="0,4,8", help="numbers of examples in the prompt (0,4,8)")
     asked.add_argument("--seed", type=number(least=0), default=0, help="draws examples and choices (0)")
     asked.add_argument("--items", "--limit", type=number(least=1, most=10**6), default=400, metavar="N",
@@ -278,7 +287,8 @@ def main(argv: list[str]) -> None:
         rows, notes = rows + more, notes + sources
     text = format_comparison(rows, args.format, args.each)
     minutes = (time.monotonic() - start) / 60
-    notes = [f'{args.items} pictures a row, seed {args.seed}, prompts "{args.protocol}"; trained parameters, '
+    prompts = args.protocol or "ours"
+    notes = [f'{args.items} pictures a row, seed {args.seed}, prompts "{prompts}"; trained parameters, '
              "training examples; %, CIDEr and BLEU-4 x 100, MME in points (200 a task)",
              "Overall: the plain mean over data sets; of a generated world the mean over its kinds of "
              "question, and MME's sum of tasks", *notes,

@@ -14,6 +14,7 @@ from eval import generate_texts
 from support.formats.files import UserError
 from support.formats.vlm import open_run
 from support.lab.ask import read_question
+from support.lab.protocols import learned_chat
 from support.lab.attention import draw_attention
 from support.plumbing.flags import Parser, add_machine_flags, use_machine
 
@@ -33,8 +34,9 @@ def main(argv: list[str]) -> None:
     if not args.image:
         raise UserError("look needs --image FILE: the picture to look at.")
     device = use_machine(args)
-    vlm, tokenizer, _ = open_run(args.run, device)
-    pixels, document = read_question(vlm, tokenizer, args.image, args.prompt)
+    vlm, tokenizer, facts = open_run(args.run, device)
+    chat = learned_chat(facts, tokenizer)
+    pixels, document = read_question(vlm, tokenizer, args.image, args.prompt, chat)
     features = vlm.features(pixels.to(device))
     print(generate_texts(vlm, [document], tokenizer, 64, features=features)[0])
     print(draw_attention(vlm, tokenizer, pixels, features, document, Path(args.out)))

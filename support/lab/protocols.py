@@ -20,6 +20,7 @@ from model import IGNORE, VLM
 from support.formats.benchmarks import scienceqa_text
 from support.formats.files import UserError
 from support.formats.tokenizers import Tokenizer
+from support.worlds import CONVERSATIONS
 from support.worlds.files import MissingPicture
 
 
@@ -56,6 +57,20 @@ PROTOCOLS = {
     "scienceqa": Protocol("\n{}", data.CAPTION),                        # {}: the problem, see scienceqa_text
     "mme": Protocol(data.QUESTION.format("{} Please answer yes or no."), data.CAPTION),
 }
+
+
+def learned_chat(facts: dict, tokenizer: Tokenizer) -> str:
+    """The chat template in which a run learned to answer: a --template, or "own", its decoder's; else "".
+
+    facts: its config.json. It is what its first data set taught, where that holds conversations. From now on
+    the tokenizer's answers end as they do there.
+    """
+    settings = facts.get("settings", {})
+    spec = (settings.get("data") or "").split(" + ")[0].split(" * ")[0].strip()
+    if spec.partition(":")[0] not in CONVERSATIONS:
+        return ""
+    tokenizer.text_end = tokenizer.template.text_end
+    return settings.get("template") or "own"
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,9 @@ def true_and_false(q: data.QA, item: data.Item, asked_pairs: list[str],
     if q.kind == "existence":                   # about the pairs that the other pictures are asked about
         own = " ".join(words[3:])
         yes = own if q.answer == "yes" else pick([p for p in pairs if p in asked_pairs] or pairs)
-        no = own if q.answer == "no" else pick([p for p in asked_pairs if p not in pairs])
+        every = [f"{c} {s}" for c in data.COLORS for s in data.SHAPES]        # of very few items, any pair
+        no = own if q.answer == "no" else pick([p for p in asked_pairs if p not in pairs] or
+                                               [p for p in every if p not in pairs])
         return "is there {}?", yes, no
     if q.kind == "color":
         shape = next(s for _, c, s, place in things

@@ -4,18 +4,26 @@ pica, magic and socratic in the place of a RUN are systems without training (lab
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+import data
 from eval import (SUBCOMMANDS, __doc__ as COMMANDS, baseline_rows, chance_scores, first_items, format_table,
-                  row_label, table_rows)
+                  row_label, table_rows, vision_features)
+from model import IGNORE, VLM
 from papers.bounds import nearest
+from support.formats.chat import TEMPLATES
 from support.formats.files import UserError, read_json
 from support.formats.vlm import open_run
 from support.lab.answerers import (ANSWERERS, Models, add_answerer_flags, answerer_rows,
                                    refuse_unread_flags)
+from support.lab.protocols import log_likelihoods
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
-from support.worlds import open_data
-from support.worlds.trained import training_sets
+from support.plumbing.start import refuse_unread
+from support.worlds import open_data, open_split, take_items
+from support.worlds.trained import name_split, training_sets
 
 
 def main(argv: list[str]) -> None:
@@ -41,6 +49,9 @@ def main(argv: list[str]) -> None:
     if first not in ANSWERERS and not Path(first).exists() and "/" not in first:
         raise UserError(f'"{first}" is neither a run folder nor a subcommand; {nearest(first, known)}')
     if args.saved:
+        measured = ("items", "beams", "follow_links", "device", "offline")
+        given = {flag for flag in measured if getattr(args, flag) != parser.get_default(flag)}
+        refuse_unread(given, given, "--saved")
         if answerers:
             raise UserError(f"--saved: no run has measured {answerers[0]}; leave out --saved.")
         tables = saved_tables(args.runs)
@@ -50,7 +61,9 @@ def main(argv: list[str]) -> None:
         tables = measured_tables(runs, args.items, args.beams, device, args.follow_links, answerers,
                                  Models(args, device))
     for world, (count, rows) in tables.items():
-        print(f"{world}: {count} pictures a row; accuracy in %, CIDEr, BLEU-4 x 100\n{format_table(rows)}\n")
+        what = "loss: mean -log p of a learned token, in the run's own form" if "loss" in rows[0] else \
+            "accuracy in %, CIDEr, BLEU-4 x 100"
+        print(f"{world}: {count} pictures a row; {what}\n{format_table(rows)}\n")
 
 
 def saved_tables(runs: list[str]) -> dict[str, tuple[int, list[dict]]]:
@@ -74,8 +87,14 @@ def measured_tables(runs: list[str], count: int, beams: int, device: str, follow
     for run in runs:
         vlm, tokenizer, facts = open_run(run, device)
         trained = training_sets(facts["settings"], follow_links)
-        own, items, _ = table_rows(vlm, tokenizer, trained, count, row_label(Path(run).name, facts), beams)
-        world = trained[0]
+        world, label = trained[0], row_label(Path(run).name, facts)
+        if not has_answers(world):
+            own = loss_rows(vlm, tokenizer, trained, count, label, facts["settings"])
+            rows.setdefault(world.name, []).extend(own)
+            worlds[world.name], baselines[world.name] = (world, take_items(held_out_of(world), count)), []
+            continue
+        form = facts["settings"].get("form") or "QCM-LEA"
+        own, items, _ = table_rows(vlm, tokenizer, trained, count, label, beams, form)
         rows.setdefault(world.name, []).extend(own)
         worlds[world.name] = world, items
         baselines[world.name] = baseline_rows(vlm, tokenizer, world, items)
@@ -87,3 +106,37 @@ def measured_tables(runs: list[str], count: int, beams: int, device: str, follow
     for name, (world, items) in worlds.items():
         rows[name] += answerer_rows(answerers, models, world, items)
     return {world: (count, rows[world] + baselines[world]) for world in rows}
+
+
+def held_out_of(world):
+    return open_split(world, world.held_out)
+
+
+def has_answers(world) -> bool:
+    """Whether the held-out items have right answers or captions; conversations and pages have none."""
+    held_out = held_out_of(world)
+    item = take_items(held_out, 16)[0]
+    return bool(item.captions or item.qas) and (item.image is not None or held_out.finite)
+
+
+@torch.no_grad()
+def loss_rows(vlm: VLM, tokenizer, trained: list, count: int, label: dict, settings: dict) -> list[dict]:
+    """The rows of a run on conversations or pages: its loss on held-out and seen items, and blind.
+
+    The documents are those of training, in the chat template that the run was trained in.
+    """
+    template = TEMPLATES[settings["template"]] if settings.get("template") else None
+    name, sizes = label["row"], {k: v for k, v in label.items() if k != "row"}
+    world, held_out = trained[0], held_out_of(trained[0])
+    rows = []
+    for kind, split, blind in ((name_split(held_out, trained), held_out, False),
+                               ("seen", open_split(world, world.seen), False), ("blind", held_out, True)):
+        items = take_items(split, count, settings.get("turns", 5))
+        pictures = [(n, replace(item, image=p)) for n, item in enumerate(items) for p in item.pictures]
+        features = vision_features(vlm, [item for _, item in pictures], blind)
+        documents = [data.training_document(item, tokenizer, template=template) for item in items]
+        places = [[row for row, (owner, _) in enumerate(pictures) if owner == n] for n in range(len(items))]
+        learned = sum(label != IGNORE for d in documents for label in d.labels)
+        loss = -sum(log_likelihoods(vlm, documents, features, places, batch=16)) / learned
+        rows.append({"row": f"{name}, {kind}", **(sizes if kind != "blind" else {}), "loss": loss})
+    return rows

@@ -26,12 +26,18 @@ WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, Shap
 CHOICES = {"scienceqa", ShapesChoices.name}             # kinds with multiple choice
 NO_QUESTIONS = {"coco", "karpathy", "flickr30k", "flickr8k", "cc", "textcaps", "vizwiz", "llava", "alpaca",
                 "interleaved", ShapesWeb.name}
+CONVERSATIONS = {"llava", "alpaca", ShapesWords.name}   # kinds that --template writes
+NO_CAPTIONS = {"vqav2", "okvqa", "textvqa", "vizwizvqa", "scienceqa", "mme", "interleaved", ShapesPages.name,
+               ShapesChoices.name, *CONVERSATIONS}
 
 
 def unread_settings(specs: list[str]) -> set[str]:
     """The settings of training that none of these data sets reads."""
     kinds = {spec.partition(":")[0] for spec in specs}
-    return ({"form"} if not kinds & CHOICES else set()) | ({"turns"} if kinds <= NO_QUESTIONS else set())
+    unread = {"form": not kinds & CHOICES, "turns": kinds <= NO_QUESTIONS, "captions": kinds <= NO_CAPTIONS,
+              "template": not kinds & CONVERSATIONS, "strict": kinds <= WORLDS.keys(),
+              "follow_links": kinds <= WORLDS.keys()}
+    return {name for name, nobody in unread.items() if nobody}
 
 
 def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0, follow_links: bool = False):

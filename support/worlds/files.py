@@ -1,6 +1,7 @@
 """worlds/files.py: a data set on disk as a world: item(i) is a function of the seed, the split and i."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from data import Item, QA
 from support.formats.datasets import FORMATS, OWN, split_at_pictures
 from support.formats.files import UserError
 from support.formats.pictures import read_image
-from support.formats.records import BrokenRecord, LAYOUT, Record, find_picture, link_leaves, picture_key
+from support.formats.records import (BrokenRecord, LAYOUT, MOST_COMPARED, Record, find_picture, link_leaves,
+                                     name_contents, picture_key, reading_inside)
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}       # the names of LLaVA's files → ours
 
@@ -26,11 +28,14 @@ def picture_first(text: str) -> str:
     return "<image>\n" + text.replace("<image>", "").strip() if text.count("<image>") == 1 else text
 
 
-def group_by_picture(items: list[list[Record]]) -> list[list[list[Record]]]:
+def group_by_picture(items: list[list[Record]],
+                     contents: dict[str, str] | None = None) -> list[list[list[Record]]]:
     """The items in groups that have no picture in common, in the order of their first items.
 
-    Two items are in one group if they show the same picture, or both share one with a third item.
+    Two items are in one group if they show the same picture, or both share one with a third item. contents:
+    of name_contents, for pictures that are the same under two names.
     """
+    contents = contents or {}
     first = [*range(len(items))]                        # item → an earlier one of its group, or itself
     shown: dict[str, int] = {}                          # picture → the item that shows it first
 
@@ -41,7 +46,7 @@ def group_by_picture(items: list[list[Record]]) -> list[list[list[Record]]]:
 
     for i, item in enumerate(items):
         for path in item[0].images:
-            a, b = sorted((root(i), root(shown.setdefault(picture_key(path), i))))
+            a, b = sorted((root(i), root(shown.setdefault(picture_key(contents.get(path, path)), i))))
             first[b] = a
     groups: dict[int, list[list[Record]]] = {}
     for i, item in enumerate(items):
@@ -49,9 +54,22 @@ def group_by_picture(items: list[list[Record]]) -> list[list[list[Record]]]:
     return [*groups.values()]
 
 
-def own_split(items: list[list[Record]], val: bool) -> list[list[Record]]:
-    """Items of a data set without splits: every tenth picture is for val, of fewer than ten the last."""
-    groups = group_by_picture(items)
+def own_split(items: list[list[Record]], val: bool, name: str) -> list[list[Record]]:
+    """Items of a data set without splits: every tenth picture is for val, of fewer than ten the last.
+
+    A picture is its content: two names of one picture lie in one split. name: of the data set.
+    """
+    pictures, contents = {path for item in items for path in item[0].images}, None
+    if len(pictures) <= MOST_COMPARED:
+        contents = name_contents(sorted(pictures))
+    else:
+        print(f"note: {name} has {len(pictures):,} pictures, more than {MOST_COMPARED:,}: two names of one "
+              "picture count as two, and may lie in train and val", file=sys.stderr)
+    groups = group_by_picture(items, contents)
+    if len(groups) == 1 and len(pictures) > 1:
+        groups = group_by_picture(items)
+        print(f"note: the {len(pictures)} pictures of {name} are all the same, so val has one of those of "
+              "train", file=sys.stderr)
     every = min(10, max(2, len(groups)))
     return [item for n, group in enumerate(groups) if (n % every == every - 1) == val for item in group]
 
@@ -66,7 +84,7 @@ class Files:
     The questions about one picture make one item (MME's pairs, VQAv2's five), and so do its captions. A
     broken record or picture is skipped with a counted warning, or stops a strict run. share = 0.01 keeps 1 %
     of the items, the same ones for the same seed. A picture behind a link that leaves the folder is a broken
-    one, unless follow_links.
+    one, and its records there are refused, unless follow_links. The path itself may be a link.
     """
     size = 64                       # side of the pictures in pixels, for a ViT trained here
     finite, says_scenes = True, False
@@ -81,9 +99,10 @@ class Files:
         self.seed, self.strict, self.follow_links = seed, strict, follow_links
         self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
         self.name, self.broken, self.order = f"{kind}:{path}", {}, (-1, None)
-        items = self.collect(reader(Path(path), split))
+        with contextlib.nullcontext() if follow_links else reading_inside(self.folder, Path(path)):
+            items = self.collect(reader(Path(path), split))
         if items and splits == OWN and split != "all":
-            items = own_split(items, split == "val")
+            items = own_split(items, split == "val", self.name)
             if not items:
                 raise UserError(f"{path}: all of its items share one picture, so none is left for val; "
                                 "give more pictures.")
@@ -114,9 +133,14 @@ class Files:
         return items
 
     @functools.cached_property
+    def paths(self) -> dict[str, str]:
+        """What is shown: picture_key → path."""
+        return {picture_key(path): path for records in self.items for r in records for path in r.images}
+
+    @functools.cached_property
     def pictures(self) -> set[str]:
         """What is shown, as picture_key names it."""
-        return {picture_key(path) for records in self.items for r in records for path in r.images}
+        return {*self.paths}
 
     def __len__(self) -> int:
         return len(self.items)

@@ -2,33 +2,72 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.formats.files import UserError, read_json
-from support.worlds import open_data
+from support.formats.records import MOST_COMPARED, name_contents
+from support.worlds import WORLDS, open_data
 from support.worlds.files import Files
+
+MAYBE = "perhaps trained-on"
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A data set that a model has met and that cannot be opened here.
+
+    kind: as in its spec; "published" for what others trained on, which was no generated world of ours; "" if
+    nothing is known of it.
+    """
+    kind: str
+    why: str
 
 
 def name_split(world, trained: list) -> str:
     """What a table calls the items of `world` for a run on these data sets: "held-out" or "trained-on".
 
-    They are trained-on if the run met one of their pictures, or on generated data their split or `all`.
+    They are trained-on if the run met one of their pictures, or on generated data their split or `all`. Where
+    a data set that it met is Unknown and may hold them, they are MAYBE.
     """
-    for other in trained:
-        if isinstance(world, Files) and isinstance(other, Files):
-            same = other.kind == world.kind and os.path.abspath(other.path) == os.path.abspath(world.path)
-            met = not world.pictures.isdisjoint(other.pictures)
-        else:
-            same, met = other.name.partition("-")[0] == world.name.partition("-")[0], False     # shapes-pages
-        if met or same and (other.split == world.split or "all" in (other.split, world.split)):
-            return "trained-on"
-    return "held-out"
+    known = [other for other in trained if not isinstance(other, Unknown)]
+    if any(has_met(world, other) for other in known):
+        return "trained-on"
+    on_disk = isinstance(world, Files)
+    unknown = [other for other in trained if isinstance(other, Unknown)]
+    return MAYBE if any(not u.kind or on_disk == (u.kind not in WORLDS) for u in unknown) else "held-out"
+
+
+def has_met(world, other) -> bool:
+    """Whether a run that was trained on `other` has met an item of `world`."""
+    if not (isinstance(world, Files) and isinstance(other, Files)):
+        same = other.name.partition("-")[0] == world.name.partition("-")[0]             # shapes-pages
+        return same and (other.split == world.split or "all" in (other.split, world.split))
+    same = other.kind == world.kind and os.path.abspath(other.path) == os.path.abspath(world.path)
+    if same and (other.split == world.split or "all" in (other.split, world.split)):
+        return True
+    return share_pictures(world, other, by_content=not same)
+
+
+def share_pictures(world: Files, other: Files, by_content: bool) -> bool:
+    """Whether the two show a picture in common: one path, one number of COCO's, or by_content the same bytes.
+
+    Two splits of one data set are not compared by content: ours are made by it (own_split), and published
+    ones are their publishers'.
+    """
+    if not world.pictures.isdisjoint(other.pictures):
+        return True
+    ours, theirs = [*world.paths.values()], [*other.paths.values()]
+    if not by_content or len(ours) + len(theirs) > MOST_COMPARED:
+        return False
+    contents = name_contents(ours + theirs)
+    return not {contents[path] for path in ours}.isdisjoint(contents[path] for path in theirs)
 
 
 def training_sets(settings: dict, follow_links: bool = False) -> list:
     """The data sets that a run with these settings was trained on, its own first.
 
-    After them come those of the run that it began with (--init), as far as they are on this machine.
+    After them come those of the run that it began with (--init); what is not on this machine is Unknown.
     """
     links = settings.get("follow_links") or follow_links
     sets = [open_data(part.split(" * ")[0].strip(), settings["seed"], share=settings.get("share", 100) / 100,
@@ -36,11 +75,25 @@ def training_sets(settings: dict, follow_links: bool = False) -> list:
     return sets + earlier_sets(settings.get("init", ""), settings.get("out", ""))
 
 
+def known_sets(facts: dict) -> list:
+    """The data sets that a model met, Unknown where they are not on this machine; facts: its config.json."""
+    settings = facts.get("settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("data"), str):
+        return [Unknown("published", "its config.json does not say what it was trained on")]
+    sets = []
+    for part in settings["data"].split(" + "):
+        try:
+            sets += training_sets({**settings, "data": part, "init": ""})
+        except (KeyError, UserError) as e:
+            sets.append(Unknown(part.strip().partition(":")[0], str(e).rstrip(".")))
+    return sets + earlier_sets(settings.get("init", ""), settings.get("out", ""))
+
+
 def earlier_sets(init: str, out: str = "") -> list:
-    """The data sets of the run in folder `init`; none if it has no settings, or is the run itself (out)."""
+    """The data sets of the run in folder `init`; none if that is nothing, or the run itself (out)."""
     if not init or os.path.realpath(init) == os.path.realpath(out):
         return []
     try:
-        return training_sets(read_json(Path(init) / "config.json")["settings"])
-    except (KeyError, UserError):
-        return []
+        return known_sets(read_json(Path(init) / "config.json"))
+    except UserError as e:
+        return [Unknown("", str(e).rstrip("."))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ from PIL import Image
 
 import eval as evaluation
 import train
+from conftest import shapes_vlm
 from data import Shapes
 from support.formats.files import UserError
 from support.formats.pictures import read_image
 from support.worlds import open_data, open_split
 from support.worlds.commands import main as show
 from support.worlds.pairs import contrastive_pair
+from support.formats import records, save_vlm
 from support.worlds.trained import earlier_sets, name_split, training_sets
 
 RUN = ["--bridge", "linear", "--steps", "1", "--batch", "2", "--dtype", "float32", "--device", "cpu",
@@ -72,7 +75,13 @@ def test_what_an_earlier_stage_met_counts_too(tmp_path):
     assert name_split(open_data(f"{spec}:val"), sets) == "trained-on"
     assert name_split(open_data(f"{spec}:val"), sets[:3]) == "held-out"
     (first / "config.json").write_text(json.dumps({"settings": dict(data="folder:nowhere", seed=0)}))
-    assert len(training_sets(dict(data=spec, seed=0, init=str(first)))) == 1 and earlier_sets("") == []
+    sets = training_sets(dict(data=spec, seed=0, init=str(first)))
+    assert [type(each).__name__ for each in sets] == ["Files", "Unknown"] and earlier_sets("") == []
+    assert name_split(open_data(f"{spec}:val"), sets) == "perhaps trained-on"
+    assert name_split(Shapes("test"), sets) == "held-out"               # no folder holds generated pictures
+    sets = training_sets(dict(data=spec, seed=0, init=str(tmp_path / "gone")))
+    for world in (Shapes("test"), open_data(f"{spec}:val")):
+        assert name_split(world, sets) == "perhaps trained-on"
     assert len(training_sets(dict(data=spec, seed=0, init=str(first), out=str(first)))) == 1
 
 
@@ -127,6 +136,83 @@ def test_a_comparison_says_in_a_footnote_what_was_trained_on(run_on_all, capsys)
         evaluation.main(["compare", str(run), "--items", "2", "--shots", "0", "--device", "cpu", *data])
         out = capsys.readouterr().out
         assert ("run was trained on what" in out and "none of its cells is held-out" in out) == said
+
+
+@pytest.mark.parametrize("facts, asked, said", [
+    ({"settings": dict(data="folder:/nowhere/else", seed=0)}, "own", "/nowhere/else"),
+    ({"settings": dict(data="folder:/nowhere/else", seed=0)}, "shapes", ""),
+    ({"settings": dict(data="shapes * 2 + coco:/nowhere", seed=0)}, "own", "/nowhere"),
+    ({}, "own", "does not say"), ({}, "shapes", ""),
+    ({"settings": dict(data="shapes", seed=0, init="/nowhere/run")}, "shapes", "/nowhere/run"),
+    ({"settings": dict(data="shapes", seed=0)}, "own", ""),
+])
+def test_a_comparison_says_where_it_cannot_know(facts, asked, said, tmp_path, capsys):
+    vlm = shapes_vlm("linear")
+    save_vlm(vlm, tmp_path / "run", facts, vit="weights/vit", decoder="weights/decoder")
+    asked = own_pictures(tmp_path / "own") if asked == "own" else asked
+    evaluation.main(["compare", str(tmp_path / "run"), "--items", "1", "--shots", "0", "--device", "cpu",
+                     "--data", asked])
+    out = capsys.readouterr().out
+    assert ("cannot be known here" in out and "none of its cells is called held-out" in out) == bool(said)
+    assert said in out
+
+
+# --- a picture under two names ------------------------------------------------------------------------------
+
+def twins(folder: Path, link: bool = False) -> str:
+    """Twelve pictures, each under two names, whose captions stand far from each other."""
+    spec = own_pictures(folder, 12)
+    rows = [json.dumps({"image": f"{i}.png", "text": f"thing {i}"}) for i in range(12)]
+    for i in range(12):
+        if link:
+            os.symlink(folder / f"{i}.png", folder / f"again-{i}.png")
+        else:
+            (folder / f"again-{i}.png").write_bytes((folder / f"{i}.png").read_bytes())
+        rows.append(json.dumps({"image": f"again-{i}.png", "text": f"again {i}"}))
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    return spec
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_two_names_of_one_picture_lie_in_one_split(tmp_path, link):
+    spec = twins(tmp_path / "own", link)
+    train_set, val = (open_data(f"{spec}:{split}") for split in ("train", "val"))
+    numbers = [{Path(p).stem.removeprefix("again-") for p in world.pictures} for world in (train_set, val)]
+    assert len(train_set) + len(val) == 24 and numbers[0] and numbers[1] and not numbers[0] & numbers[1]
+
+
+def test_a_copy_of_a_data_set_is_the_same_pictures(tmp_path):
+    spec = own_pictures(tmp_path / "own")
+    shutil.copytree(tmp_path / "own", tmp_path / "copy")
+    for file in (tmp_path / "copy").glob("*.png"):
+        file.rename(file.with_name(f"x{file.name}"))
+    captions = tmp_path / "copy/captions.jsonl"
+    captions.write_text(captions.read_text().replace('"image": "', '"image": "x'))
+    val = open_data(f"folder:{tmp_path / 'copy'}:val")
+    assert name_split(val, [open_data(f"{spec}:all")]) == "trained-on"
+    Image.new("RGB", (48, 48), (1, 2, 3)).save(tmp_path / "copy/x11.png")
+    assert name_split(val, [open_data(f"{spec}:train")]) == "held-out"
+
+
+def test_pictures_that_are_all_the_same_are_split_by_name_and_that_is_said(tmp_path, capsys):
+    spec = own_pictures(tmp_path / "own")
+    for i in range(12):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"own/{i}.png")
+    assert len(open_data(f"{spec}:val")) == 1 and "are all the same" in capsys.readouterr().err
+
+
+def test_only_files_of_one_size_are_read_and_a_missing_one_is_itself(tmp_path, monkeypatch):
+    read = []
+    end = records.end_digest
+    monkeypatch.setattr(records, "end_digest", lambda path: read.append(path) or end(path))
+    x = b"x" * 8999
+    texts = {"a": x + b"x", "b": x + b"x", "c": b"y" + x, "d": b"", "e": b"", "f": b"z" * 7}
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+    paths = [str(tmp_path / name) for name in (*texts, "gone")]
+    names = {Path(p).name: Path(n).name for p, n in records.name_contents(paths).items()}
+    assert names == {"a": "a", "b": "a", "c": "c", "d": "d", "e": "d", "f": "f", "gone": "gone"}
+    assert {Path(p).name for p in read} == set("abcde")
 
 
 # --- nothing to learn ---------------------------------------------------------------------------------------
@@ -191,6 +277,35 @@ def test_a_link_that_leaves_the_folder_is_refused_unless_asked_for(tmp_path, wha
     assert name in capsys.readouterr().out
     os.symlink(inside, tmp_path / "own2")                       # a data set may be a link itself
     assert open_data(f"folder:{tmp_path / 'own2'}:all").item(0).image is not None
+
+
+@pytest.mark.parametrize("kind, file, content, sub", [
+    ("folder", "captions.jsonl", {"image": "0.png", "text": "a"}, ""),
+    ("llava", "chat.json", [{"id": 0, "image": "0.png", "conversations": [
+        {"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "red"}]}], ""),
+    ("coco", "annotations/captions_train2014.json", {
+        "images": [dict(id=7, file_name="0.png")], "annotations": [dict(image_id=7, caption="a dog")]},
+     "train2014/"),
+])
+def test_records_behind_a_link_are_refused_unless_named_or_asked_for(kind, file, content, sub, tmp_path):
+    own, there = tmp_path / "own", tmp_path / "there.json"
+    (own / file).parent.mkdir(parents=True)
+    (own / sub).mkdir(exist_ok=True)
+    Image.new("RGB", (40, 30)).save(own / sub / "0.png")
+    there.write_text(json.dumps(content))
+    os.symlink(there, own / file)
+    spec, split = f"{kind}:{own}", "train" if kind == "coco" else "all"
+    with pytest.raises(UserError, match=f"{file}: a link that leaves .*own; --follow-links reads it"):
+        open_data(f"{spec}:{split}")
+    assert len(open_data(f"{spec}:{split}", follow_links=True)) == 1
+    if kind != "coco":                                  # whoever names the file means it
+        assert open_data(f"{kind}:{own / file}:all").item(0).image is not None
+    os.unlink(own / file)
+    os.rename(there, own / "inside.json")
+    os.symlink(own / "inside.json", own / file)                 # stays inside
+    assert len(open_data(f"{spec}:{split}")) == 1
+    os.symlink(own, tmp_path / "link")
+    assert len(open_data(f"{kind}:{tmp_path / 'link'}:{split}")) == 1
 
 
 @pytest.mark.parametrize("format, read", [("PNG", True), ("JPEG", True), ("WEBP", True), ("GIF", True),

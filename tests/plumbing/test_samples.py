@@ -121,10 +121,10 @@ def test_the_page_shows_as_many_pictures_as_asked_for_and_24_at_least(monkeypatc
                         text, split: counts.append(len(samples)))
     items = [data.Shapes("test").item(i) for i in range(30)]
     answers = {"answers": [q.answer for item in items for q in item.qas]}
-    monkeypatch.setattr("eval.table_rows", lambda *a: ([{"row": "x, held-out"}], items, answers))
+    monkeypatch.setattr("eval.table_rows", lambda *a, **_: ([{"row": "x, held-out"}], items, answers))
     monkeypatch.setattr("eval.baseline_rows", lambda *a: [])
     (tmp_path / "config.json").write_text("{}")
     vlm = type("VLM", (), {"bridge": type("B", (), {"name": "mlp"})})
     for samples in (0, 26, 99):
-        evaluation.report_run(vlm, None, [data.Shapes("val")], tmp_path, 30, samples)
+        evaluation.report_run(vlm, None, [data.Shapes("val")], tmp_path, 30, samples, "QCM-LEA")
     assert counts == [24, 26, 30]
