@@ -467,8 +467,7 @@ class AnswerTask(Task):
 
     def check(self) -> dict[str, float]:
         items = first_items(self.world, self.world.held_out, 100)
-        return scalar_scores(evaluate(self.module, self.tokenizer, items, captions=False,
-                                      form=self.s.form))
+        return scalar_scores(evaluate(self.module, self.tokenizer, items, captions=False, form=self.s.form))
 
     def report(self, out: Path) -> dict[str, dict]:
         if self.cut_documents:
