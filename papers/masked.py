@@ -120,9 +120,7 @@ def word_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def swap_pairs(B: int, generator: torch.Generator | None = None, share: float = 0.5) -> Tensor:
     """(B,) int64: the row that each row is paired with, its own or, for a `share` of them, another."""
     own = torch.arange(B)
-    if B < 2:
-        return own
-    other = (own + torch.randint(1, B, (B,), generator=generator)) % B
+    other = (own + torch.randint(1, max(B, 2), (B,), generator=generator)) % B
     return torch.where(torch.rand(B, generator=generator) < share, other, own)              # (W6)
 
 
@@ -194,7 +192,9 @@ class PairsTask(Task):
 
     def report(self, out: Path) -> dict[str, dict]:
         result, split = self.check(), self.given.name_split(self.given.open_held_out())
-        own, another, pairs = (100 * value for value in result.values())
-        print(f"words    masked ones, {split}: {own:.0f} % right, {another:.0f} % beside another picture\n"
-              f"pairs    {pairs:.0f} % judged right, as belonging together or not; chance is 50 %")
+        own, another, pairs, *more = (f"{100 * value:.0f} %" for value in result.values())
+        print(f"words    masked ones, {split}: {own} right, {another} beside another picture\n"
+              f"pairs    {pairs} judged right, as belonging together or not; chance is 50 %")
+        for what, share in zip([*result][3:], more):                            # what a paper adds in `check`
+            print(what, share)
         return {"results.json": result}

@@ -42,7 +42,7 @@ PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 UNREAD = {                          # task → the settings of the command line that it does not read
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
-    **dict.fromkeys(("visualbert", "vilbert", "vilt"), PAIRS),
+    **dict.fromkeys(("visualbert", "vilbert", "vilt", "vilt-no-wpa"), PAIRS),
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
     "gligen": {"pack", "cache", "captions"},
     **dict.fromkeys(("dpo", "dpo-sft"), {"turns", "captions", "template", "form", "pack"}),

@@ -43,6 +43,9 @@ VILBERT = keys("""model_type vocab_size vocab_size_or_config_json_file hidden_si
     v_feature_size v_target_size v_hidden_size v_num_hidden_layers v_num_attention_heads v_intermediate_size
     bi_hidden_size bi_num_attention_heads v_biattention_id t_biattention_id fixed_v_layer fixed_t_layer
     fusion_method""")
+VILT = keys("""model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size
+    max_position_embeddings type_vocab_size hidden_act layer_norm_eps image_size patch_size num_images
+    max_image_length""")                                # max_image_length: of training
 DUAL_ENCODER = keys("""model_type text_config vision_config text_config_dict vision_config_dict projection_dim
     vision_folder""")
 CLIP_TEXT = keys("""model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size
@@ -139,6 +142,7 @@ ONLY = {
     "text_emb_layers": ([-1],),                                                         # FROMAGe's
     **dict.fromkeys(("use_image_embed_norm", "use_text_embed_layernorm"), {False}),
     "bypass_transformer": {False},                                                      # VisualBERT's
+    "modality_type_vocab_size": {2},                                                    # ViLT's
     "with_coattention": {True}, "pooling_method": {"mul"},                              # ViLBERT's
     **dict.fromkeys(("predict_feature", "fast_mode", "in_batch_pairs"), {False}),
     "use_pooler": {True}, "tunable_prompt_length": {0}, "num_appended_retrieval_tokens": {1},

@@ -2,6 +2,7 @@
 
     load_visualbert     VisualBertForPreTraining, as transformers writes it and the hub has it (uclanlp/…)
     load_vilbert        the authors' BertForMultiModalPreTraining (vilbert_beta)
+    load_vilt           transformers' ViLT with whichever of its heads a file has (dandelin/vilt-b32-…)
 """
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from model import ViTConfig
 from papers.vilbert import ViLBert, ViLBertConfig
+from papers.vilt import PatchViT, ViLT
 from papers.visualbert import VisualBert, VisualBertConfig
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, read_json, reading_config
-from support.formats.honoured import VILBERT, VISUALBERT, refuse_unknown
+from support.formats.honoured import VILBERT, VILT, VISUALBERT, refuse_unknown
 from support.formats.names import Names, expand, parameters
 
 def bert_layer(ours: str, theirs: str) -> Names:
@@ -103,4 +106,37 @@ def load_vilbert(path: str | os.PathLike, device=None, dtype: torch.dtype | None
               for i in range(len(config.connect))]
     fill(model, Checkpoint(path), names, ("cls.predictions.decoder.weight", *unread), device,
          dtype or torch.float32)
+    return model.eval()
+
+
+def load_vilt(path: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> ViLT:
+    """A folder with a ViLT, in eval mode; a head that the file lacks is None; dtype None = float32."""
+    path = Path(path)
+    c, where, file = read_json(path / "config.json"), f"{path}/config.json", Checkpoint(path)
+    matrix, bias = "mlm_score.decoder.weight", "mlm_score.decoder.bias"
+    with torch.device("meta"), reading_config(where, "the config.json of a ViLT"):
+        sizes = bert_config(c, where, VILT)
+        vit = PatchViT(ViTConfig(c["image_size"], c["patch_size"], sizes["width"], sizes["layers"],
+                                 sizes["heads"], sizes["hidden"], "gelu", 1e-12, pre_norm=False,
+                                 patch_bias=True))
+        model = ViLT(vit, sizes["vocab_size"], sizes["positions"], tied=file.missing(matrix),
+                     match=1 if not file.missing("rank_output.weight") else 2)
+    head = "rank_output" if model.match_head.out_features == 1 else "itm_score.fc"
+    if file.missing(f"{head}.weight"):
+        model.match_head = None
+    if file.missing("mlm_score.transform.dense.weight"):
+        model.word_head = model.word_matrix = None
+    root, layer = "vilt.embeddings.", "vilt.encoder.layer.{i}."
+    block = {"norm1": "layernorm_before", "norm2": "layernorm_after", "q": "attention.attention.query",
+             "k": "attention.attention.key", "v": "attention.attention.value", "o": "attention.output.dense",
+             "up": "intermediate.dense", "down": "output.dense"}
+    names = {
+        **word_embedding("text.", f"{root}text_embeddings."), **word_head("word_head.", "mlm_score."),
+        "word_head.bias": "mlm_score.bias" if file.missing(bias) else bias, "word_matrix.weight": matrix,
+        "vit.cls": f"{root}cls_token", "vit.positions": f"{root}position_embeddings",
+        "modality.weight": f"{root}token_type_embeddings.weight",
+        **parameters({"vit.patch": f"{root}patch_embeddings.projection", "vit.post_norm": "vilt.layernorm",
+                      "pooler": "vilt.pooler.dense", "match_head": head}),
+        **expand(parameters(block, "vit.blocks.{i}.", layer), sizes["layers"])}
+    fill(model, file, names, ("mlm_score.bias",), device, dtype or torch.float32)
     return model.eval()

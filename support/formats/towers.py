@@ -159,7 +159,7 @@ LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": loa
            **dict.fromkeys(dpo.TASKS, load_answer_parts),
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
-           **dict.fromkeys(("visualbert", "vilbert", "vilt"), load_pair_parts)}
+           **dict.fromkeys(("visualbert", "vilbert", "vilt", "vilt-no-wpa"), load_pair_parts)}
 
 
 def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,
