@@ -113,7 +113,7 @@ def test_positions_of_another_size_are_bilinear_with_aligned_corners():
     vit = stir(PatchViT(ViTConfig(24, 8, 16, 1, 2, 16)))
     grid = vit.positions_for(5, 3)[1:].view(5, 3, 16)
     small = vit.positions[1:].view(3, 3, 16)
-    torch.testing.assert_close(grid[::2], small)                                # the corners and the centre stay
+    torch.testing.assert_close(grid[::2], small)                                # corners and centre stay
     torch.testing.assert_close(grid[1], (small[0] + small[1]) / 2)
     torch.testing.assert_close(vit.positions_for(3, 3), vit.positions)
 
