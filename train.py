@@ -39,8 +39,8 @@ import papers
 from eval import evaluate, first_items, generate_texts, report_run, scalar_scores
 from model import Bridge, IGNORE, IMAGE, VLM
 from papers import ALL_BRIDGES, arguments, make_bridge, nearest, systems
-from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task, print_recipes
-from papers.systems import SYSTEMS
+from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task
+from papers.systems import SYSTEMS, print_recipes
 from support.formats.benchmarks import scienceqa_text
 from support.formats.chat import TEMPLATES, choose_template
 from support.formats.files import UserError, at_the_door, write_json
@@ -332,8 +332,9 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
 class AnswerTask(Task):
     """−Σ log p(answer | image, question), through a decoder that is frozen or learns.
 
-    Every recipe but lm, clip and blip2-1. Takes vit, bridge, decoder, tokenizer, processor.
+    Every recipe with a bridge and a decoder. Takes vit, bridge, decoder, tokenizer, processor.
     """
+    splits = True
 
     def __init__(self, given: Ingredients, s: Settings, ranks: Ranks, sets: list[tuple]):
         if s.pack and not given.bridge.soft_tokens:
@@ -457,7 +458,7 @@ class AnswerTask(Task):
 
     def metrics(self) -> dict[str, float]:
         gates = self.module.bridge.gates()
-        return {} if gates is None else {"gate": gates.abs().mean().item()}
+        return super().metrics() | ({} if gates is None else {"gate": gates.abs().mean().item()})
 
     def log_details(self) -> dict:
         return gate_details(self.module.bridge, self.module.decoder.config.heads)
@@ -507,15 +508,14 @@ PER_TOKEN = ("answer", *prompts.TASKS)                  # tasks whose loss is a 
 def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stored: torch.dtype) -> Task:
     """Load what a recipe's task needs, and freeze the parts that do not learn, `stored` in that dtype."""
     world, trained = sets[0][0], [each for each, _ in sets] + earlier_sets(s.init)
-    if recipe.task != "answer":
-        ranks.require_one(s.recipe)
-        if len(sets) > 1:
-            raise UserError(f'--data "{s.data}": recipe {s.recipe} learns from one data set.')
+    ranks.require_splits(s.recipe, TASKS[recipe.task].splits)
+    if recipe.task != "answer" and len(sets) > 1:
+        raise UserError(f'--data "{s.data}": recipe {s.recipe} learns from one data set.')
     given = Ingredients(
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
-        generate_texts=generate_texts, contrastive_pair=contrastive_pair, take_items=take_items,
-        open_held_out=lambda: open_split(world, world.held_out), trained=trained,
-        preference_pair=preference_pair, name_split=lambda split: name_split(split, trained))
+        generate_texts=generate_texts, contrastive_pair=contrastive_pair, preference_pair=preference_pair,
+        open_held_out=lambda: open_split(world, world.held_out), take_items=take_items, trained=trained,
+        name_split=lambda split: name_split(split, trained), part=ranks.part, gather=ranks.gather)
     if world.says_scenes:                               # its words have a tokenizer of their own
         given.tokenizer = text.shapes_tokenizer()
     LOADERS[recipe.task](given, s.lm, s.vit, s.init)

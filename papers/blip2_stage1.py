@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 import data
 from bridges import QFormer
 from model import IGNORE, ViT
-from papers.recipe import Ingredients, Numbers, Recipe, Task
+from papers.contrasts import clip_loss, hard_negatives
+from papers.recipe import Ingredients, Numbers, Recipe, Task, mean_count
 
 
 class Stage1(nn.Module):
@@ -35,8 +37,8 @@ class Stage1(nn.Module):
     (S7)  L_itg = −log p(y_t | y_<t, I)                           mean over real words, labels smoothed by 0.1
 
     Their unweighted sum is the loss. `image` is pixels (B, 3, S, S) or features (B, N, Di); `tokens` (B, T)
-    are BERT's WordPieces from [CLS] on; `mask` (B, T) bool, False = padding. The authors draw I⁻ and Y⁻ from
-    the batches of all GPUs, we from one's. full=False: without τ and W_lm, all that transformers keeps.
+    are BERT's WordPieces from [CLS] on; `mask` (B, T) bool, False = padding. As the authors do, (S4) and (S5)
+    read the rows of all processes. full=False: without τ and W_lm, all that transformers keeps.
     """
 
     def __init__(self, vit: ViT | None, qformer: QFormer, contrast: int = 256, full: bool = True,
@@ -70,9 +72,14 @@ class Stage1(nn.Module):
 
     def itc(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B_images, B_texts) similarities (S1); there need not be as many texts as images."""
-        text = self.qformer.encode(None, tokens, "itc", mask)[-1][:, 0]
-        f = F.normalize(self.image_head(self.encode(image)[0]), dim=-1)         # (B_images, Q, 256)
-        g = F.normalize(self.text_head(text), dim=-1)                           # (B_texts, 256)
+        return self.similarities(*self.embed(image, tokens, mask))
+
+    def embed(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries f (B_images, Q, 256) and texts g (B_texts, 256), of length 1."""
+        f, g = self.encode(image)[0], self.qformer.encode(None, tokens, "itc", mask)[-1][:, 0]
+        return F.normalize(self.image_head(f), dim=-1), F.normalize(self.text_head(g), dim=-1)
+
+    def similarities(self, f: Tensor, g: Tensor) -> Tensor:
         cosine = torch.einsum("iqe,te->itq", f, g).amax(-1)
         return cosine / self.temperature if self.full else cosine               # (S1)
 
@@ -91,10 +98,7 @@ class Stage1(nn.Module):
 
     @torch.no_grad()
     def generate(self, image: Tensor, max_new_tokens: int = 30, stop: tuple[int, ...] = ()) -> Tensor:
-        """The Q-Former's own captions, greedy: (B, T_new) ids after [DEC].
-
-        A row that has emitted a stop id repeats it. Nothing is cached, because captions are short.
-        """
+        """Its own captions, greedy: (B, T_new) ids after [DEC]; a row repeats the stop id that ended it."""
         image = self.features(image)
         text = torch.full((len(image), 1), self.dec, device=image.device)
         stops = torch.tensor(stop, dtype=torch.long, device=image.device)
@@ -104,32 +108,30 @@ class Stage1(nn.Module):
         return text[:, 1:]
 
     def losses(self, image: Tensor, tokens: Tensor, mask: Tensor | None = None,
-               generator: torch.Generator | None = None,
-               wrong: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+               generator: torch.Generator | None = None, wrong: tuple[Tensor, Tensor] | None = None,
+               gather: Callable[[Tensor], Tensor] = lambda x: x, number: int = 0) -> dict[str, Tensor]:
         """{"itc", "itm", "itg"}: the means of (S5) to (S7) over B >= 2 pairs (image i, text i).
 
         wrong = (the image shown with text i, the text shown with image i), (B,) each, fixes the negatives.
-        Without it `generator` draws them.
+        Without it `generator` draws them. These pairs may be part `number` of B pairs, see Ingredients.
         """
-        B, own = len(tokens), torch.arange(len(tokens), device=tokens.device)
-        if B < 2:
-            raise ValueError("the first stage learns by contrast, so a batch needs 2 pairs or more; "
-                             "this one has 1.")
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         image = self.features(image)
-        s = self.itc(image, tokens, mask)                                       # (B images, B texts)
-        itc = (F.cross_entropy(s, own, label_smoothing=0.1) +
-               F.cross_entropy(s.T, own, label_smoothing=0.1)) / 2              # (S5)
+        s = self.similarities(*map(gather, self.embed(image, tokens, mask)))    # (B images, B texts)
+        if len(s) < 2:
+            raise ValueError("the first stage contrasts: a batch needs 2 pairs or more, this one has 1.")
+        itc = clip_loss(s, smoothing=0.1)                                       # (S5)
         if wrong is None:
-            others = s.detach().float().fill_diagonal_(-torch.inf)
-            wrong = [torch.multinomial(p.softmax(1), 1, generator=generator)[:, 0]
-                     for p in (others.T, others)]                               # (S4)
-        i, y = torch.cat((own, wrong[0], own)), torch.cat((own, own, wrong[1]))             # (3B,)
-        itm = F.cross_entropy(self.itm(image[i], tokens[y], mask[y]), (i == y).long())      # (S6)
+            wrong = [hard_negatives(p, gather, generator) for p in (s.T, s)]    # (S4)
+        own = torch.arange(len(tokens), device=tokens.device) + number * len(tokens)
+        i, y = torch.cat((own, wrong[0][own], own)), torch.cat((own, own, wrong[1][own]))   # 3 per pair
+        pairs = gather(image)[i], gather(tokens)[y], gather(mask)[y]
+        itm = F.cross_entropy(self.itm(*pairs), (i == y).long())                # (S6)
         target = tokens.masked_fill(~mask, IGNORE)[:, 1:]
-        logits = self.itg(image, tokens, mask)[:, :-1]                          # (B, T − 1, V)
+        logits = self.itg(image, tokens, mask)[:, :-1]                          # (·, T − 1, V)
         itg = F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=0.1)      # (S7)
-        return {"itc": itc, "itm": itm, "itg": itg}
+        n = (target != IGNORE).sum()
+        return {"itc": itc, "itm": itm, "itg": itg * (n / mean_count(n, gather))}
 
 
 RECIPES = {"blip2-1": Recipe(
@@ -145,6 +147,7 @@ class Stage1Task(Task):
     Takes world, open_held_out, take_items, name_split, tokenizer, processor, vit, bridge (a Q-Former with
     words), batch and seed.
     """
+    splits = True
 
     def __init__(self, given: Ingredients):
         self.given, self.world, self.tokenizer = given, given.world, given.tokenizer
@@ -166,21 +169,18 @@ class Stage1Task(Task):
 
     def batch(self, step: int) -> list[dict]:
         g = self.given
-        indices = range(step * g.batch, (step + 1) * g.batch)
-        items = [self.world.item(i % g.examples if g.examples else i) for i in indices]
+        items = [self.world.item(i) for i in g.indices(step)]
         captions = [item.captions[np.random.default_rng((g.seed, 1, step, n)).integers(len(item.captions))]
-                    for n, item in enumerate(items)]
+                    for n, item in enumerate(items, g.part[0] * len(items))]
         tokens, mask = self.texts(captions)
         return [dict(pixels=self.pixels(items), tokens=tokens, mask=mask, set=0, weight=1.0, count=1)]
 
     def loss(self, pixels: Tensor, tokens: Tensor, mask: Tensor, **_) -> Tensor:
         with torch.no_grad():
             features = self.module.features(pixels.to(next(self.module.vit.parameters()).dtype))
-        self.last = self.module.losses(features, tokens, mask)
+        g = self.given
+        self.last = self.module.losses(features, tokens, mask, gather=g.gather, number=g.part[0])
         return sum(self.last.values())
-
-    def metrics(self) -> dict[str, float]:
-        return {name: value.item() for name, value in self.last.items()}
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import data
 from model import EncoderBlock, ViT, ViTConfig
+from papers.contrasts import clip_loss
 from papers.linear_probe import linear_probe
 from papers.recipe import Ingredients, Numbers, Recipe, Task
 
@@ -122,6 +123,7 @@ class ClipTask(Task):
     Takes world, tokenizer, batch. Both towers are new and both learn, unless a ViT is given: recipe
     `clip-text` locks it, and what learns beside it is new.
     """
+    splits = True
 
     def __init__(self, given: Ingredients):
         self.given, self.world, self.tokenizer = given, given.world, given.tokenizer
@@ -143,7 +145,7 @@ class ClipTask(Task):
 
     def batch(self, step: int) -> list[dict]:
         images, texts, negatives = [], [], []
-        for i in range(step * self.given.batch, (step + 1) * self.given.batch):
+        for i in self.given.indices(step):
             image, text, wrong = self.given.contrastive_pair(self.world, i)
             images.append(image)
             texts.append(text)
@@ -153,10 +155,15 @@ class ClipTask(Task):
         return [dict(pixels=pixels, tokens=tokens, set=0, weight=1.0, count=1)]
 
     def loss(self, pixels: Tensor, tokens: Tensor, **_) -> Tensor:
-        """½ (CE over each image's texts + CE over each true text's images). Hard negatives only add texts."""
-        S = self.module(pixels, tokens).float()         # (B, B + negatives)
-        target = torch.arange(len(S), device=S.device)
-        return (F.cross_entropy(S, target) + F.cross_entropy(S[:, :len(S)].T, target)) / 2      # (I4)
+        """½ (CE over each image's texts + CE over each true text's images). Hard negatives only add texts.
+
+        Both are over the whole batch, whichever process has read a row (see Ingredients.gather).
+        """
+        clip, gather = self.module, self.given.gather
+        images, texts = clip.embed_images(pixels), clip.embed_texts(tokens)
+        true, false = (gather(part) for part in texts.tensor_split([len(images)]))
+        S = (clip.logit_scale.exp() * gather(images) @ torch.cat((true, false)).T).float()
+        return clip_loss(S)                             # S (B, B + negatives)                  # (I4)
 
     def after_step(self) -> None:
         with torch.no_grad():

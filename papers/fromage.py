@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ from torch import Tensor, nn
 
 from data import CAPTION, Document, Item, collate, to_pixels
 from model import IGNORE, VLM, Bridge, DecoderConfig
-from papers.recipe import MUON, Numbers, Recipe, Task
+from papers.contrasts import clip_loss
+from papers.recipe import MUON, Numbers, Recipe, Task, mean_count
 
 
 class Fromage(Bridge):
@@ -102,17 +104,15 @@ def read_ret(vlm: VLM, tokens: Tensor, mask: Tensor | None = None,
     return vlm.decoder.states(embeds=x, mask=F.pad(real, (0, 1)) | is_ret, **inputs)[-1], is_ret
 
 
-def retrieval_losses(vlm: VLM, tokens: Tensor, features: Tensor,
-                     mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def retrieval_losses(vlm: VLM, tokens: Tensor, features: Tensor, mask: Tensor | None = None,
+                     gather: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, Tensor]:
     """L_txt of captions without their pictures, (B, T) with mask as in `read_ret`, and L_ret (F2)."""
     hidden, is_ret = read_ret(vlm, tokens, mask, features[:0])
     words = tokens if mask is None else tokens.masked_fill(~mask, IGNORE)
     labels = F.pad(words, (0, 1), value=IGNORE).masked_fill(is_ret, vlm.decoder.config.vocab_size)
     images, texts = vlm.bridge.embed_pictures(features), vlm.bridge.embed_state(hidden[is_ret])
-    S = vlm.bridge.logit_scale.exp() * images @ texts.T                         # (B, B)
-    own = torch.arange(len(S), device=S.device)
-    contrast = (F.cross_entropy(S, own) + F.cross_entropy(S.T, own)) / 2        #               (F2)
-    return next_word_loss(vlm, hidden, labels), contrast
+    S = vlm.bridge.logit_scale.exp() * gather(images) @ gather(texts).T         # (B, B)
+    return next_word_loss(vlm, hidden, labels), clip_loss(S)                    #               (F2)
 
 
 def concatenate(pairs: list[tuple[Document, Item]]) -> list[tuple[Document, Item]]:
@@ -169,17 +169,16 @@ class FromageTask(Task):
     def loss(self, tokens: Tensor, labels: Tensor, mask: Tensor | None, features: Tensor, text: Tensor,
              text_mask: Tensor, count: int, **_) -> Tensor:
         caption = caption_loss(self.module, tokens, labels, features, mask)
-        words, contrast = retrieval_losses(self.module, text, features, text_mask)
-        self.last = {"caption": caption, "text": words, "retrieval": contrast}
-        return count * sum(self.last.values())          # the loop divides by the count         (F3)
+        words, contrast = retrieval_losses(self.module, text, features, text_mask, self.given.gather)
+        n, m = (mean_count(x.sum(), self.given.gather) for x in (labels != IGNORE, text_mask))
+        self.last = {"caption": caption * (count / n), "text": words * (text_mask.sum() / m),
+                     "retrieval": contrast}
+        return n * sum(self.last.values())              # the loop divides by the count         (F3)
 
     def after_step(self) -> None:
         with torch.no_grad():
             ret, rows = self.module.bridge.ret, self.module.decoder.embed.weight
             ret.mul_(rows.float().norm(dim=1).mean() / ret.norm())              #               (F5)
-
-    def metrics(self) -> dict[str, float]:
-        return {name: value.item() for name, value in self.last.items()}
 
     def report(self, out: Path) -> dict[str, dict]:
         files, g = super().report(out), self.given

@@ -170,9 +170,6 @@ class PairsTask(Task):
         items = [self.world.item(i % g.examples if g.examples else i) for i in indices]
         return [self.piece(items, (g.seed, 1, step)) | dict(set=0, weight=1.0, count=1)]
 
-    def metrics(self) -> dict[str, float]:
-        return {name: value.item() for name, value in self.last.items()}
-
     @torch.no_grad()
     def check(self) -> dict[str, float]:
         """Shares of masked words named right, with their picture and with another; of pairs judged right."""

@@ -1,6 +1,5 @@
 """papers/recipe.py: what a recipe says, and what every training task shares.
 
-Run      python train.py --list        every recipe, the paper's numbers beside ours
 Content  Numbers, Recipe               how a system is trained: data, no code
          Ingredients                   what train.py loads and hands to a task
          Task                          parts, batch, loss, report: what train.py's loop asks of a task
@@ -75,28 +74,6 @@ class Recipe:
         return self.paper if scale == "paper" and self.paper else self.toy
 
 
-def print_recipes(recipes: dict[str, Recipe], systems: dict[str, tuple[str, ...]]) -> None:
-    """A table on standard output: of each recipe the paper's numbers and ours, of each system its stages."""
-    for name, r in recipes.items():
-        facts = [f"bridge {r.bridge}", f"learns: {' + '.join(r.trained)}"]
-        facts += [f"after {r.start}"] if r.start else []
-        print(f"{name}   ({'; '.join(facts)})" if r.bridge else name)
-        for column, numbers, data in (("paper", r.paper, r.data), ("toy  ", r.toy, r.toy_data)):
-            print(f"    {column}  {describe_numbers(numbers) if numbers else 'not trained there,'} on {data}")
-        sizes = f"; toy sizes: {', '.join(f'{k}={v}' for k, v in r.options.items())}" if r.options else ""
-        print(f"    {r.summary}{sizes}")
-    for name, stages in systems.items():
-        print(f"{name}\n    {', then '.join(stages)}")
-
-
-def describe_numbers(n: Numbers) -> str:
-    muon = f"Muon {n.muon_lr:g}, " if n.optimizer == "muon" else ""
-    warmup = f"{n.warmup:,.0f} warm-up steps" if n.warmup >= 1 else f"{100 * n.warmup:g} % warm-up"
-    batch = n.batch or "? (not in our sources)"
-    return (f"{muon}AdamW {n.lr:g} (0.9, {n.beta2:g}), wd {n.weight_decay:g}, {n.schedule}, {warmup}, "
-            f"clip {n.clip or 'none'}, batch {batch}, {n.steps:,} steps")
-
-
 # ---- Tasks -----------------------------------------------------------------------------------------------
 
 @dataclass
@@ -126,7 +103,26 @@ class Ingredients:
     take_items: Callable | None = None                  # (world, count) → its first readable items
     trained: list | None = None     # the data sets that the parts have met, `world` first
     name_split: Callable[[Any], str] = lambda world: "held-out"     # or trained-on, if the run has met it
+    # Of several processes each reads one part of a batch: (its number, how many). `gather` makes the rows
+    # (b, …) of all parts one tensor (B, …), through which gradients return; it is called by all at once.
+    part: tuple[int, int] = (0, 1)
+    gather: Callable[[Tensor], Tensor] = lambda x: x
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
+
+    def indices(self, step: int) -> list[int]:
+        """The numbers of the items of this step that this process reads."""
+        number, parts = self.part
+        first, count = step * self.batch, self.batch // parts
+        items = range(first + number * count, first + (number + 1) * count)
+        return [i % self.examples if self.examples else i for i in items]
+
+
+def mean_count(count: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """The words of a part, averaged over the parts of a batch; 1 where there are none.
+
+    A part's summed loss divided by it, averaged over the parts, is the mean over the words of all.
+    """
+    return gather(count[None]).float().mean().clamp(min=1)
 
 
 class Task:
@@ -135,9 +131,11 @@ class Task:
     A batch is a list of pieces (dicts). Every piece holds its tensors (what `loss` takes as keywords) and
     set: the number of its data set; weight: λ of that data set; count: what its summed loss is divided by.
     """
+    splits = False                  # whether several processes may read a batch in parts
     mixed = False                   # whether evaluation runs under autocast (frozen parts in bfloat16)
     expect = ""                     # the loss of a uniform guess, in words
     visual_tokens = 1               # K, the positions of the decoder that an image takes
+    last: dict[str, Tensor] = {}    # the losses, by name, of which the last loss was the sum
     module: nn.Module
     given: Ingredients
 
@@ -176,8 +174,9 @@ class Task:
         return 0.0
 
     def metrics(self) -> dict[str, float]:
-        """The task's own numbers in a line of the log."""
-        return {}
+        """The task's own numbers in a line of the log: of the last losses the average over the parts."""
+        gather = self.given.gather
+        return {name: gather(loss.detach()[None]).mean().item() for name, loss in self.last.items()}
 
     def log_details(self) -> dict:
         """What log.jsonl holds beside the numbers of its line."""

@@ -2,6 +2,7 @@
 share with the recipes of their bridges in train.py.
 
 Run      python train.py --recipe llava | llava-1.5 | blip2 | adapter      the stages, one after the other
+         python train.py --list            every recipe, the paper's numbers beside ours
 """
 from __future__ import annotations
 
@@ -54,3 +55,25 @@ SYSTEMS = {                                             # a system → its stage
     "llava": ("llava-1", "llava-2"), "llava-1.5": ("llava-1.5-1", "llava-1.5-2"),
     "blip2": ("blip2-1", "blip2-2"), "adapter": ("adapter-1", "adapter-2"),
 }
+
+
+def print_recipes(recipes: dict[str, Recipe], systems: dict[str, tuple[str, ...]]) -> None:
+    """A table on standard output: of each recipe the paper's numbers and ours, of each system its stages."""
+    for name, r in recipes.items():
+        facts = [f"bridge {r.bridge}", f"learns: {' + '.join(r.trained)}"]
+        facts += [f"after {r.start}"] if r.start else []
+        print(f"{name}   ({'; '.join(facts)})" if r.bridge else name)
+        for column, numbers, data in (("paper", r.paper, r.data), ("toy  ", r.toy, r.toy_data)):
+            print(f"    {column}  {describe_numbers(numbers) if numbers else 'not trained there,'} on {data}")
+        sizes = f"; toy sizes: {', '.join(f'{k}={v}' for k, v in r.options.items())}" if r.options else ""
+        print(f"    {r.summary}{sizes}")
+    for name, stages in systems.items():
+        print(f"{name}\n    {', then '.join(stages)}")
+
+
+def describe_numbers(n: Numbers) -> str:
+    muon = f"Muon {n.muon_lr:g}, " if n.optimizer == "muon" else ""
+    warmup = f"{n.warmup:,.0f} warm-up steps" if n.warmup >= 1 else f"{100 * n.warmup:g} % warm-up"
+    batch = n.batch or "? (not in our sources)"
+    return (f"{muon}AdamW {n.lr:g} (0.9, {n.beta2:g}), wd {n.weight_decay:g}, {n.schedule}, {warmup}, "
+            f"clip {n.clip or 'none'}, batch {batch}, {n.steps:,} steps")

@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from data import CAPTION, Document, Item, collate
 from model import Bridge, DecoderConfig, ImagePositions
 from papers.clip import text_tokens
-from papers.recipe import Ingredients, Numbers, Recipe, Task
+from papers.contrasts import clip_loss
+from papers.recipe import Ingredients, Numbers, Recipe, Task, mean_count
 
 
 def distance(projected: Tensor, t: Tensor) -> Tensor:
@@ -55,8 +56,7 @@ def distance(projected: Tensor, t: Tensor) -> Tensor:
 def contrast(projected: Tensor, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """(K2). W s and v, (B, De) each; v has length 1."""
     S = scale * v @ F.normalize(projected, dim=-1).T                            # (B pictures, B texts)
-    own = torch.arange(len(S), device=S.device)
-    return (F.cross_entropy(S, own) + F.cross_entropy(S.T, own)) / 2            #               (K2)
+    return clip_loss(S)                                                         #               (K2)
 
 
 class Vlkd(Bridge):
@@ -109,8 +109,9 @@ class VlkdTask(Task):
 
     def loss(self, tokens: Tensor, labels: Tensor, mask: Tensor | None, features: Tensor, text: Tensor,
              text_mask: Tensor, clip_text: Tensor, count: int, **_) -> Tensor:
-        vlm, bridge = self.module, self.module.bridge
-        self.last = {"caption": vlm.loss(tokens, labels, None, mask, features)[0] / count}      # (K3)
+        vlm, bridge, gather = self.module, self.module.bridge, self.given.gather
+        n = mean_count(torch.tensor(count, device=tokens.device), gather)
+        self.last = {"caption": vlm.loss(tokens, labels, None, mask, features)[0] / n}          # (K3)
         if any(bridge.weights.values()):
             hidden = vlm.decoder.states(text, text_mask)[-1]
             last = text_mask.sum(1) - 1
@@ -118,12 +119,9 @@ class VlkdTask(Task):
             with torch.no_grad():
                 t, v = self.clip.embed_texts(clip_text).float(), bridge.see(features).float()
             self.last |= {"distance": distance(projected, t),
-                          "contrast": contrast(projected, v, self.clip.logit_scale.exp())}
+                          "contrast": contrast(gather(projected), gather(v), self.clip.logit_scale.exp())}
         weights = {"caption": 1.0, **bridge.weights}
-        return count * sum(weights[name] * value for name, value in self.last.items())          # (K4)
-
-    def metrics(self) -> dict[str, float]:
-        return {name: value.item() for name, value in self.last.items()}
+        return n * sum(weights[name] * value for name, value in self.last.items())              # (K4)
 
 
 RECIPES = {"vlkd": Recipe(

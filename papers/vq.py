@@ -117,7 +117,7 @@ class VQTask(PictureTask):
 
     def loss(self, pixels: Tensor, tokens: Tensor, **_) -> Tensor:
         x = 2 * pixels - 1
-        painted, loss, *self.last = self.module(x)
+        painted, loss, *self.coded = self.module(x)
         self.step = int(tokens[0]) // self.given.batch
         return F.mse_loss(painted.float(), x) + loss                                            # (V4)
 
@@ -126,7 +126,7 @@ class VQTask(PictureTask):
         """Codes that the batch did not use begin again at vectors far from theirs."""
         if self.step % 20 or 2 * self.step > self.given.steps:
             return
-        z, ids = self.last[0].movedim(1, -1).flatten(0, 2), self.last[1].flatten()
+        z, ids = self.coded[0].movedim(1, -1).flatten(0, 2), self.coded[1].flatten()
         codes = self.module.codes
         unused = torch.bincount(ids, minlength=len(codes)) == 0
         if not unused.any():

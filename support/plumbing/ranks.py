@@ -37,6 +37,26 @@ class Step(nn.Module):
         return self.loss(**piece) + 0 * sum(p.sum() for p in learned)
 
 
+class Gather(torch.autograd.Function):
+    """x of every process, stacked by rank. Backward: the sum of the gradients that all have for this one's x.
+
+    Each process has a loss of its own, and the loss of an update is their average. The sum here and the
+    average of the parameters' gradients give the gradient of that.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        everyone = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(everyone, x)
+        return torch.stack(everyone)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient[torch.distributed.get_rank()]
+
+
 class Ranks:
     """The processes that torchrun started, or this one.
 
@@ -46,6 +66,7 @@ class Ranks:
 
     def __init__(self, device: str = "auto", compile: bool = False, shard: bool = False):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.part = self.rank, self.size                            # of a batch: its number, how many
         self.first, self.compile, self.sharded = self.rank == 0, compile, shard
         self.device = pick_device(device)
         if self.size > 1 and str(self.device) == "cuda":            # each process has a GPU of its own
@@ -60,10 +81,10 @@ class Ranks:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, timeout=day)
 
-    def require_one(self, recipe: str) -> None:
-        if self.size > 1:
-            raise UserError(f"recipe {recipe} draws or contrasts a batch as a whole, so it runs in one "
-                            "process; start it without torchrun.")
+    def require_splits(self, recipe: str, splits: bool) -> None:
+        if self.size > 1 and not splits:
+            raise UserError(f"recipe {recipe} draws a batch as a whole, so it runs in one process; start it "
+                            "without torchrun.")
 
     def require_divisible(self, batch: int, sets: int) -> None:
         """Every process must get as many items of every data set."""
@@ -85,6 +106,10 @@ class Ranks:
             for layer in layers:
                 layer.compile(dynamic=True)     # of any length: no second compilation at the second batch
         if self.sharded:                        # a layer is put together while it runs, the rest for a step
+            for name, p in module.named_parameters():
+                if p.requires_grad and not p.ndim:
+                    raise UserError(f"--shard cuts what learns into slices, but {name} is a single number; "
+                                    "leave --shard out.")
             mesh = torch.distributed.init_device_mesh(self.device.type, (self.size,))
             for layer in layers:
                 fully_shard(layer, mesh=mesh)
@@ -145,6 +170,19 @@ class Ranks:
         if self.size > 1:
             torch.distributed.all_reduce(flag)
         return flag.item() > 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows of x of all processes, by rank, through which gradients return; all must call it.
+
+        The number of rows may differ. Other dimensions are filled with zeros up to the longest.
+        """
+        if self.size == 1:
+            return x
+        shapes = Gather.apply(torch.tensor(x.shape, device=x.device))           # (processes, dimensions)
+        missing = shapes.amax(0).tolist()
+        padding = [n for have, want in zip(reversed(x.shape), reversed(missing)) for n in (0, want - have)]
+        rows = Gather.apply(nn.functional.pad(x.contiguous(), padding))
+        return torch.cat([part[:n] for part, (n, *_) in zip(rows, shapes.tolist())])
 
     def all_gather(self, value) -> list:
         """The value of every process, by rank."""

@@ -114,7 +114,7 @@ def test_codes_that_nobody_takes_begin_again_at_vectors_of_the_batch():
     piece, = task.batch(0)
     assert piece["pixels"].shape == (4, 3, 48, 48) and 0 <= piece["pixels"].min() < piece["pixels"].max() <= 1
     task.loss(**piece).backward()
-    z, ids = task.last
+    z, ids = task.coded
     before, taken = task.module.codes.detach().clone(), ids.flatten().bincount(minlength=128) > 0
     task.after_step()
     after = task.module.codes.detach()
