@@ -10,7 +10,8 @@ from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
 from papers import (blip2_stage1, clip, clipcap, cogvlm, dpo, fromage, frozen, gligen, idefics, kosmos1,
                     limber, llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, ppo,
-                    prompt_tuning, socratic, systems, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq)
+                    prompt_tuning, socratic, systems, unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd,
+                    vq)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -33,7 +34,7 @@ PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
                          prompt_tuning, visualgpt, vcgpt, gligen, vlkd, dpo, ppo, vq, visualbert, vilbert,
-                         vilt)}
+                         vilt, unit)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in PAPERS.values()
               for name, recipe in getattr(paper, "RECIPES", {}).items()}}
