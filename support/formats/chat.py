@@ -47,6 +47,12 @@ class Template:
         return next(iter(re.findall(SPECIAL, learned)), None)
 
     @property
+    def tokens(self) -> list[str]:
+        """The special tokens that it writes, but for a picture's."""
+        forms = (self.begin, self.system, self.user, self.assistant, self.end)
+        return [text for text in re.findall(SPECIAL, " ".join(forms)) if text != "<image>"]
+
+    @property
     def text_end(self) -> str:
         """The plain text that ends an answer where no special token does: "###", or the end of a line."""
         form = (self.prompt or self).assistant
@@ -161,6 +167,7 @@ def template_of(folder: Path, settings: dict, tokenizer) -> Template | Published
         return TEMPLATES["llama3" if meta and "<|eot_id|>" in tokenizer.special else name]
     known = KNOWN.get(template_digest(source))
     if known:
+        make_special(TEMPLATES[known], tokenizer)
         return TEMPLATES[known]
     texts = {i: text for text, i in tokenizer.special.items()}
     variables = {f"{role}_token": texts[i] for role, i in (("bos", tokenizer.bos), ("eos", tokenizer.eos))
@@ -172,15 +179,21 @@ def template_of(folder: Path, settings: dict, tokenizer) -> Template | Published
     files = ("processor_config.json", "preprocessor_config.json")
     processor = any((folder / name).exists() for name in files)
     return PublishedTemplate(source, where, variables, tuple(tokenizer.special), tokenizer.rules,
-                             texts.get(tokenizer.image), processor)
+                             texts.get(tokenizer.image), processor, tuple(tokenizer.words))
+
+
+def make_special(template: Template, tokenizer) -> None:
+    """The tokens that the template writes become special: some folders add them as words of the text."""
+    for text in tokenizer.words.keys() & template.tokens:
+        tokenizer.special[text] = tokenizer.words.pop(text)
 
 
 def choose_template(name: str, tokenizer) -> Template:
     """The template of --template NAME; a UserError for a special token of it that the tokenizer lacks."""
     template = TEMPLATES[name]
-    forms = (template.begin, template.system, template.user, template.assistant, template.end)
-    for text in re.findall(SPECIAL, " ".join(forms)):
-        if text not in tokenizer.special and text != "<image>":
+    make_special(template, tokenizer)
+    for text in template.tokens:
+        if text not in tokenizer.special:
             raise UserError(f"--template {name} writes {text}, and this model's tokenizer has no such token; "
                             "take another template.")
     return template

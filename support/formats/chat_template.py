@@ -31,6 +31,11 @@ def marks_of(message: dict) -> list[str]:
     return MARKS.findall(json.dumps(message["content"], ensure_ascii=False))
 
 
+def any_of(texts: set[str]) -> re.Pattern:
+    """A regular expression of these texts, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+
+
 @dataclass(frozen=True, eq=False)
 class PublishedTemplate:
     """A chat template in Jinja's language, and what it needs of the tokenizer; used as a chat.Template.
@@ -40,6 +45,7 @@ class PublishedTemplate:
     special         texts of the special tokens;  rules: Tokenizer.rules
     image           the token that stands for a picture, if there is one
     processor       the folder is a vision-language model's, whose tokenizer adds `begin` to what has no bos
+    words           tokens that were added to the vocabulary and are no special ones
     """
     source: str
     where: str
@@ -48,6 +54,7 @@ class PublishedTemplate:
     rules: dict[str, frozenset[str]]
     image: str | None = None
     processor: bool = False
+    words: tuple[str, ...] = ()
     name = "published"
     caption_only = ends_with_eos = False
     text_end = ""
@@ -114,20 +121,20 @@ class PublishedTemplate:
 
     @functools.cached_property
     def turn_end(self) -> str | None:
-        """The special token that ends an answer; None where there is none, or nothing to render it with."""
+        """The token that ends an answer; None where there is none, or nothing to render it with."""
         try:
             text = self.render(self.fill([{"role": "user", "content": MARK.format(0)},
                                           {"role": "assistant", "content": MARK.format(1)}]), False)
         except UserError:
             return None
-        after = self.names.search(text, text.rfind(MARK.format(1)) + len(MARK.format(1)))
-        return after and after[0]
+        names = any_of({*self.special, *self.words})
+        after = names.search(text, text.rfind(MARK.format(1)) + len(MARK.format(1)))
+        return after and (after[0] or None)
 
     @functools.cached_property
     def names(self) -> re.Pattern:
         """A regular expression of the special tokens and of a picture."""
-        names = sorted({*self.special, "<image>"}, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)))
+        return any_of({*self.special, "<image>"})
 
     def fill(self, messages: list[dict], pictures: bool = False) -> list[dict]:
         """The messages with contents as the template reads them: texts, or lists of texts and pictures."""
@@ -176,7 +183,13 @@ class PublishedTemplate:
         if not said <= {*MARKS.findall(text)}:          # some templates leave out a system text
             raise UserError(f"{self.where}: the chat template leaves out a message; choose a known one with "
                             "--template.")
-        written = self.written_contents(text, self.render(plain, answer), contents)
+        rendered = self.render(plain, answer)
+        try:
+            written = self.written_contents(text, rendered, contents)
+        except UserError:
+            if not answer or any(name in content for content in contents for name in self.special):
+                raise
+            text, written = rendered, []                # a prompt whose words spell no special token
         learned = [] if answer else self.learned(text, marked)
         spans = self.cut(text, written, learned)
         if sum(special and part == "<image>" for part, _, special in spans) != pictures:

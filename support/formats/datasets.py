@@ -40,6 +40,7 @@ def coco_pictures(folder: Path) -> Callable[[str, str], str]:
                if (folder / root / part).is_dir()]
 
     def find(part: str, name: str) -> str:
+        name = name.removeprefix(f"{part}/")
         path = path_inside(folder, f"{part}/{name}" if part else name)
         number = re.search(r"(?:^|_)(\d{12}\.jpg)$", name)
         if (part, part) in present or part not in COCO_PARTS or not number:
@@ -58,7 +59,8 @@ def read_coco(folder: Path, split: str, names=("captions_{}2014", "captions_{}20
         annotations/{train,val,test}.json                    val/VizWiz_val_00000000.jpg …"""
     if split.startswith("test2") or split.startswith("test-"):
         names = ("image_info_{}",)                      # nobody has their captions
-    file = first_existing(folder / "annotations", *(name.format(split) + ".json" for name in names))
+    file = first_existing(folder, *(f"annotations/{name.format(split)}.json" for name in names),
+                          *(f"{name.format(split)}.json" for name in names))
     part = file.stem.removeprefix("captions_").removeprefix("image_info_")      # train2014 …
     find, pictures = coco_pictures(folder), part.replace("-dev", "")            # the folder of the pictures
     captions_of: dict[int | str, list[tuple[str, bool]]] = {}       # image id → (caption, rejected)
@@ -91,7 +93,8 @@ def read_karpathy(folder: Path, split: str, name="dataset_coco.json", pictures="
     """COCO and Flickr30k in Karpathy's splits (1412.2306); train includes restval, 113,287 images of COCO:
         dataset_coco.json          train2014/COCO_train2014_000000000009.jpg …     val2014/ …
         dataset_flickr30k.json     flickr30k-images/1000092795.jpg …"""
-    find = coco_pictures(folder)
+    find, file = coco_pictures(folder), first_existing(folder, name, f"karpathy/{name}")
+    pictures = next((p for p in (pictures, *FLICKR30K) if pictures and (folder / p).is_dir()), pictures)
 
     def image(n, row):
         part, sentences, subfolder = row["split"], row["sentences"], row.get("filepath", pictures)
@@ -103,7 +106,10 @@ def read_karpathy(folder: Path, split: str, name="dataset_coco.json", pictures="
             return Record(i, [path], part, captions,
                           more={"coco_split": subfolder, "sentids": row.get("sentids")})
 
-    return parse_rows(f"{folder / name}, image", load_lists(folder / name, "images"), image)
+    return parse_rows(f"{file}, image", load_lists(file, "images"), image)
+
+
+FLICKR30K = ("flickr30k_images", "flickr30k_images/flickr30k_images", "images", "Images")     # its pictures
 
 
 def read_flickr8k(folder: Path, split: str):
@@ -162,13 +168,13 @@ def read_textcaps(folder: Path, split: str):
     """TextCaps (2003.12462): a row per caption, with all of the picture's; validation lies among the train
     images:
         TextCaps_0.1_{train,val,test}.json     train_images/0a1b2c3d4e5f6071.jpg …     test_images/ …"""
-    file, seen = folder / f"TextCaps_0.1_{split}.json", set()       # seen: image ids
+    file, seen = first_existing(folder, f"TextCaps_0.1_{split}.json"), set()       # seen: image ids
 
     def image(n, row):
         i, captions = row["image_id"], [] if split == "test" else row["reference_strs"]
         if i not in seen:
             seen.add(i)
-            path = path_inside(folder, f"{split.replace('val', 'train')}_images/{i}.jpg")
+            path = path_inside(folder, f"{split.replace('val', 'train')}_images/{i}.jpg", *TEXTVQA)
             return Record(i, [path], split, captions)
 
     return parse_rows(f"{file}, row", load_lists(file, "data"), image)
@@ -183,7 +189,8 @@ def read_folder(folder: Path, split: str):
     file_name, text), do as well; the path may name the file."""
     file = first_existing(folder, *(f"{stem}.{ending}" for stem in ("captions", "metadata")
                                     for ending in ("jsonl", "json", "csv", "tsv", "txt")))
-    pictures, texts = ("image", "file_name", "filename"), ("text", "caption", "captions")
+    pictures = ("image", "file_name", "filename", "image_path", "path", "file")
+    texts = ("text", "caption", "captions")
 
     def field(row: dict, names: tuple[str, ...]):
         return row[next((name for name in names if row.get(name) is not None), names[0])]
@@ -209,8 +216,8 @@ def read_vqa(folder: Path, split: str, version="v2_"):
         train2014/COCO_train2014_000000000009.jpg …     val2014/ …     test2015/ …"""
     part = split + ("2015" if split.startswith("test") else "2014")
     find, pictures = coco_pictures(folder), part.replace("-dev", "")
-    questions = folder / f"{version}OpenEnded_mscoco_{part}_questions.json"
-    annotations = folder / f"{version}mscoco_{part}_annotations.json"
+    questions = first_existing(folder, f"{version}OpenEnded_mscoco_{part}_questions.json")
+    annotations = first_existing(folder, f"{version}mscoco_{part}_annotations.json")
     fields_of: dict[int, dict] = {}                     # question id → the fields that its annotation fills
 
     def collect_answers(n, row):
@@ -238,27 +245,30 @@ def read_vqa(folder: Path, split: str, version="v2_"):
 def read_textvqa(folder: Path, split: str):
     """TextVQA (1904.08920); validation lies among the train images:
         TextVQA_0.5.1_{train,val,test}.json     train_images/aa00bb11cc22dd33.jpg …     test_images/ …"""
-    file = folder / f"TextVQA_0.5.1_{split}.json"
+    file = first_existing(folder, f"TextVQA_0.5.1_{split}.json")
 
     def question(n, row):
-        path = path_inside(folder, f"{split.replace('val', 'train')}_images/{row['image_id']}.jpg")
+        path = path_inside(folder, f"{split.replace('val', 'train')}_images/{row['image_id']}.jpg", *TEXTVQA)
         answers = [] if split == "test" else row["answers"]
         return Record(row["question_id"], [path], split, question=row["question"], answers=answers)
 
     return parse_rows(f"{file}, row", load_lists(file, "data"), question)
 
 
+TEXTVQA = (".", "train_val_images", "images")           # where the folders of its pictures may lie
+
+
 def read_vizwizvqa(folder: Path, split: str):
     """VizWiz-VQA (1802.08218), one question a picture, whose name is its id:
         Annotations/{train,val,test}.json     train/VizWiz_train_00000000.jpg …"""
-    file = folder / "Annotations" / f"{split}.json"
+    file = first_existing(folder, f"Annotations/{split}.json", f"{split}.json")
 
     def question(n, row):
         annotation = {}
         if split != "test":
             answers, more = [a["answer"] for a in row["answers"]], {"answerable": row.get("answerable")}
             annotation = dict(answers=answers, kind=row.get("answer_type") or "", more=more)
-        path = path_inside(folder / split, row["image"])
+        path = path_inside(folder, f"{split}/{row['image']}", ".", "images", "Images")
         return Record(row["image"], [path], split, question=row["question"], **annotation)
 
     return parse_rows(f"{file}, question", load_lists(file), question)
@@ -277,11 +287,11 @@ def read_scienceqa(folder: Path, split: str):
         texts = ("hint", "lecture", "solution", "subject", "grade")
         more = {key: checked_text(row.get(key, "")) for key in texts}
         images = []
-        if row.get("image") is not None:
+        if row.get("image"):
             name = f"{row['split']}/{pid}/{checked_text(row['image'])}"
-            images = [path_inside(folder / "images", name)]
+            images = [path_inside(folder, name, "images", ".")]
         return Record(pid, images, row["split"], kind=more["subject"], question=row["question"],
-                      choices=row["choices"], answer=row["answer"], more=more)
+                      choices=row["choices"], answer=same_id(row["answer"]), more=more)
 
     chosen = {str(pid): problems.get(str(pid)) for pid in load_lists(listed, split)}
     return parse_rows(f"{file}, problem", chosen, problem)
@@ -297,7 +307,7 @@ def read_mme(folder: Path, split: str):
     No (in any case, as its evaluation reads them):
         MME_Benchmark_release_version/existence/0001.txt …     existence/0001.jpg …                 nine tasks
         MME_Benchmark_release_version/artwork/questions_answers_YN/0001.txt …  artwork/images/ … five tasks"""
-    top = first_existing(folder, "MME_Benchmark_release_version", ".")
+    top = first_existing(folder, "MME_Benchmark_release_version", "MME_Benchmark", ".")
 
     def question(n, file):
         task = file.relative_to(top).parts[0]
@@ -318,7 +328,8 @@ def read_mme(folder: Path, split: str):
             yield from parse_rows(f"{file}, question", [file, file], question)
 
 
-SPEAKERS = {"system": "system", "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+SPEAKERS = {"system": "system", "human": "human", "user": "human",              # in any case
+            **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "gpt")}   # ShareGPT's
 
 
 def message_text(content) -> str:
@@ -333,8 +344,8 @@ def message_text(content) -> str:
 def message_pictures(turns: list[dict]) -> list[str]:
     """The pictures that OpenAI's parts name."""
     parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
-    return [part["image_url"]["url"] if part["type"] == "image_url" else part["image"]
-            for part in parts if part["type"] in ("image", "image_url")]
+    names = [part[part["type"]] for part in parts if part["type"] in ("image", "image_url")]
+    return [name["url"] if isinstance(name, dict) and "url" in name else name for name in names]
 
 
 def read_turns(turns: list[dict]) -> tuple[tuple[str, str], ...]:
@@ -346,9 +357,9 @@ def read_turns(turns: list[dict]) -> tuple[tuple[str, str], ...]:
     said = []
     for turn in turns:
         speaker, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
-        if speaker not in SPEAKERS:
+        if checked_text(speaker).lower() not in SPEAKERS:
             raise ValueError(f'the speaker "{speaker}" is none of {", ".join(SPEAKERS)}')
-        said.append((SPEAKERS[speaker], message_text(text)))
+        said.append((SPEAKERS[speaker.lower()], message_text(text)))
     system = said[:1] if said and said[0][0] == "system" else []
     talk = said[len(system):]
     talk = talk[1:] if talk and talk[0][0] == "gpt" else talk
@@ -368,29 +379,38 @@ def read_llava(path: Path, split: str):
     "image" may be a list ("images", too), with an <image> for each in the human's turns. A JSON list or JSON
     lines, whatever the file is called."""
     file = first_existing(path, "llava_instruct_150k.json", "llava_v1_5_mix665k.json",
-                          "blip_laion_cc_sbu_558k.json", "chat.json", "chat.jsonl")
+                          "blip_laion_cc_sbu_558k.json", "chat.json", "chat.jsonl", *only_list(path))
 
     def sample(n, row):
         row = row_object(row)
-        turns = row["messages"] if "messages" in row else row["conversations"]
+        turns = row[next((name for name in ("messages", "conversation") if name in row), "conversations")]
         images = row.get("image") or row.get("images") or message_pictures(turns)
         images = images if isinstance(images, list) else [images]
+        images = [image.get("path") if isinstance(image, dict) else image for image in images]
         paths = [path_inside(file.parent, image, ".", "images", "coco/train2017") for image in images]
         return Record(n if row.get("id") is None else row["id"], paths, turns=read_turns(turns))
 
     return parse_rows(f"{file}, sample", read_rows(file), sample)
 
 
+def only_list(folder: Path) -> list[str]:
+    """The name of the JSON file of a folder that has one alone."""
+    names = [file.name for file in folder.glob("*.json*") if file.suffix in (".json", ".jsonl")]
+    return names if len(names) == 1 else []
+
+
 def read_alpaca(path: Path, split: str):
     """Alpaca's 52K instructions (Taori et al., 2023), text alone; the path may name the file:
         alpaca_data.json     [{"instruction": …, "input": … or "" or not there, "output": …}, …]"""
     file = first_existing(path, "alpaca_data.json", "alpaca_data.jsonl", "alpaca_data_cleaned.json",
-                          "alpaca_gpt4_data.json")
+                          "alpaca_gpt4_data.json", *only_list(path))
 
     def sample(n, row):
         row = row_object(row)
         texts = {"instruction": row["instruction"], "input": row.get("input") or "", "output": row["output"]}
         more = {key: checked_text(text) for key, text in texts.items()}
+        if not more["instruction"].strip():
+            raise ValueError("its instruction is empty")
         prompt = alpaca_prompt(more["instruction"], more["input"])
         return Record(n - 1, turns=(("human", prompt), ("gpt", more["output"])), more=more)
 

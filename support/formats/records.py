@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
@@ -194,11 +195,12 @@ def read_table(file: Path, *columns: str) -> Iterator[dict]:
     head = next(lines)
     mark = max(",;\t", key=head.count)
     whole = (line + "\n" for line in itertools.chain([head], lines))             # a quoted field may go on
-    rows = csv.DictReader(whole, delimiter=mark, strict=True)
-    if not set(columns) & set(rows.fieldnames or ()):
-        raise UserError(f'{file}: its first line is "{head:.60}", but it must name the columns, '
-                        f"among them {columns[0]}.")
+    rows = csv.DictReader(whole, delimiter=mark, strict=True, skipinitialspace=True)
     try:
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
+        if not set(columns) & set(rows.fieldnames):
+            raise UserError(f'{file}: its first line is "{head:.60}", but it must name the columns, '
+                            f"among them {columns[0]}.")
         yield from rows
     except csv.Error as e:
         raise UserError(f"{file}, line {rows.line_num}: {e}; repair the table.") from None
@@ -241,10 +243,14 @@ def find_picture(path: str) -> str:
     """The path, or another spelling of it under which there is a file.
 
     cat.jpg is also cat.JPG or cat.jpeg, a name without an ending gets one, and dir\\cat.jpg is dir/cat.jpg.
-    cat.png is another picture.
+    cat.png is another picture. An accent may be one character or two: macOS writes two.
     """
     if os.path.exists(path):
         return path
+    for form in () if path.isascii() else ("NFC", "NFD"):
+        spelled = unicodedata.normalize(form, path)
+        if os.path.exists(spelled):
+            return spelled
     stem, ending = os.path.splitext(path.replace("\\", "/"))
     if ending not in ENDINGS and ending.lower() not in ENDINGS:
         spellings = [stem + ending, *(stem + ending + e for e in ENDINGS)]
@@ -301,7 +307,14 @@ def file_digest(path: str) -> bytes:
 
 
 def first_existing(path: Path, *names: str) -> Path:
-    """path if it is a file; of a folder the first of these names that exists, else the first name."""
+    """path if it is a file; of a folder the first of these names that exists, else the first name.
+
+    A name may also lie in one of the folders that people sort the files of a data set into (FOLDERS).
+    """
     if path.is_file():
         return path
-    return next((path / name for name in names if (path / name).exists()), path / names[0])
+    places = [path / folder / name for name in names for folder in (".", *FOLDERS)]
+    return next((place for place in places if place.exists()), path / names[0])
+
+
+FOLDERS = ("annotations", "Annotations", "Questions", "questions")

@@ -29,6 +29,8 @@ DECODERS = (None, "ByteLevel", "BPEDecoder", "Metaspace", "Sequence", "WordPiece
 RULES = ("lstrip", "rstrip", "single_word", "normalized")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast",
                  "LLaMATokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
+# their code sets the blank in front of a text by the settings, whatever the tokenizer.json says
+PREFIX_BY_SETTINGS = ("GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 USUAL = {"bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "image": ("<image>", "<|image|>"),
          "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")}
 
@@ -176,6 +178,9 @@ def from_json(file: Path, settings: dict, data: dict) -> Tokenizer:
         entry for entry in data["added_tokens"]
         if entry["special"] or not (sentencepiece and entry["content"] in vocab)])
     normalizers, splits = flat_steps(data.get("normalizer")), flat_steps(data.get("pre_tokenizer"))
+    if settings.get("tokenizer_class") in PREFIX_BY_SETTINGS:
+        splits = [{**step, "add_prefix_space": bool(settings.get("add_prefix_space"))}
+                  if step["type"] == "ByteLevel" else step for step in splits]
     if (data.get("decoder") or {}).get("type") not in DECODERS:
         raise ValueError(f"the decoder {json.dumps(data['decoder'])} is not known.")
     if model.get("dropout") or model.get("continuing_subword_prefix") not in (None, "", "##"):

@@ -71,7 +71,8 @@ class Tokenizer:
     @property
     def stop(self) -> tuple[int, ...]:
         """The ids that end a text: eos, `ends`, and the token that ends a turn in the chat template."""
-        return tuple(sorted({self.eos, self.special.get(self.template.turn_end), *self.ends} - {None}))
+        turn_end = {**self.words, **self.special}.get(self.template.turn_end)
+        return tuple(sorted({self.eos, turn_end, *self.ends} - {None}))
 
     def answer_text(self, ids) -> str:
         """Text of generated ids, up to the first that ends it, or to `text_end`."""

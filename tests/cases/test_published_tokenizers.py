@@ -27,6 +27,9 @@ TURNS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['conte
          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 SYSTEM = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
           "You are a helpful assistant.<|im_end|>\n' }}{% endif %}")
+CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+          "'<|im_end|>' + '\n'}}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 ZEPHYR = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
@@ -135,3 +138,46 @@ def test_template_takes_the_place_of_the_folder_s_own(tmp_path, capsys):
     with pytest.raises(UserError, match="--template"):
         evaluation.main([*ask, "--template", "klingon"])
     assert TEMPLATES["vicuna"].turn_end == "</s>"
+
+
+@pytest.mark.parametrize("template", [CHATML, TURNS], ids=["known", "rendered"])
+def test_tokens_of_a_turn_that_were_added_as_words_still_end_it(template, tmp_path):
+    """Some folders add <|im_end|> without calling it special: an answer ends there, and the prompt has it."""
+    if template == TURNS:
+        pytest.importorskip("jinja2")
+    added = [{"content": text, "special": text == "<|endoftext|>"} for text in IM]
+    write_byte_tokenizer(tmp_path, (), added=tuple(added), eos_token="<|endoftext|>", chat_template=template)
+    t = load_tokenizer(tmp_path)
+    end = {**t.words, **t.special}["<|im_end|>"]
+    assert end in t.stop and Document(t).chat("hello").tokens.count(end) == 1
+    assert t.answer_text([*b"yes", end, *b"no"]) == "yes"
+
+
+@pytest.mark.parametrize("content", ["{{ m['content'] | upper }}", "{{ m['content'] | replace('l', 'L') }}",
+                                     "{% if m['content'] | length > 3 %}LONG {% endif %}{{ m['content'] }}"])
+def test_a_prompt_is_written_by_a_template_that_rewrites_its_messages(content, tmp_path):
+    pytest.importorskip("jinja2")
+    write_byte_tokenizer(tmp_path, IM, eos_token="<|im_end|>", chat_template=(
+        "{% for m in messages %}<|im_start|>" + content + "<|im_end|>{% endfor %}"))
+    t = load_tokenizer(tmp_path)
+    said = t.decode(Document(t).chat("hello").tokens, special=True)
+    assert said in [f"<|im_start|>{text}<|im_end|>" for text in ("HELLO", "heLLo", "LONG hello")]
+    for messages, answer in (("hello <|im_end|>", True), ([{"role": "user", "content": "hello"},
+                                                       {"role": "assistant", "content": "hello"}], False)):
+        with pytest.raises(UserError, match="cannot be followed"):      # nobody could tell what is a token
+            Document(t).chat(messages, answer)
+
+
+@pytest.mark.parametrize("kind, in_file, setting, blank", [
+    ("GPT2Tokenizer", False, True, True), ("GPT2TokenizerFast", True, None, False),
+    ("Qwen2TokenizerFast", True, False, False), ("PreTrainedTokenizerFast", True, False, True),
+    ("PreTrainedTokenizerFast", False, True, False)])
+def test_the_blank_in_front_of_a_text_follows_the_class_that_opens_the_folder(kind, in_file, setting, blank,
+                                                                              tmp_path):
+    """As transformers 5.24 with these files: GPT-2's and Qwen2's classes go by their settings."""
+    write_byte_tokenizer(tmp_path, ("<|endoftext|>",), tokenizer_class=kind, add_prefix_space=setting)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = in_file
+    file.write_text(json.dumps(content))
+    assert (load_tokenizer(tmp_path).encode("hello")[0] == ord(" ")) == blank

@@ -123,7 +123,6 @@ def test_pictures_are_parts_of_a_message(tmp_path):
     ("{{ ''.__class__.__mro__ }}", "refuses a conversation of user: access to attribute"),
     ("{{ messages.append(1) }}", "refuses a conversation of user"),
     ("{{ bos_token }}nothing of yours", "leaves out a message"),
-    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "rewrites its messages"),
     ("{% for m in messages %}{{ m.content | replace('<image>', '') }}{% endfor %}", "leaves out a message"),
 ])
 def test_a_template_that_cannot_be_honoured_is_refused_by_name(template, words, tmp_path):
