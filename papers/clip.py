@@ -108,10 +108,11 @@ RECIPES = {
         task="clip-text", toy_data="shapes-phrases")}
 
 
-def text_tokens(texts: list[str], tokenizer, longest: int, begin: tuple[int, ...] = ()) -> Tensor:
-    """(n, T) int64: each text's ids, cut to `longest` with the end token; the zeros after it are not read."""
+def text_tokens(texts: list[str], tokenizer, longest: int, begin: tuple[int, ...] = (),
+                pad: int = 0) -> Tensor:
+    """(n, T) int64: each text's ids, cut to `longest` with the end token, and padding, which is not read."""
     rows = [[*begin, *tokenizer.encode(t)][:longest - 1] + [tokenizer.eos] for t in texts]
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    tokens = torch.full((len(rows), max(map(len, rows))), pad)
     for row, ids in zip(tokens, rows):
         row[:len(ids)] = torch.tensor(ids)
     return tokens
@@ -151,8 +152,10 @@ class ClipTask(Task):
             texts.append(text)
             negatives += wrong
         pixels = data.to_pixels(images, self.module.vit.config.image_size, self.given.processor)
-        tokens = text_tokens(texts + negatives, self.tokenizer, self.module.text.config.context)
-        return [dict(pixels=pixels, tokens=tokens, set=0, weight=1.0, count=1)]
+        return [dict(pixels=pixels, tokens=self.tokens(texts + negatives), set=0, weight=1.0, count=1)]
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        return text_tokens(texts, self.tokenizer, self.module.text.config.context)
 
     def loss(self, pixels: Tensor, tokens: Tensor, **_) -> Tensor:
         """½ (CE over each image's texts + CE over each true text's images). Hard negatives only add texts.

@@ -39,6 +39,7 @@ CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "
 TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
 PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 UNREAD = {                          # task → the settings of the command line that it does not read
+    "coca": CLIP - {"vit"}, "simvlm": CLIP,
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(("visualbert", "vilbert", "vilt", "vilt-no-wpa"), PAIRS),

@@ -63,6 +63,9 @@ LLAVA_AUTHORS = DECODER | keys("""mm_vision_tower mm_projector_type mm_vision_se
 MLLAMA_TEXT = DECODER | keys("cross_attention_layers")
 IDEFICS = DECODER | keys("""vision_config perceiver_config additional_vocab_size cross_layer_interval
     qk_layer_norms alpha_type use_resampler""")
+COCA = keys("embed_dim vision_cfg text_cfg multimodal_cfg correct_cls_mask")      # open_clip's
+COCA_PART = keys("""image_size patch_size layers width heads head_width context_length vocab_size mlp_ratio
+    attentional_pool attn_pooler_queries attn_pooler_heads""")
 COGVLM = DECODER | keys("num_multi_query_heads vision_expert_bias vision_config template_version")
 PERCEIVER = keys("""model_type use_resampler resampler_n_latents resampler_depth resampler_n_heads
     resampler_head_dim
@@ -149,6 +152,7 @@ ONLY = {
     "peft_type": {"ADAPTION_PROMPT"},
     "target_modules": {"self_attn"},
     "data_format": {"channels_first"},
+    **dict.fromkeys(("embed_cls", "output_tokens", "custom_text"), {True}),     # open_clip's CoCa
     "quantization_config": (),
 }
 

@@ -7,6 +7,7 @@ The others say how a tensor is made of published ones:
     Part("qkv.weight", 1, 3)            the second of three equal blocks of its rows
     Rotary("wq.weight", H)              its rows, reordered from Meta's layout of RoPE to ours
     Rows("adapter_query.weight", Q)     (m·Q, …) seen as (m, Q, …)
+    Transposed("text_projection")       (in, out) seen as a Linear's (out, in)
     ZerosLike("q_bias")                 zeros of its shape and dtype
     Joined(("words", "new_words"))      the rows of one after those of the other
 """
@@ -88,6 +89,14 @@ class Rows(Source):
 
     def derive(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(0, (-1, self.size)) if divides(self.size, tensor) else tensor
+
+
+@dataclass(frozen=True)
+class Transposed(Source):
+    """A matrix that its model multiplies from the right: (in, out) → (out, in)."""
+
+    def derive(self, tensor: Tensor) -> Tensor:
+        return tensor.T if tensor.ndim == 2 else tensor
 
 
 @dataclass(frozen=True)

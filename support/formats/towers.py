@@ -129,6 +129,12 @@ def load_picture_parts(given: Ingredients, lm: str, vit: str, init: str = "") ->
     given.save = save_module_run
 
 
+def load_new_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """A tokenizer, unless the world brought its own: all else is new. A run is one file of what learned."""
+    load_clip_parts(given, lm, vit)
+    given.save = save_module_run
+
+
 def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """A decoder that is trained further, if there is one."""
     if init:
@@ -156,6 +162,7 @@ def load_gligen_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
            "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
+           "coca": load_pair_parts, "simvlm": load_new_parts,
            **dict.fromkeys(dpo.TASKS, load_answer_parts),
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
