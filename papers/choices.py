@@ -18,14 +18,13 @@ from papers.recipe import Task
 class ChoiceTask(Task):
     """A task that scores texts of a picture. Takes open_held_out, contrastive_pair, processor, name_split."""
     image_size: int
-    last: dict[str, Tensor]                             # the losses of the last step by name
 
     def scores(self, pixels: Tensor, texts: list[str]) -> dict[str, Tensor]:
         """pixels (1, 3, S, S), n texts → scores (n,) by name; the highest should be the true text's."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
-        return super().metrics() | self.given.means(self.last)
+        return super().metrics() | Task.metrics(self)
 
     @torch.no_grad()
     def check(self, count: int = 100) -> dict[str, float]:
