@@ -165,10 +165,8 @@ class PairsTask(Task):
         return dict(pixels=pixels, tokens=tokens, mask=mask, masked=masked, labels=labels, other=other)
 
     def batch(self, step: int) -> list[dict]:
-        g = self.given
-        indices = range(step * g.batch, (step + 1) * g.batch)
-        items = [self.world.item(i % g.examples if g.examples else i) for i in indices]
-        return [self.piece(items, (g.seed, 1, step)) | dict(set=0, weight=1.0, count=1)]
+        items = [self.world.item(i) for i in self.given.indices(step)]
+        return [self.piece(items, (self.given.seed, 1, step)) | dict(set=0, weight=1.0, count=1)]
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
@@ -193,5 +191,5 @@ class PairsTask(Task):
         print(f"words    masked ones, {split}: {own} right, {another} beside another picture\n"
               f"pairs    {pairs} judged right, as belonging together or not; chance is 50 %")
         for what, share in zip([*result][3:], more):                            # what a paper adds in `check`
-            print(what, share)
+            print(f"also     {share} {what}")
         return {"results.json": result}

@@ -38,11 +38,13 @@ ANSWERS = {"bridge", "turns", "captions", "template", "form", "longest", "cache"
 CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"}
 TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
 PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
+PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
+              "vilt-unaligned")             # of papers/masked.py
 UNREAD = {                          # task → the settings of the command line that it does not read
     "coca": CLIP - {"vit"}, "simvlm": CLIP,
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
-    **dict.fromkeys(("visualbert", "vilbert", "vilt", "vilt-no-wpa"), PAIRS),
+    **dict.fromkeys(PAIR_TASKS, PAIRS),
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
     "gligen": {"pack", "cache", "captions"},
     **dict.fromkeys(("dpo", "dpo-sft"), {"turns", "captions", "template", "form", "pack"}),

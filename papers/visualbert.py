@@ -123,20 +123,27 @@ class VisualBert(nn.Module):
         return self.match_head(self.pooler(x[:, 0]).tanh())                     # (J5)
 
 
-RECIPES = {"visualbert": Recipe(
-    "VisualBERT (1908.03557v1): one stream; masked words, and does caption 2 belong?",
-    "COCO, 0.1M pictures × 5 captions, 10 epochs",
-    Numbers(5e-5, 48, 104000, 0.1, "linear", beta2=0.999), Numbers(1.5e-3, 32, 400, 0.1, "linear"),
-    trained=("bert",), task="visualbert")}
+TOY = dict(toy=Numbers(1.5e-3, 32, 400, 0.1, "linear"), trained=("bert",))
+RECIPES = {
+    "visualbert": Recipe(
+        "VisualBERT (1908.03557v1): one stream; masked words, and does caption 2 belong?",
+        "COCO, 0.1M pictures × 5 captions, 10 epochs",
+        Numbers(5e-5, 48, 104000, 0.1, "linear", beta2=0.999), task="visualbert", **TOY),
+    "visualbert-late": Recipe("VisualBERT with late fusion: regions come in ahead of one more layer alone",
+                              "the same", None, task="visualbert-late", **TOY),
+    "visualbert-words": Recipe("VisualBERT without its second objective", "the same", None,
+                               task="visualbert-words", **TOY),
+}
 
 
 class VisualBertTask(PairsTask):
     """Recipe `visualbert`: (J6) on captions and the cells of a frozen ViT."""
-    context = 128
+    context, join, second = 128, 0, 1.0             # second: the weight of objective 2
 
     def __init__(self, given: Ingredients):
         super().__init__(given)
-        config = VisualBertConfig(self.vocab_size, 128, 2, 4, 512, self.context, given.vit.config.width, 0.0)
+        config = VisualBertConfig(self.vocab_size, 128, 2, 4, 512, self.context, given.vit.config.width, 0.0,
+                                  self.join)
         self.module = nn.ModuleDict({"vit": given.vit, "bert": VisualBert(config)}).to(given.device)
 
     def rows(self, captions: list[list[str]], other: Tensor | None) -> list[list[int]]:
@@ -158,7 +165,7 @@ class VisualBertTask(PairsTask):
         random = (other != torch.arange(len(other), device=other.device)).long()
         self.last = {"words": word_loss(bert.word_logits(x[:, :masked.shape[1]][chosen]), labels[chosen]),
                      "pairs": F.cross_entropy(bert.match_logits(x), random)}
-        return sum(self.last.values())                                          # (J6)
+        return self.last["words"] + self.second * self.last["pairs"]            # (J6)
 
     def word_logits(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.module["bert"].word_logits(self.states(pixels, tokens, mask)[:, :tokens.shape[1]])
@@ -169,4 +176,6 @@ class VisualBertTask(PairsTask):
         return belongs - random
 
 
-TASKS = {"visualbert": VisualBertTask}
+TASKS = {"visualbert": VisualBertTask,
+         "visualbert-late": type("LateFusion", (VisualBertTask,), {"join": 2}),
+         "visualbert-words": type("WordsAlone", (VisualBertTask,), {"second": 0.0})}

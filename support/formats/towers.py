@@ -15,7 +15,7 @@ from model import Bridge, Decoder, VLM, ViT, ViTConfig
 from papers import dpo
 from papers.clip import CLIP, text_tokens
 from papers.gligen_task import take_place
-from papers.recipe import Ingredients, Task
+from papers.recipe import PAIR_TASKS, Ingredients, Task
 from support.formats.blip2 import fill_from_stage1, save_stage1
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, at_the_door, read_json, write_json, write_tensors
@@ -166,7 +166,7 @@ LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": loa
            **dict.fromkeys(dpo.TASKS, load_answer_parts),
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
-           **dict.fromkeys(("visualbert", "vilbert", "vilt", "vilt-no-wpa"), load_pair_parts)}
+           **dict.fromkeys(PAIR_TASKS, load_pair_parts)}
 
 
 def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,

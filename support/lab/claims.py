@@ -59,13 +59,15 @@ GROUPS = {"all": claims_list.CLAIMS, "papers": miniatures.CLAIMS}       # names 
 @dataclass(frozen=True)
 class TrainedArm:
     """A finished run, and the held-out items that all seeds are asked about."""
-    vlm: VLM
+    vlm: VLM                                    # None of a run without a bridge, and so is the tokenizer
     tokenizer: Tokenizer
     items: list[data.Item]
     run: Path
 
     @classmethod
     def open(cls, run: Path, count: int) -> TrainedArm:
+        if "bridge" not in read_json(run / "config.json"):      # only its report is measured
+            return cls(None, None, [], run)
         vlm, tokenizer, _ = open_run(str(run), "cpu")
         return cls(vlm, tokenizer, first_items(open_data("shapes"), "test", count), run)
 

@@ -137,4 +137,4 @@ def test_its_task_swaps_pictures_and_aligns_words(capsys):
     assert plan.shape == (9, 3) and math.isclose(plan.sum().item(), 1, abs_tol=1e-3)
     result = task.report(None)["results.json"]
     assert len(result) == 4 and all(0 <= value <= 1 for value in result.values())
-    assert "chance 11 %" in capsys.readouterr().out
+    assert "words on their cell, of 9" in capsys.readouterr().out

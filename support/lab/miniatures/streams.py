@@ -1,0 +1,63 @@
+"""lab/miniatures/streams.py: when words meet a picture, and what teaches them to (VisualBERT, 1908.03557v1,
+Table 6; ViLBERT, 1908.02265v1; ViLT, 2102.03334v2).
+
+A run measures itself: masked words of held-out captions that are named right beside their picture and beside
+another one, and pairs that are judged right.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from support.formats.files import read_json
+from support.lab.claims_list import Arm, Claim, Expectation, Number, Side
+
+if TYPE_CHECKING:
+    from support.lab.claims import TrainedArm
+
+WORDS, OTHER, PAIRS = Number("words"), Number("words, another picture"), Number("pairs")
+CELL = Number("words on their cell, of 9")
+
+
+def measure_words_and_pairs(arm: TrainedArm) -> dict[str, float]:
+    return dict(read_json(arm.run / "results.json"))
+
+
+def stream(recipe: str) -> Arm:
+    return Arm(("--recipe", recipe, "--eval-items", "200"), measures=("words and pairs",))
+
+
+ARMS = {"VisualBERT": stream("visualbert"), "VisualBERT, late fusion": stream("visualbert-late"),
+        "VisualBERT, words alone": stream("visualbert-words"),
+        "ViLBERT": stream("vilbert"), "ViLBERT, equal depths": stream("vilbert-equal"),
+        "ViLT": stream("vilt"), "ViLT, unaligned": stream("vilt-unaligned")}
+MEASUREMENTS = {"words and pairs": measure_words_and_pairs}
+MEASURED = {"words and pairs": {number.name for number in (WORDS, OTHER, PAIRS, CELL)}}
+CLAIMS = {
+    "visualbert": Claim(
+        says="Early fusion matters most, the second objective little.",
+        source="VisualBERT on NLVR² (dev); without pre-training on COCO 62.9",
+        expect=(
+            Expectation(Side("VisualBERT"), ">", Side("VisualBERT, late fusion"), paper="66.7, 61.4"),
+            Expectation(Side("VisualBERT"), "≥", Side("VisualBERT, words alone"), paper="66.7, 64.9"),
+            Expectation(Side("VisualBERT"), ">", Side("VisualBERT", OTHER)),
+        ),
+        columns=(WORDS, OTHER, PAIRS)),
+    "vilbert": Claim(
+        says="The words need layers of their own ahead of the co-attention; regions, read already, do not.",
+        source="ViLBERT, its two streams of 6 + 6 and 6 layers; no number for equal depths",
+        expect=(
+            Expectation(Side("ViLBERT"), ">", Side("ViLBERT, equal depths")),
+            Expectation(Side("ViLBERT"), ">", Side("ViLBERT", OTHER)),
+            Expectation(Side("ViLBERT", PAIRS), "≥", Side("ViLBERT, equal depths", PAIRS)),
+        ),
+        columns=(WORDS, OTHER, PAIRS)),
+    "vilt": Claim(
+        says="The transport plan aligns words and patches without a label of either.",
+        source="ViLT, Fig. 4: heat maps without numbers",
+        expect=(
+            Expectation(Side("ViLT", CELL), ">", Side("ViLT, unaligned", CELL)),
+            Expectation(Side("ViLT"), "≥", Side("ViLT, unaligned")),
+            Expectation(Side("ViLT"), ">", Side("ViLT", OTHER)),
+        ),
+        columns=(WORDS, OTHER, PAIRS, CELL)),
+}
