@@ -222,7 +222,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
     warmup = s.warmup if s.warmup < 1 else s.warmup / s.steps
     mean = {n: p.detach().clone() for n, p in trained} if s.ema else {}
-    identity = {"settings": settings_digest(s), "data": data_digest(sets), "weights": task.frozen}
+    identity = {"settings": settings_digest(s), "data": data_digest(sets, task), "weights": task.frozen}
     state = TrainState(trained, optimizers, mean, identity)
 
     # 5. resume ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from support.formats.pickles import TensorPickle
 
 IGNORED = ("rotary_emb.inv_freq", "rope.freqs", "position_ids")     # buffers of older files, which we compute
 PICKLES = (".pth", ".pt", ".bin")
+WRAPPERS = ("module.", "_orig_mod.", "module.")         # DistributedDataParallel's, torch.compile's
 PATTERNS = ("model.safetensors", "*.safetensors", "pytorch_model.bin", "consolidated.*.pth", "*.pth", "*.pt")
 
 
@@ -87,6 +89,7 @@ class Checkpoint:
     files   file → the open file
     where   name of a tensor → the files that hold it: several for Meta's model-parallel files only, of which
             each has a block of every matrix, rows or columns, and a copy of every norm
+    stored  name of a tensor → its name in the files, where that is another one
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -97,10 +100,19 @@ class Checkpoint:
             self.files[file] = open_tensors(file)
             for name in self.files[file].keys():
                 self.where.setdefault(name, []).append(file)
+        self.stored: dict[str, str] = {}
+        for wrapper in WRAPPERS:
+            if all(name.startswith(wrapper) for name in self.where):
+                self.rename(lambda name: name.removeprefix(wrapper))
+
+    def rename(self, change: Callable[[str], str]) -> None:
+        """From now on the tensors have other names."""
+        self.stored = {change(name): self.stored.get(name, name) for name in self.where}
+        self.where = {change(name): files for name, files in self.where.items()}
 
     def include(self, other: Checkpoint) -> None:
         """Add the tensors of another checkpoint: one model out of two places."""
-        self.where = self.where | other.where
+        self.where, self.stored = self.where | other.where, self.stored | other.stored
         self.files = self.files | other.files
 
     def missing(self, name: str) -> bool:
@@ -116,9 +128,9 @@ class Checkpoint:
         The file is opened anew: what was read through a mapping stays in memory as long as that mapping. A
         tensor of anything but finite floating-point numbers is a UserError.
         """
-        files = self.where[name]
+        files, stored = self.where[name], self.stored.get(name, name)
         pickled = isinstance(self.files[files[0]], TensorPickle)        # it maps each tensor by itself
-        blocks = [(self.files[f] if pickled else open_tensors(f)).get_tensor(name) for f in files]
+        blocks = [(self.files[f] if pickled else open_tensors(f)).get_tensor(stored) for f in files]
         for file, block in zip(files, blocks):
             require_finite(block, f'{file}: tensor "{name}"')
         if len(blocks) == 1:
@@ -140,7 +152,7 @@ class Checkpoint:
         if self.missing(name):
             raise UserError(f'{self.path}: tensor "{name}" is missing, '
                             "so this is not the layout that was expected here.")
-        return tuple(self.files[self.file_of(name)].get_tensor(name).shape)
+        return tuple(self.files[self.file_of(name)].get_tensor(self.stored.get(name, name)).shape)
 
     def count(self, pattern: str) -> int:
         """How many layers there are: the smallest i for which pattern.format(i) is no tensor."""

@@ -265,9 +265,12 @@ def load_decoder(path: str | os.PathLike, device=None, dtype: torch.dtype | None
         optional = (names["lm_head.weight"],) if config.tied else ()
     else:
         where = path / "config.json"
+        refuse_adapter(path)
         c = read_json(where)
         config = decoder_config(as_llama(c, str(where)), str(where))
         names, checkpoint = decoder_names(config), checkpoint or Checkpoint(path)
+        if not checkpoint.missing("embed_tokens.weight"):           # saved from the model below its head
+            checkpoint.rename(lambda name: name if name.startswith("lm_head.") else f"model.{name}")
         optional = tie_head(config, names, checkpoint)
         if is_cogvlm(c):
             sizes = config.layers, config.heads // config.kv_heads
@@ -276,6 +279,16 @@ def load_decoder(path: str | os.PathLike, device=None, dtype: torch.dtype | None
         decoder = Decoder(config)
     fill(decoder, checkpoint, names, optional, device, dtype or torch.float32)
     return decoder.eval()
+
+
+def refuse_adapter(folder: Path) -> None:
+    """A UserError for an adapter that would change the decoder beside it; AdaptionPrompt is a bridge."""
+    file = folder / "adapter_config.json"
+    adapter = read_json(file) if file.exists() else {}
+    kind, base = adapter.get("peft_type"), adapter.get("base_model_name_or_path")
+    if kind not in (None, "ADAPTION_PROMPT"):
+        raise UserError(f"{file}: a {kind} adapter of {base}, which is not applied here; merge the two with "
+                        "peft (merge_and_unload, save_pretrained) and give that folder.")
 
 
 def save_decoder(decoder: Decoder, path: str | os.PathLike, **extra) -> None:

@@ -129,7 +129,7 @@ def read_processor(c: dict, file: str | Path) -> Processor:
         if not c.get("do_resize", True) or how == "crop" and not crop:
             raise UserError("do_resize or, with shortest_edge, do_center_crop is false, and the ViTs here "
                             "read squares")
-        stretched = how == "squash" and not crop and not c.get("do_pad")
+        stretched = how == "squash" and not crop
         if stretched and isinstance(size, dict) and set(size) == {"height", "width"}:
             columns = None if size["width"] == size["height"] else size["width"]
             size = size["height"]
@@ -139,7 +139,7 @@ def read_processor(c: dict, file: str | Path) -> Processor:
         if not c.get("do_normalize", True):
             mean, std = 0, 1
         mean, std = (tuple(float(x) for x in np.broadcast_to(numbers, 3)) for numbers in (mean, std))
-        if c.get("do_pad") and how != "tiles":
+        if c.get("do_pad") and kind == "llava":         # the others' code pads no single picture
             how = "pad"
         return Processor(how, S, side(size) / S, c.get("resample", p.resample), 1 / scale, mean, std,
                          c.get("max_image_tiles", p.tiles), columns)

@@ -12,6 +12,7 @@ transformers 5.24, tokenizers 0.23, sentencepiece_model.proto, Meta's llama3.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -53,6 +54,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer.template = template_of(folder, settings, tokenizer)
             check_model_vocabulary(tokenizer, folder)
         tokenizer.ends = read_ends(folder)
+        files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+        tokenizer.digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:32]
         return tokenizer
     except UserError:
         raise

@@ -52,10 +52,11 @@ class Tokenizer:
     begin, end: the ids that are written in front of a text and behind it, bos and none where no file says.
     template: the chat template of the folder that the tokenizer comes from (chat.py).
     ends: ids that end a text by the configs of that folder; text_end: a text that ends an answer, if any.
+    digest: of the files of that folder.
     """
     template = TEMPLATES["plain"]
     ends: frozenset[int] = frozenset()
-    text_end = ""
+    text_end = digest = ""
 
     def __init__(self, text_ids, special: dict[str, int], bos: str | None = None, eos: str | None = None,
                  image: str | None = None, words: dict[str, int] | None = None,

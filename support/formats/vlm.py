@@ -105,7 +105,13 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
 
 
 def check_image_token(model: nn.Module, path: Path) -> nn.Module:
-    """The model; a UserError if its bridge gives no soft tokens and the id of an image is no word."""
+    """The model; a UserError if its bridge reads a hidden state that the tower does not have.
+
+    It is one as well if the bridge gives no soft tokens and the id of an image is no word.
+    """
+    if isinstance(model, VLM):
+        with torch.no_grad(), at_the_door(f"{path}/config.json"):
+            model.features(None)
     image = getattr(model, "image_token", None)
     words = len(model.decoder.embed.weight) if image is not None else 0
     if image is not None and not model.bridge.soft_tokens and image >= words:

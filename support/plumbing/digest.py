@@ -51,8 +51,19 @@ def picture_digest(picture: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
-def data_digest(sets: list[tuple]) -> str:
-    """Of (data set, weight) pairs: names, lengths, up to 1000 records and the file sizes of their pictures.
+def file_end(path: Path, size: int = 4096) -> list:
+    """The size of a file and a digest of its last bytes; a missing file has none."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as f:
+        whole = f.seek(0, 2)
+        f.seek(max(0, whole - size))
+        return [whole, hashlib.sha256(f.read()).hexdigest()[:32]]
+
+
+def data_digest(sets: list[tuple], task) -> str:
+    """Of (data set, weight) pairs: names, lengths, up to 1000 records and the ends of their picture files; of
+    what makes tokens and pixels of them: the files of the task's tokenizer, and its image processor.
 
     A data set that is generated from its name and seed has no records.
     """
@@ -61,6 +72,7 @@ def data_digest(sets: list[tuple]) -> str:
         items = getattr(world, "items", [])
         sample = items[::1 + len(items) // SAMPLED]
         pictures = [Path(p) for item in sample for record in item for p in record.images]
-        sizes = [p.stat().st_size if p.exists() else 0 for p in pictures]
-        facts.append((world.name, weight, len(items), list(map(repr, sample)), sizes))
+        facts.append((world.name, weight, len(items), list(map(repr, sample)), list(map(file_end, pictures))))
+    facts.append(getattr(getattr(task, "tokenizer", None), "digest", ""))
+    facts.append(repr(getattr(task.module, "processor", None)))
     return text_digest(facts)

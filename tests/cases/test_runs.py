@@ -202,6 +202,22 @@ def change_picture(out: Path, folder: Path) -> None:
     picture(folder / "3.png", (1, 2, 3), (60, 80))
 
 
+def change_pixels(out: Path, folder: Path) -> None:
+    """Another picture in a file of the same size."""
+    file = folder / "3.png"
+    before = file.stat().st_size
+    for shade in range(256):
+        picture(file, (shade, 77, 5), (48, 48))
+        if file.stat().st_size == before:
+            return
+    raise AssertionError("no picture of that size")
+
+
+def change_tokenizer(out: Path, folder: Path) -> None:
+    file = out.parent / "lm/tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "add_prefix_space": True}))
+
+
 def change_tower(out: Path, folder: Path) -> None:
     file = out.parent / "lm/model.safetensors"
     content = bytearray(file.read_bytes())
@@ -210,7 +226,8 @@ def change_tower(out: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change, part", [(change_config, "settings"), (change_text, "data"),
-                                          (change_picture, "data"), (change_tower, "weights")],
+                                          (change_picture, "data"), (change_pixels, "data"),
+                                          (change_tokenizer, "data"), (change_tower, "weights")],
                          ids=lambda x: getattr(x, "__name__", x))
 def test_a_run_goes_on_only_with_its_own_settings_data_and_weights(change, part, spec, tmp_path):
     out, lm = tmp_path / "run", tmp_path / "lm"

@@ -12,6 +12,7 @@ from torch import nn
 
 from conftest import golden, tiny_decoder
 from support.formats import load_decoder, load_vit, load_vlm
+from support.formats.files import UserError
 from support.formats.llama import save_decoder
 
 TOKENS = torch.arange(1, 7)[None]
@@ -116,3 +117,48 @@ def test_clip_as_its_authors_publish_it_a_torchscript_archive(tmp_path):
     torch.jit.trace(clip, pixels).save(tmp_path / "ViT.pt")
     with torch.no_grad():
         assert torch.equal(load_vit(tmp_path / "ViT.pt")(pixels), load_vit(tmp_path / "plain.pt")(pixels))
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_that_were_saved_in_their_wrapper(wrapper, tmp_path):
+    """DistributedDataParallel and torch.compile put a name in front of every tensor."""
+    save_decoder(tiny_decoder(), tmp_path)
+    expected, file = logits(tmp_path), tmp_path / "model.safetensors"
+    save_file({wrapper + name: tensor for name, tensor in load_file(file).items()}, file)
+    assert torch.equal(logits(tmp_path), expected)
+
+
+def test_a_model_that_was_saved_without_its_head_has_that_of_its_embeddings(tmp_path):
+    save_decoder(tiny_decoder(tied=True), tmp_path)
+    expected, file = logits(tmp_path), tmp_path / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    assert torch.equal(logits(tmp_path), expected)
+    save_decoder(tiny_decoder(), tmp_path)
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(UserError, match='"lm_head.weight" is missing'):
+        load_decoder(tmp_path)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_that_changes_its_decoder_is_named_and_not_left_out(alone, tmp_path):
+    save_decoder(tiny_decoder(), tmp_path)
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "some/model", "r": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    if alone:
+        (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="adapter_config.json: a LORA adapter of some/model, .*merge"):
+        load_decoder(tmp_path)
+    if not alone:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**adapter, "peft_type": "ADAPTION_PROMPT"}))
+        load_decoder(tmp_path)                          # that is a bridge of its own
+
+
+@pytest.mark.parametrize("layer", [99, -99])
+def test_a_hidden_state_that_the_tower_does_not_have_is_refused_when_it_is_loaded(layer, tmp_path):
+    shutil.copytree(golden("llava-hf")[0], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vision_feature_layer": layer}))
+    with pytest.raises(UserError, match="config.json: .*"):
+        load_vlm(tmp_path)
