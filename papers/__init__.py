@@ -8,8 +8,8 @@ import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
-from papers import (blip2_stage1, clip, clipcap, coca, cogvlm, dpo, fromage, frozen, gligen, idefics, kosmos1,
-                    limber, llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, ppo,
+from papers import (blip2_stage1, clip, clipcap, cm3, coca, cogvlm, dpo, fromage, frozen, gligen, idefics,
+                    kosmos1, limber, llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, ppo,
                     prompt_tuning, simvlm, socratic, systems, unit, vcgpt, vilbert, vilt, visualbert,
                     visualgpt, vlkd, vq)
 from papers.bounds import check_option, nearest
@@ -34,7 +34,7 @@ PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
                          prompt_tuning, visualgpt, vcgpt, gligen, vlkd, dpo, ppo, vq, visualbert, vilbert,
-                         vilt, unit, coca, simvlm)}
+                         vilt, unit, coca, simvlm, cm3)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in PAPERS.values()
               for name, recipe in getattr(paper, "RECIPES", {}).items()}}
@@ -44,7 +44,8 @@ ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for br
 # task of a recipe → what it changes of train.py's answer task
 ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen": GligenTask, **dpo.TASKS}
 TASKS = {"stage1": blip2_stage1.Stage1Task, **clip.TASKS, **limber.TASKS, **vq.TASKS,   # of recipes
-         **visualbert.TASKS, **vilbert.TASKS, **vilt.TASKS, **coca.TASKS, **simvlm.TASKS}
+         **visualbert.TASKS, **vilbert.TASKS, **vilt.TASKS, **coca.TASKS, **simvlm.TASKS,
+         **cm3.TASKS}
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 
 

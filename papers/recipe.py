@@ -41,7 +41,7 @@ PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
               "vilt-unaligned")             # of papers/masked.py
 UNREAD = {                          # task → the settings of the command line that it does not read
-    "coca": CLIP - {"vit"}, "simvlm": CLIP,
+    "coca": CLIP - {"vit"}, "simvlm": CLIP, "cm3": CLIP | TEXT | {"lm"},
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(PAIR_TASKS, PAIRS),

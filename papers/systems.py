@@ -64,7 +64,7 @@ def print_recipes(recipes: dict[str, Recipe], systems: dict[str, tuple[str, ...]
         facts += [f"after {r.start}"] if r.start else []
         print(f"{name}   ({'; '.join(facts)})" if r.bridge else name)
         for column, numbers, data in (("paper", r.paper, r.data), ("toy  ", r.toy, r.toy_data)):
-            print(f"    {column}  {describe_numbers(numbers) if numbers else 'not trained there,'} on {data}")
+            print(f"    {column}  {describe_numbers(numbers) if numbers else 'no numbers,'} on {data}")
         sizes = f"; toy sizes: {', '.join(f'{k}={v}' for k, v in r.options.items())}" if r.options else ""
         print(f"    {r.summary}{sizes}")
     for name, stages in systems.items():

@@ -162,7 +162,7 @@ def load_gligen_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
            "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
-           "coca": load_pair_parts, "simvlm": load_new_parts,
+           "coca": load_pair_parts, "simvlm": load_new_parts, "cm3": load_new_parts,
            **dict.fromkeys(dpo.TASKS, load_answer_parts),
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
