@@ -133,6 +133,7 @@ class Gligen(Bridge):
     """A linear map behind a ViT, and what lets boxes into that ViT; without boxes it is the linear map.
 
     layers: gated layers, one for each of the first blocks of the ViT; the map reads the state behind them.
+    cross: gated cross-attention in the place of gated self-attention.
     tuned: whether the map learns, too; the paper locks the model that it starts from.
     """
     name, soft_tokens = "gligen", True
@@ -155,8 +156,8 @@ class Gligen(Bridge):
     def prefix(self, visual: Tensor) -> Tensor:
         return self.map(visual)                                                 # (ΣM, N, D)
 
-    def look(self, vit: ViT, pixels: Tensor, boxes: Tensor, phrase: Tensor,
-             beta: Tensor | float = 1.0) -> Tensor:
+    def grounded_features(self, vit: ViT, pixels: Tensor, boxes: Tensor, phrase: Tensor,
+                          beta: Tensor | float = 1.0) -> Tensor:
         """Features (B, N, Di) of pictures with a box each, boxes (B, 4), and one phrase (D,) for all."""
         boxes = torch.stack((boxes, torch.zeros_like(boxes)), dim=1)            # (B, 2, 4)  one is padding
         real = torch.tensor([True, False], device=boxes.device).expand(len(boxes), -1)

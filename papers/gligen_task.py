@@ -78,7 +78,7 @@ def answer_boxes(vlm: VLM, tokenizer, items: list[Item], generate_texts: Callabl
     phrase, found = phrase_vector(vlm, tokenizer), {}
     for name, seen, shown, beta in (("box", pixels, boxes, 1.0), ("another box", pixels, others, 1.0),
                                     ("no box", pixels, boxes, 0.0), ("blind box", 0 * pixels, boxes, 1.0)):
-        features = vlm.bridge.look(vlm.vit, seen, shown, phrase, beta)
+        features = vlm.bridge.grounded_features(vlm.vit, seen, shown, phrase, beta)
         texts = generate_texts(vlm, prompts, tokenizer, 12, features=features,
                                pictures=[[n] for n, _ in asked])
         found[name] = sum(text.strip() == q.answer for (_, q), text in zip(asked, texts)) / len(asked)
@@ -117,7 +117,8 @@ class GligenTask(Task):
     def loss(self, tokens: Tensor, labels: Tensor, mask: Tensor | None, pixels: Tensor, boxes: Tensor,
              beta: Tensor, **_) -> Tensor:
         vlm = self.module
-        features = vlm.bridge.look(vlm.vit, pixels.to(vlm.vit.positions), boxes, self.phrase, beta)
+        pixels = pixels.to(vlm.vit.positions)           # of the ViT's dtype
+        features = vlm.bridge.grounded_features(vlm.vit, pixels, boxes, self.phrase, beta)
         return vlm.loss(tokens, labels, None, mask, features)[0]
 
     def report(self, out: Path) -> dict[str, dict]:

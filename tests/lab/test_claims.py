@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ import train
 from papers import make_bridge
 from support.lab import miniatures
 from support.lab.answerers import ANSWERERS, add_answerer_flags
+from support.lab.papers_table import measured
 from support.plumbing.flags import Parser
 from support.lab.claims import (ARMS, CLAIMS, MEASUREMENTS, Setup, arm_flags, arm_folder, claim_report,
                                 few_shot_accuracy, judge, needed_arms, run_claims, stage)
 from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Side
 from model import VLM
-from support.formats.files import UserError, read_json
+from support.formats.files import UserError, read_json, write_json
 from support.formats.llama import load_decoder
 from support.formats.vision import load_vit
 
@@ -160,6 +162,26 @@ def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
     assert ask(quick) == text and bridge.stat().st_mtime_ns == before   # finished runs are kept
     ask(quick.replace("steps 6", "steps 7"))
     assert bridge.stat().st_mtime_ns != before          # unless they were asked for something else
+
+
+def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypatch):
+    """Two seeds of the paper's own arm and of the other: a third, of one arm alone, is not counted."""
+    own = Arm(("--captions", "1"), measures=("captions", "blind"))
+    arms = {"own": own, "other": replace(own, measures=("captions",))}
+    claim = Claim("It is.", "nowhere", (Expectation(Side("own"), ">", Side("other"), "2, 1"),), (CIDER,))
+    setup = Setup(3, 1, tmp_path, tmp_path / "papers.txt", ())
+    monkeypatch.setattr("support.lab.claims.train.main", lambda flags: pytest.fail("it trains"))
+    monkeypatch.setattr("support.lab.claims.miniatures.CLAIMS", {"paper": claim})
+    with pytest.raises(UserError, match="leave out --kept"):
+        run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
+    runs = ("own", 0, 2.0), ("own", 1, 2.2), ("other", 0, 1.0), ("other", 1, 1.1), ("own", 2, 9.0)
+    for name, seed, cider in runs:
+        done = {"flags": arm_flags(name, arms[name], seed, setup), "seconds": 60, "steps": 3, "trained": 1234,
+                "captions": {"cider": cider}, "blind": {"blind mean": 0.1, "blind cider": 0.25}}
+        write_json(tmp_path / f"{name}-s{seed}" / "seen.json", done)
+    text = run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
+    assert measured(text) == {"paper": ["paper", "2", "1,234", "2.1 CIDEr", "0.25 CIDEr", "1.0", "shown"]}
+    assert "4 runs, 4 minutes" in text and "shown      own > other: 2.1 against 1.05" in text
 
 
 def test_an_unknown_claim_names_the_nearest():

@@ -115,7 +115,7 @@ def test_by_hand():
 # --- inside a ViT -------------------------------------------------------------------------------------------
 
 def grounded(cross: bool = False) -> tuple[VLM, dict]:
-    """A tiny model with the bridge as it begins, and what its `look` takes."""
+    """A tiny model with the bridge as it begins, and what its `grounded_features` take."""
     vlm, g = tiny_vlm("gligen", stirred=False, cross=cross), torch.Generator().manual_seed(0)
     stir(vlm.vit)
     given = dict(pixels=torch.randn(2, 3, 24, 24, generator=g), phrase=torch.randn(TINY.width, generator=g),
@@ -135,13 +135,13 @@ def test_gates_or_beta_at_zero_leave_the_vit_alone_to_the_bit(cross, gradients):
     vlm, given = grounded(cross)
     with torch.set_grad_enabled(gradients):
         plain = vlm.features(given["pixels"])
-        assert torch.equal(vlm.bridge.look(vlm.vit, **given), plain)            # both gates start at 0
+        assert torch.equal(vlm.bridge.grounded_features(vlm.vit, **given), plain)      # both gates at 0
         open_gates(vlm.bridge)
-        boxed = vlm.bridge.look(vlm.vit, **given)
+        boxed = vlm.bridge.grounded_features(vlm.vit, **given)
         assert not torch.allclose(boxed, plain, atol=1e-2)
         assert torch.equal(vlm.features(given["pixels"]), plain)                # nothing is asked
-        assert torch.equal(vlm.bridge.look(vlm.vit, **given, beta=0.0), plain)
-        each = vlm.bridge.look(vlm.vit, **given, beta=torch.tensor([1.0, 0.0])[:, None, None])
+        assert torch.equal(vlm.bridge.grounded_features(vlm.vit, **given, beta=0.0), plain)
+        each = vlm.bridge.grounded_features(vlm.vit, **given, beta=torch.tensor([1.0, 0.0])[:, None, None])
     assert torch.equal(each[0], boxed[0]) and torch.equal(each[1], plain[1])
 
 
@@ -149,7 +149,7 @@ def test_gates_or_beta_at_zero_leave_the_vit_alone_to_the_bit(cross, gradients):
 def test_the_gated_layers_learn_and_the_first_step_moves_the_gates(tuned):
     vlm, given = grounded()
     bridge = make_bridge("gligen", TINY, TINY_VIT.width, layers=2, heads=2, context=6, hidden=12, tuned=tuned)
-    bridge.prefix(bridge.look(vlm.vit, **given)).square().sum().backward()
+    bridge.prefix(bridge.grounded_features(vlm.vit, **given)).square().sum().backward()
     moved = {name for name, p in bridge.named_parameters() if p.grad is not None and p.grad.any()}
     gates = {f"layers.{n}.{gate}" for n in range(2) for gate in ("attention_gate", "ff_gate")}
     assert moved == gates | ({"map.weight", "map.bias"} if tuned else set())
@@ -159,10 +159,10 @@ def test_boxes_are_told_apart_and_padding_is_seen():
     vlm, given = grounded()
     open_gates(vlm.bridge)
     with torch.no_grad():
-        y = vlm.bridge.look(vlm.vit, **given)
-        other = vlm.bridge.look(vlm.vit, **given | {"boxes": given["boxes"].flip(0)})
+        y = vlm.bridge.grounded_features(vlm.vit, **given)
+        other = vlm.bridge.grounded_features(vlm.vit, **given | {"boxes": given["boxes"].flip(0)})
         vlm.bridge.net.null_box += 1
-        padded = vlm.bridge.look(vlm.vit, **given)
+        padded = vlm.bridge.grounded_features(vlm.vit, **given)
     assert not torch.allclose(other, y, atol=1e-3) and not torch.allclose(padded, y, atol=1e-3)
 
 
@@ -192,7 +192,7 @@ def test_a_box_answers_what_it_is_asked(monkeypatch):
              for p, a, about in (("top left", "red", two), ("bottom right", "blue", two),
                                  ("top left", "red", two.split(";")[0]))]
     vlm, seen = shapes_vlm("gligen", context=6, hidden=12), []
-    monkeypatch.setattr(type(vlm.bridge), "look", lambda self, vit, pixels, boxes, phrase, beta:
+    monkeypatch.setattr(type(vlm.bridge), "grounded_features", lambda self, vit, pixels, boxes, phrase, beta:
                         seen.append((beta, bool(pixels.any()))) or boxes)
 
     def read(vlm, prompts, tokenizer, longest, features, pictures):

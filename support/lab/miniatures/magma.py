@@ -47,19 +47,22 @@ ARMS = {
 PREFIX = Side("MAGMA, prefix alone")
 CLAIMS = {
     "magma": Claim(
-        says="Adapters in the decoder add to what a prefix alone learns, and cost its language less than "
-             "tuning it.",
+        says="Adapters in the decoder add to what a prefix alone learns, and cost some of its language.",
         source="document 1; MAGMA, LiMBeR",
         expect=(
             Expectation(Side("MAGMA"), ">", PREFIX, paper="VQAv2 36.9, LiMBeR 33.33"),
             Expectation(Side("MAGMA, prefix alone", LOSS), ">", Side("MAGMA", LOSS)),
             Expectation(Side("MAGMA", TEXT_LOSS), ">", Side("MAGMA, prefix alone", TEXT_LOSS)),
-            Expectation(Side("MAGMA, decoder tuned", TEXT_LOSS), ">", Side("MAGMA", TEXT_LOSS)),
         ),
         columns=(*BY_KIND, LOSS, TEXT_LOSS),
         note="All runs of this paper have 600 steps. Looked at: seed 0 after 300. The adapters had learned "
              "what is usually answered (loss 0.54 with the right picture, 0.61 with another's; accuracy "
              "31 % against the prefix's 38 %); 300 further steps brought it to 0.16."),
+    "magma-tuned": Claim(
+        says="Tuning the whole decoder costs its language more than adapters do.",
+        source="document 1; MAGMA",
+        expect=(Expectation(Side("MAGMA, decoder tuned", TEXT_LOSS), ">", Side("MAGMA", TEXT_LOSS)),),
+        columns=(*BY_KIND, LOSS, TEXT_LOSS)),
     "magma-places": Claim(
         says="In either form and at either place, adapters do no worse than the prefix alone.",
         source="MAGMA's published code; the configurations have one form",

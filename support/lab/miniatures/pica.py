@@ -28,18 +28,27 @@ ARMS = {
     "PICa, 1 similar x 5": ask(1, "imagequestion", 5),
     "PICa, 4 similar, true captions": ask(4, "imagequestion", told=(*MODELS, "--captions-by", "truth")),
 }
-CLAIMS = {"pica": Claim(
-    says="A few examples teach a language model how to answer about captions, best similar ones; words lose "
-         "what a trained bridge keeps.",
-    source="PICa, Tables 2 to 4, and document 1, MAPL's table",
-    expect=(Expectation(Side("PICa, 4 random"), ">", Side("PICa, 0"), "VQAv2 46.86, 20.61"),
-            Expectation(Side("PICa, 8 similar"), "≥", Side("PICa, 4 similar"), "VQAv2 47.80, 46.86"),
-            Expectation(Side("PICa, 1 similar"), ">", Side("PICa, 1 random")),
-            Expectation(Side("PICa, 4 similar"), ">", Side("PICa, 4 random")),
-            Expectation(Side("PICa, 1 similar x 5"), "≥", Side("PICa, 1 similar")),
-            Expectation(Side("PICa, 4 similar, true captions"), ">", Side("PICa, 4 similar")),
-            Expectation(Side(LINEAR), ">", Side("PICa, 4 similar"))),
-    columns=(MEAN, Number("color"), Number("count"), Number("existence"), Number("position")))}
+COLUMNS = (MEAN, Number("color"), Number("count"), Number("existence"), Number("position"))
+CLAIMS = {
+    "pica": Claim(
+        says="A few examples teach a language model how to answer about captions; words lose what a trained "
+             "bridge keeps.",
+        source="PICa, Tables 2 to 4, and document 1, MAPL's table",
+        expect=(Expectation(Side("PICa, 4 similar"), ">", Side("PICa, 0"), "VQAv2 46.86, 20.61"),
+                Expectation(Side("PICa, 4 similar"), ">", Side("PICa, 4 random")),
+                Expectation(Side("PICa, 4 similar, true captions"), ">", Side("PICa, 4 similar")),
+                Expectation(Side(LINEAR), ">", Side("PICa, 4 similar"))),
+        columns=COLUMNS,
+        note="The language model is what fails: behind four examples it answers 19 % even of true captions. "
+             "Its 300 steps of 16 documents are a quarter of its recipe's; it has not learned to follow "
+             "examples."),
+    "pica-shots": Claim(
+        says="More examples are better, similar ones more than random ones, and several prompts than one.",
+        source="PICa, Tables 2 to 4",
+        expect=(Expectation(Side("PICa, 8 similar"), "≥", Side("PICa, 4 similar"), "VQAv2 47.80, 46.86"),
+                Expectation(Side("PICa, 1 similar"), ">", Side("PICa, 1 random")),
+                Expectation(Side("PICa, 1 similar x 5"), "≥", Side("PICa, 1 similar"))),
+        columns=COLUMNS)}
 
 
 def measure_things(arm) -> dict[str, float]:
