@@ -51,5 +51,5 @@ CLAIMS = {"gligen": Claim(
     columns=(BOX, OTHER, NONE, BLIND, GUESS, WORDS),
     note="Looked at, seed 0: with the attention's gate shut the box has no effect; with the feed-forward's "
          "gate shut it helps little, 33 against 26 % with another box (cross-attention: 28, 22). Attention "
-         "brings the box to every patch, and the feed-forward behind it, which both arms have, compares it with the "
-         "patch's place. One box leaves self-attention nothing more to mix.")}
+         "brings the box to every patch, and the feed-forward behind it, which both arms have, compares it "
+         "with the patch's place. One box leaves self-attention nothing more to mix.")}
