@@ -426,7 +426,7 @@ def judge_answer(q: data.QA, answer: str) -> tuple[str, str]:
 # The modules of support/lab stand above this file, so it imports none of them. It knows their names, and
 # loads the one that is asked for; run folders alone ask for the table.
 SUBCOMMANDS = {"compare": "support.lab.compare", "ask": "support.lab.ask", "look": "support.lab.look",
-               "targets": "support.lab.targets", "claims": "support.lab.claims"}
+               "targets": "support.lab.targets", "claims": "support.lab.claims", "draw": "support.lab.draw"}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -179,11 +179,14 @@ class SftTask(DpoTask):
         return -answer_log_probs(*predict(self.module, tokens[:n], labels[:n], mask, features[:n])).sum()
 
 
-TASKS = {"dpo": DpoTask, "dpo-sft": SftTask}
+BETAS = {"dpo": 0.1, "dpo-far": 0.03, "dpo-near": 0.5}
+TASKS = {**{name: type(name, (DpoTask,), {"beta": beta}) for name, beta in BETAS.items()}, "dpo-sft": SftTask}
 PAPER = Numbers(1e-6, 64, 2500, 150, "constant", 0.0, 0.99, 0)
 RECIPES = {
     name: Recipe(summary, "pairs of Anthropic HH, TL;DR, IMDb; RMSprop", PAPER, Numbers(1e-3, 32, 200), "mlp",
                  task=name, options=dict(reads=-2), captions=1.0, start="mlp")
     for name, summary in (
-        ("dpo", "DPO (2305.18290v3): the bridge learns to prefer true captions to false ones"),
+        ("dpo", "DPO (2305.18290v3): the bridge learns to prefer true captions to false ones, β 0.1"),
+        ("dpo-far", "DPO with β 0.03: it may move further from its start"),
+        ("dpo-near", "DPO with β 0.5: it stays near its start"),
         ("dpo-sft", "DPO's comparison: the bridge learns the chosen captions alone"))}

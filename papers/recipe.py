@@ -46,8 +46,8 @@ UNREAD = {                          # task → the settings of the command line 
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(PAIR_TASKS, PAIRS),
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
-    "gligen": {"pack", "cache", "captions"},
-    **dict.fromkeys(("dpo", "dpo-sft"), {"turns", "captions", "template", "form", "pack"}),
+    "gligen": {"pack", "cache", "captions"}, "glide": CLIP - {"frozen"},
+    **dict.fromkeys(("dpo", "dpo-far", "dpo-near", "dpo-sft"), ANSWERS - {"bridge", "longest", "cache"}),
     **dict.fromkeys(("names", "pixels", "vq"), CLIP | TEXT | {"lm"})}
 
 
@@ -102,6 +102,8 @@ class Ingredients:
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
     preference_pair: Callable | None = None             # (world, i) → Item, captions: a true and a false one
+    read_scene: Callable | None = None                  # a picture → the things in it (shapes)
+    save_grid: Callable | None = None                   # (file, pictures, columns): writes them as one
     open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about
     take_items: Callable | None = None                  # (world, count) → its first readable items
     trained: list | None = None     # the data sets that the parts have met, `world` first

@@ -19,6 +19,7 @@ from papers.recipe import PAIR_TASKS, Ingredients, Task
 from support.formats.blip2 import fill_from_stage1, save_stage1
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, at_the_door, read_json, write_json, write_tensors
+from support.formats.glide import save_grid, save_painter
 from support.formats.hub import fetch, is_hub_name, tower_folder
 from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor
@@ -159,11 +160,23 @@ def load_gligen_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
     load_answer_parts(given, lm, vit, init)
 
 
+def load_glide_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """The decoder that reads the texts, its tokenizer, and how the run is written."""
+    given.tokenizer = load_words(lm)
+    given.decoder = load_decoder(resolve_folder(lm), given.device)
+    given.save_grid = save_grid
+
+    def save(task: Task, out: Path, facts: dict) -> None:
+        save_painter(task.painter, out, facts, portable_name(lm, out))
+
+    given.save = save
+
+
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
            "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
            "coca": load_pair_parts, "simvlm": load_new_parts, "cm3": load_new_parts,
-           **dict.fromkeys(dpo.TASKS, load_answer_parts),
+           **dict.fromkeys(dpo.TASKS, load_answer_parts), "glide": load_glide_parts,
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
            **dict.fromkeys(PAIR_TASKS, load_pair_parts)}

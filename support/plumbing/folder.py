@@ -15,7 +15,8 @@ from support.formats.files import UserError, read_json
 STATE = "state.safetensors"
 # what a run writes beside config.json and the towers that it trained; the state goes first
 PRODUCTS = (STATE, "bridge.safetensors", "stage1.safetensors", "model.safetensors", "log.jsonl", "loss.png",
-            "gates.png", "first.png", "samples.html", "results.json", "retrieval.json")
+            "gates.png", "first.png", "samples.html", "results.json", "retrieval.json",
+            "preferences.json", "pictures.json", "pictures.png")
 
 UNFINISHED = re.compile(r"\.[\w-]+\.(safetensors|jsonl?|png|html)\.\w{8}")      # of formats.files.atomically
 

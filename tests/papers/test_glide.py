@@ -1,0 +1,123 @@
+"""GLIDE: the text steers the network and padding does not; it trains by its name, draws, and opens again."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import train
+from conftest import ROOT, stir, tiny_decoder
+from data import Shapes
+from model import ViTConfig
+from papers.ddpm import Diffusion, cosine_betas
+from papers.glide import Denoiser, GlideTask, Painter, read_texts, score_pictures, text_rows
+from papers.recipe import Ingredients
+from support.formats import load_decoder
+from support.formats.files import UserError
+from support.formats.glide import load_painter
+from support.plumbing.log import read_log
+from support.worlds.text import shapes_tokenizer
+
+SMALL = ViTConfig(image_size=16, patch=8, width=24, layers=2, heads=2, hidden=32, act="gelu", cls=False,
+                  pre_norm=False, patch_bias=True)
+
+
+@pytest.fixture(scope="module")
+def painter() -> Painter:
+    tokenizer = shapes_tokenizer()
+    return Painter(stir(Denoiser(SMALL, 32)), tiny_decoder(vocab_size=tokenizer.vocab_size), tokenizer,
+                   Diffusion(cosine_betas(1000)))
+
+
+@torch.no_grad()
+def test_a_text_is_read_and_its_padding_is_not(painter):
+    tokens, mask = text_rows(painter.tokenizer, ["a red ring", "", "a small blue cross at the top left"])
+    assert mask.sum(1).tolist()[1] == 1 + len(painter.tokenizer.begin)          # ∅ is its end token
+    states = read_texts(painter.decoder, tokens, mask)
+    x, t = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 500, 999])
+    y = painter.denoiser(x, t, states, mask)
+    n = mask.sum(1)
+    for row in range(3):
+        alone = painter.denoiser(x[row:row + 1], t[row:row + 1], states[row:row + 1, :n[row]],
+                                 mask[row:row + 1, :n[row]])
+        torch.testing.assert_close(y[row:row + 1], alone, atol=1e-5, rtol=1e-5)     # another length of sums
+    other = states.clone()
+    other[:, 0] += 1
+    assert (painter.denoiser(x, t, other, mask) - y).abs().amax((1, 2, 3)).min() > 1e-3             # (G8)
+    assert (painter.denoiser(x, t + 1, states, mask) - y).abs().amax((1, 2, 3)).min() > 1e-4        # (G7)
+
+
+def test_a_forecast_is_laid_out_patch_by_patch():
+    """Where a patch went in, its token's pixels come out: the patches stand row by row."""
+    denoiser = Denoiser(SMALL, 8)
+    with torch.no_grad():
+        denoiser.pixels.weight.normal_()
+        for block in denoiser.blocks:                   # no token reads another
+            block.o.weight.zero_()
+        denoiser.positions.copy_(torch.arange(4.0)[:, None] * torch.randn(24))
+        text = torch.zeros(1, 1, 8), torch.ones(1, 1, dtype=torch.bool)
+        y = denoiser(torch.zeros(1, 3, 16, 16), torch.tensor([0]), *text)
+        denoiser.positions[1] = 0                       # top right
+        changed = (denoiser(torch.zeros(1, 3, 16, 16), torch.tensor([0]), *text) - y).abs().amax(1)[0]
+    assert changed[:8, 8:].min() > 0 and not changed[:8, :8].any() and not changed[8:].any()
+
+
+def test_guidance_of_one_is_the_text_alone_and_of_zero_none_of_it(painter):
+    a, b = painter.draw(["a red ring"], scale=0.0, steps=3), painter.draw(["a large blue cross"], 0.0, 3)
+    assert np.array_equal(a[0], b[0])
+    c, d = painter.draw(["a red ring"], 1.0, 3), painter.draw(["a large blue cross"], 1.0, 3)
+    assert not np.array_equal(c[0], d[0])
+    assert np.array_equal(painter.draw(["a red ring"], 1.0, 3, seed=0)[0], c[0])
+    assert not np.array_equal(painter.draw(["a red ring"], 1.0, 3, seed=1)[0], c[0])
+
+
+def test_the_loss_of_a_batch_is_a_function_of_the_step_and_a_fifth_has_no_text():
+    decoder, tokenizer = load_decoder(ROOT / "weights/decoder"), shapes_tokenizer()
+    given = Ingredients(torch.device("cpu"), 0, 40, 1, Shapes(), decoder=decoder, tokenizer=tokenizer)
+    task = GlideTask(given)
+    (piece,), (again,) = task.batch(3), task.batch(3)
+    assert all(torch.equal(piece[key], again[key]) for key in ("pixels", "tokens", "t", "noise"))
+    empty = (piece["mask"].sum(1) == piece["mask"].sum(1).min()).float().mean()
+    assert 0.05 < empty < 0.4 and piece["pixels"].abs().max() <= 1
+    grey = piece["pixels"].square().mean() * 40         # the head begins at 0: the first forecast is grey
+    torch.testing.assert_close(task.loss(**piece), grey, atol=0, rtol=0.05)
+
+
+def test_scores_count_things_and_pictures():
+    world = Shapes("val")
+    scenes = [world.scene(world.rng(i)) for i in range(20)]
+    perfect = score_pictures(scenes, scenes)
+    assert (perfect["found"], perfect["all right"]) == (1, 1) and perfect["chance"] < 0.1
+    fewer = score_pictures(scenes, [things[1:] for things in scenes])
+    assert 0 < fewer["found"] < 1 and fewer["all right"] == 0
+
+
+def test_a_run_draws_opens_again_and_draws_the_same(tmp_path):
+    out = tmp_path / "run"
+    train.main(["--recipe", "glide", "--steps", "6", "--batch", "8", "--eval-items", "2", "--log-every", "1",
+                "--warmup", "0", "--dtype", "float32", "--out", str(out)])
+    loss = [line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
+    assert loss[-1] < loss[0] / 2
+    scores = json.loads((out / "pictures.json").read_text())
+    assert set(scores) == {"val", "test"} and set(scores["val"]) == {"found", "all right", "chance"}
+    assert Image.open(out / "pictures.png").size == (3 * (4 * 50 - 2), 3 * 48)
+    painter = load_painter(out)
+    assert not any(name.startswith("decoder") for name in painter.denoiser.state_dict())
+    texts = ["a large red ring at the top left", "a small blue cross at the bottom right"]
+    evaluation.main(["draw", out, *texts, "--each", "2", "--steps", "2", "--out", tmp_path / "drawn.png"])
+    drawn = np.asarray(Image.open(tmp_path / "drawn.png"))[1::3, 1::3]
+    expected = painter.draw([text for text in texts for _ in range(2)], steps=2)
+    for n, picture in enumerate(expected):
+        top, left = 50 * (n // 2), 50 * (n % 2)
+        assert np.array_equal(drawn[top:top + 48, left:left + 48], picture)
+    with pytest.raises(UserError, match="glide"):
+        evaluation.main([str(out)])
+
+
+def test_a_run_of_another_recipe_draws_nothing(untrained_run):
+    with pytest.raises(UserError, match="draws no pictures"):
+        evaluation.main(["draw", untrained_run, "a red ring"])
