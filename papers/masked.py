@@ -183,7 +183,7 @@ class PairsTask(Task):
                 right[key] += (found == words["labels"])[chosen].tolist()
             own = pairs["other"] == torch.arange(len(pairs["other"]), device=g.device)
             right["pairs"] += ((self.match_scores(pairs) > 0) == own).tolist()
-        return {key: float(np.mean(value)) for key, value in right.items()}
+        return {key: float(np.mean(value or [0.0])) for key, value in right.items()}
 
     def report(self, out: Path) -> dict[str, dict]:
         result, split = self.check(), self.given.name_split(self.given.open_held_out())

@@ -143,14 +143,13 @@ def region_loss(logits: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
     return (kl * chosen).sum() / chosen.sum().clamp(min=1)                                      # (Y4)
 
 
-TOY = dict(toy=Numbers(1.5e-3, 32, 400, 0.1, "linear"), trained=("bert",))
+HOW = dict(data="Conceptual Captions, 3.1M pairs, 10 epochs", trained=("bert",),
+           paper=Numbers(1e-4, 512, 60500, 0.1, "linear", beta2=0.999),
+           toy=Numbers(1.5e-3, 32, 400, 0.1, "linear"))
 RECIPES = {
-    "vilbert": Recipe(
-        "ViLBERT (1908.02265v1): two streams, co-attention; masked words, masked regions, aligned or not",
-        "Conceptual Captions, 3.1M pairs, 10 epochs",
-        Numbers(1e-4, 512, 60500, 0.1, "linear", beta2=0.999), task="vilbert", **TOY),
-    "vilbert-equal": Recipe("ViLBERT whose words have no layer of their own ahead of the co-attention",
-                            "the same", None, task="vilbert-equal", **TOY)}
+    "vilbert": Recipe("ViLBERT (1908.02265v1): two streams, co-attention; masked words, masked regions, "
+                      "aligned or not", task="vilbert", **HOW),
+    "vilbert-equal": Recipe("ViLBERT whose words have no layer of their own", task="vilbert-equal", **HOW)}
 
 
 class ViLBertTask(PairsTask):

@@ -123,16 +123,16 @@ class VisualBert(nn.Module):
         return self.match_head(self.pooler(x[:, 0]).tanh())                     # (J5)
 
 
-TOY = dict(toy=Numbers(1.5e-3, 32, 400, 0.1, "linear"), trained=("bert",))
+HOW = dict(paper=Numbers(5e-5, 48, 104000, 0.1, "linear", beta2=0.999),
+           toy=Numbers(1.5e-3, 32, 400, 0.1, "linear"), trained=("bert",))
+COCO = "COCO, 0.1M pictures × 5 captions, 10 epochs"
 RECIPES = {
-    "visualbert": Recipe(
-        "VisualBERT (1908.03557v1): one stream; masked words, and does caption 2 belong?",
-        "COCO, 0.1M pictures × 5 captions, 10 epochs",
-        Numbers(5e-5, 48, 104000, 0.1, "linear", beta2=0.999), task="visualbert", **TOY),
+    "visualbert": Recipe("VisualBERT (1908.03557v1): one stream; masked words, and does caption 2 belong?",
+                         COCO, task="visualbert", **HOW),
     "visualbert-late": Recipe("VisualBERT with late fusion: regions come in ahead of one more layer alone",
-                              "the same", None, task="visualbert-late", **TOY),
-    "visualbert-words": Recipe("VisualBERT without its second objective", "the same", None,
-                               task="visualbert-words", **TOY),
+                              COCO, task="visualbert-late", **HOW),
+    "visualbert-words": Recipe("VisualBERT without its second objective", COCO, task="visualbert-words",
+                               **HOW),
 }
 
 

@@ -1,5 +1,5 @@
 """lab/miniatures/streams.py: when words meet a picture, and what teaches them to (VisualBERT, 1908.03557v1,
-Table 6; ViLBERT, 1908.02265v1; ViLT, 2102.03334v2).
+ablations; ViLBERT, 1908.02265v1; ViLT, 2102.03334v2).
 
 A run measures itself: masked words of held-out captions that are named right beside their picture and beside
 another one, and pairs that are judged right.
