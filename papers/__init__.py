@@ -13,6 +13,7 @@ from papers import (blip2_stage1, clip, clipcap, cm3, coca, cogvlm, dpo, fromage
                     prompt_tuning, simvlm, socratic, systems, unit, vcgpt, vilbert, vilt, visualbert,
                     visualgpt, vlkd, vq)
 from papers import ddpm, glide
+from papers import chameleon, chameleon_task, dalle, dvae
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -34,6 +35,7 @@ from papers.vlkd import Vlkd
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
+                         dvae, dalle, chameleon,
                          ddpm, glide,
                          prompt_tuning, visualgpt, vcgpt, gligen, vlkd, dpo, ppo, vq, visualbert, vilbert,
                          vilt, unit, coca, simvlm, cm3)}
@@ -45,7 +47,8 @@ RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGP
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 # task of a recipe → what it changes of train.py's answer task
 ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen": GligenTask, **dpo.TASKS}
-TASKS = {"stage1": blip2_stage1.Stage1Task, **glide.TASKS, **clip.TASKS, **limber.TASKS,  # of recipes
+TASKS = {**dvae.TASKS, **dalle.TASKS, **chameleon_task.TASKS,
+         "stage1": blip2_stage1.Stage1Task, **glide.TASKS, **clip.TASKS, **limber.TASKS,  # of recipes
          **vq.TASKS,
          **visualbert.TASKS, **vilbert.TASKS, **vilt.TASKS, **coca.TASKS, **simvlm.TASKS,
          **cm3.TASKS}

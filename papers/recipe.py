@@ -43,12 +43,13 @@ PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "v
 UNREAD = {                          # task → the settings of the command line that it does not read
     "coca": CLIP - {"vit"}, "simvlm": CLIP, "cm3": CLIP | TEXT | {"lm"},
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
+    **dict.fromkeys(("dalle", "chameleon"), (CLIP | TEXT) - {"init", "examples"}),
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(PAIR_TASKS, PAIRS),
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
     "gligen": {"pack", "cache", "captions"}, "glide": CLIP - {"frozen"},
     **dict.fromkeys(("dpo", "dpo-far", "dpo-near", "dpo-sft"), ANSWERS - {"bridge", "longest", "cache"}),
-    **dict.fromkeys(("names", "pixels", "vq"), CLIP | TEXT | {"lm"})}
+    **dict.fromkeys(("names", "pixels", "vq", "dvae"), CLIP | TEXT | {"lm"})}
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Ingredients:
     vit: ViT | None = None
     decoder: Decoder | None = None
     bridge: Bridge | None = None
+    images: Any = None              # a trained tokenizer of pictures: VQ or DVAE
     clip: Any = None                # both towers (clip), their tokenizer, and begin: ids ahead of a text
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts

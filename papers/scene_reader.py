@@ -67,10 +67,15 @@ def count_found(named: list[list[Thing]], read: list[list[Thing]]) -> dict[str, 
             "exact": sum(set(a) == set(b) for a, b in zip(named, read)) / len(named)}
 
 
-def draw_scenes(world: data.Shapes, first: int, count: int) -> tuple[list[list[data.Thing]], Tensor]:
-    """The things of scenes first … first + count − 1 and their pictures (count, 3, 48, 48) in 0 … 1."""
+def draw_scenes(world: data.Shapes, first: int, count: int,
+                examples: int = 0) -> tuple[list[list[Thing]], Tensor]:
+    """The things of scenes first … first + count − 1 and their pictures (count, 3, 48, 48) in 0 … 1.
+
+    examples: if not 0, only the first so many scenes, over and over.
+    """
     scenes, images = [], []
-    for rng in map(world.rng, range(first, first + count)):
+    for i in range(first, first + count):
+        rng = world.rng(i % examples if examples else i)
         scenes.append(world.scene(rng))
         images.append(data.draw_scene(scenes[-1], rng))
     return scenes, data.to_pixels(images, world.size, UNIT)

@@ -24,15 +24,16 @@ Paper and published code: taming-transformers (and diffusers after it) puts β o
 "legacy": mean(sg e_q − z)² + β mean(e_q − sg z)². The value is the same, the gradients are not. W in (V4)
 is the last layer of the painter; λ is at most 1e4, times 0.8, and 0 for the first 250,001 steps. VQ-GAN's
 L_rec is |x̂ − x| + LPIPS, a distance in the features of a VGG network. The toy has neither a perceptual nor a
-GAN term, for `shapes` has no texture that they could sharpen; squared errors alone paint a little softly. It
-also reads and writes patches of 4 pixels instead of halving the side twice: a third of the time.
+GAN term, for `shapes` has no texture that they could sharpen. Nor has it convolutions: one linear map of each
+patch of 4 × 4 pixels is its encoder and one its painter, so that the codes are what learns: in 20 seconds,
+where the networks of papers/vq_nets.py need minutes.
 
 In the toy a code that nobody takes begins again, for the first half of the steps, at some z of the batch
 that is far from its code; from U(−1/K, 1/K) alone, a handful of codes would take all. (VQ-VAE's appendix A.1
 moves the codes by a running mean of their z instead of the first term of (V3).)
 
 The claim in miniature (document 3; Chameleon reads text badly): codes lose what is small. The report gives
-the error beside that of one grey level for all, and what share of SMALL and of LARGE things a reader still
+the error beside that of one colour for all, and what share of SMALL and of LARGE things a reader still
 finds in the painted pictures.                                          python train.py --recipe vq
 """
 from __future__ import annotations
@@ -43,9 +44,9 @@ from torch import Tensor, nn
 
 from papers.picture_task import PictureTask
 from papers.recipe import Ingredients, Numbers, Recipe
-from papers.vq_nets import Encoder, Painter, VQConfig, conv1
+from papers.vq_nets import Encoder, Painter, PatchEncoder, PatchPainter, VQConfig, conv1
 
-TOY = VQConfig(channels=48, multipliers=(1,), blocks=1, groups=4, latent=32, patch=4, width=8, codes=128)
+TOY = VQConfig(patch=4, latent=48, width=48, codes=256)
 
 
 def vq_loss(z: Tensor, e: Tensor, beta: float = 0.25, legacy: bool = False) -> Tensor:
@@ -60,7 +61,8 @@ class VQ(nn.Module):
     def __init__(self, config: VQConfig, paints: bool = True):
         super().__init__()
         c = self.config = config
-        self.encoder, self.painter = Encoder(c), Painter(c) if paints else None
+        encoder, painter = (PatchEncoder, PatchPainter) if c.patch else (Encoder, Painter)
+        self.encoder, self.painter = encoder(c), painter(c) if paints else None
         self.codes = nn.Parameter(torch.empty(c.codes, c.width).uniform_(-1 / c.codes, 1 / c.codes))    # e
         self.quant, self.post_quant = conv1(c.latent, c.width), conv1(c.width, c.latent)
 
@@ -105,7 +107,7 @@ def adaptive_weight(rec: Tensor, gan: Tensor, step: int, start: int = 250_001) -
 RECIPES = {"vq": Recipe(
     "VQ-GAN (2012.09841v3 §3.1) without perceptual and GAN terms: encoder, codes, painter learn",
     "ImageNet", Numbers(4.5e-6, None, 600000, 0, "constant", 0.0, 0.9, 0),
-    Numbers(3e-3, 32, 500, weight_decay=0.0), task="vq",
+    Numbers(3e-3, 16, 1500, weight_decay=0.0), task="vq",
     trained=("encoder", "painter", "quant", "post_quant", "codes"))}
 
 

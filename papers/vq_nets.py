@@ -25,7 +25,7 @@ class VQConfig:
     blocks: int = 2             # residual blocks of a level; the decoder has one more
     groups: int = 32            # of GroupNorm
     latent: int = 256           # channels that the encoder gives
-    patch: int = 1              # pixels of a side that the first convolution reads and the last one writes
+    patch: int = 0              # not 0: no such networks, but one linear map of patches of that side
     width: int = 256            # E
     codes: int = 1024           # K
     beta: float = 0.25
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
     def __init__(self, c: VQConfig):
         super().__init__()
         widths = [c.channels, *(c.channels * m for m in c.multipliers)]
-        self.patch, self.first = c.patch, conv3(3 * c.patch**2, c.channels)
+        self.first = conv3(3, c.channels)
         self.levels = nn.ModuleList(
             nn.Sequential(*(ResBlock(a if n == 0 else b, b, c.groups) for n in range(c.blocks)))
             for a, b in zip(widths, widths[1:]))
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         self.last = conv3(widths[-1], c.latent)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(F.pixel_unshuffle(x, self.patch))
+        x = self.first(x)
         for n, level in enumerate(self.levels):
             x = level(x)
             if n < len(self.downsample):
@@ -98,8 +98,7 @@ class Painter(nn.Module):
             nn.Sequential(*(ResBlock(a if n == 0 else b, b, c.groups) for n in range(c.blocks + 1)))
             for a, b in zip([widths[0], *widths], widths))
         self.upsample = nn.ModuleList(conv3(w, w) for w in widths[:-1])
-        self.norm = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
-        self.patch, self.last = c.patch, conv3(widths[-1], 3 * c.patch**2)
+        self.norm, self.last = nn.GroupNorm(c.groups, widths[-1], eps=1e-6), conv3(widths[-1], 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(self.first(x))
@@ -107,4 +106,27 @@ class Painter(nn.Module):
             x = level(x)
             if n < len(self.upsample):
                 x = self.upsample[n](F.interpolate(x, scale_factor=2.0))
-        return F.pixel_shuffle(self.last(F.silu(self.norm(x))), self.patch)
+        return self.last(F.silu(self.norm(x)))
+
+
+class PatchEncoder(nn.Module):
+    """(B, 3, S, S) → (B, latent, S/p, S/p): a rotation of the 3p² numbers of each patch, at first."""
+
+    def __init__(self, c: VQConfig):
+        super().__init__()
+        self.patch, self.map = c.patch, conv1(3 * c.patch**2, c.latent)
+        nn.init.orthogonal_(self.map.weight.flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.map(F.pixel_unshuffle(x, self.patch))
+
+
+class PatchPainter(nn.Module):
+    """(B, latent, s, s) → (B, 3, p·s, p·s)."""
+
+    def __init__(self, c: VQConfig):
+        super().__init__()
+        self.patch, self.map = c.patch, conv1(c.latent, 3 * c.patch**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.map(x), self.patch)

@@ -22,6 +22,7 @@ from support.formats.files import UserError, at_the_door, read_json, write_json,
 from support.formats.glide import save_grid, save_painter
 from support.formats.hub import fetch, is_hub_name, tower_folder
 from support.formats.llama import load_decoder
+from support.formats.picture_runs import load_picture_tokenizer
 from support.formats.pictures import load_processor
 from support.formats.tokenizer_files import copy_tokenizer, load_tokenizer
 from support.formats.tokenizers import Tokenizer
@@ -136,6 +137,13 @@ def load_new_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> Non
     given.save = save_module_run
 
 
+def load_drawing_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """The tokenizer of pictures that the run `init` trained, decoder and words, and CLIP to choose by."""
+    given.images = load_picture_tokenizer(Path(init), given.device)
+    given.tokenizer, given.decoder = load_words(lm), load_decoder(resolve_folder(lm), given.device)
+    given.clip, given.save = open_clip(TEXT_TOWER, given.device), save_module_run
+
+
 def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """A decoder that is trained further, if there is one."""
     if init:
@@ -179,6 +187,7 @@ LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": loa
            **dict.fromkeys(dpo.TASKS, load_answer_parts), "glide": load_glide_parts,
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
+           "dvae": load_picture_parts, "dalle": load_drawing_parts, "chameleon": load_drawing_parts,
            **dict.fromkeys(PAIR_TASKS, load_pair_parts)}
 
 

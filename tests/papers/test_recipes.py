@@ -28,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 QUICK = ["--dtype", "float32", "--log-every", "1", "--eval-items", "8", "--samples", "0", "--batch", "16"]
 SAME = ["--examples", "16", "--warmup", "0"]            # one batch over and over: its loss must fall
 STILL = ["--lr", 1e-30]                                 # an update moves a zero by 1e-30, and nothing else
-STEPS = {"lm": 8, "clip": 8, "clip-text": 8, "vq": 8, "blip2-1": 25, "visualbert": 8, "vilbert": 8, "vilt": 8}
+STEPS = {"lm": 8, "clip": 8, "clip-text": 8, "vq": 8, "dvae": 8, "blip2-1": 25,
+         "visualbert": 8, "vilbert": 8, "vilt": 8}
 ABLATIONS = {f"{r.bridge}-{arm}" for r in train.RECIPES.values() for arm in ("frozen", "tuned")}
 ABLATIONS |= {"adapter-1", "adapter-rand", "llava-1.5-1", "limber-names", "limber-pixels", "glide"}
 ABLATIONS |= {"visualbert-late", "visualbert-words", "vilbert-equal", "vilt-unaligned"}

@@ -1,0 +1,27 @@
+"""support/formats/picture_runs.py: a tokenizer of pictures (recipe vq or dvae) is read back from its run."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from papers import dvae, vq
+from support.formats.checkpoint import Checkpoint, fill
+from support.formats.files import UserError, read_json
+
+KINDS = {"vq": (vq.VQ, vq.TOY), "dvae": (dvae.DVAE, dvae.TOY)}          # recipe → class, toy sizes
+
+
+def load_picture_tokenizer(run: Path, device=None) -> vq.VQ | dvae.DVAE:
+    if not run.name:
+        raise UserError("a drawing model begins with a trained tokenizer of pictures; give --init RUN, a run "
+                        "of recipe vq or dvae.")
+    recipe = read_json(run / "config.json").object("settings").text("recipe")
+    if recipe not in KINDS:
+        raise UserError(f"{run}: a run of recipe {recipe}, not of vq or dvae, which train a tokenizer of "
+                        "pictures.")
+    kind, sizes = KINDS[recipe]
+    with torch.device("meta"):
+        tokenizer = kind(sizes)
+    fill(tokenizer, Checkpoint(run / "model.safetensors"), {}, device=device)
+    return tokenizer.requires_grad_(False).eval()
