@@ -18,7 +18,7 @@ several pictures. Document 4 is right: the picture's tokens see all of the text.
     (T4)  n sees m of the picture: row: N ≥ n − m ≥ 0 in steps of one, up to side; column: steps of side;
           conv: a square behind it. All see all of the text.
 
-The paper has 12 billion parameters in 64 layers; (T4) is sparse attention, of four layers three by row and one
+The paper has 12 billion parameters in 64 layers; (T4) is sparse: of four layers three by row and one
 by column, and by convolution in the last; 10 % BPE dropout; a mean of the iterates is used; CLIP takes the
 best of 512. Only the dVAE is published, so the transformer has no reference here. The toy's attention is
 dense. It begins as the bundled decoder, with the words of places as rows and columns, and so it reads the

@@ -41,15 +41,14 @@ PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
               "vilt-unaligned")             # of papers/masked.py
 UNREAD = {                          # task → the settings of the command line that it does not read
-    "coca": CLIP - {"vit"}, "simvlm": CLIP, "cm3": CLIP | TEXT | {"lm"},
+    **dict.fromkeys(PAIR_TASKS, PAIRS), "coca": CLIP - {"vit"}, "simvlm": CLIP,
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     **dict.fromkeys(("dalle", "chameleon"), (CLIP | TEXT) - {"init", "examples"}),
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
-    **dict.fromkeys(PAIR_TASKS, PAIRS),
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
     "gligen": {"pack", "cache", "captions"}, "glide": CLIP - {"frozen"},
     **dict.fromkeys(("dpo", "dpo-far", "dpo-near", "dpo-sft"), ANSWERS - {"bridge", "longest", "cache"}),
-    **dict.fromkeys(("names", "pixels", "vq", "dvae"), CLIP | TEXT | {"lm"})}
+    **dict.fromkeys(("names", "pixels", "vq", "dvae", "cm3"), CLIP | TEXT | {"lm"})}
 
 
 @dataclass(frozen=True)
