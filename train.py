@@ -223,7 +223,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
     warmup = s.warmup if s.warmup < 1 else s.warmup / s.steps
     mean = {n: p.detach().clone() for n, p in trained} if s.ema else {}
     identity = {"settings": settings_digest(s), "data": data_digest(sets, task), "weights": task.frozen}
-    state = TrainState(trained, optimizers, mean, identity)
+    state = TrainState(trained, optimizers, mean | task.memory(), identity)
 
     # 5. resume ----------------------------------------------------------------------------------------------
     seconds = 0.0                                       # of training, over all starts of the run

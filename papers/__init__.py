@@ -8,10 +8,10 @@ import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
-from papers import (blip2_stage1, clip, clipcap, cm3, coca, cogvlm, dpo, fromage, frozen, gligen, idefics,
-                    kosmos1, limber, llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, ppo,
-                    prompt_tuning, simvlm, socratic, systems, unit, vcgpt, vilbert, vilt, visualbert,
-                    visualgpt, vlkd, vq)
+from papers import (albef, albef_task, blip2_stage1, clip, clipcap, cm3, coca, cogvlm, contrasts, dpo,
+                    fromage, frozen, gligen, idefics, kosmos1, limber, llama_adapter, llava_data, magic,
+                    magma, minigpt4, mllama, pica, ppo, prompt_tuning, simvlm, socratic, systems, unit,
+                    vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq)
 from papers import ddpm, glide
 from papers import chameleon, chameleon_task, dalle, dvae
 from papers.bounds import check_option, nearest
@@ -34,11 +34,9 @@ from papers.vlkd import Vlkd
 
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
-                         pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm,
-                         dvae, dalle, chameleon,
-                         ddpm, glide,
-                         prompt_tuning, visualgpt, vcgpt, gligen, vlkd, dpo, ppo, vq, visualbert, vilbert,
-                         vilt, unit, coca, simvlm, cm3)}
+                         pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm, dvae,
+                         dalle, chameleon, ddpm, glide, prompt_tuning, visualgpt, vcgpt, gligen, vlkd, dpo,
+                         ppo, vq, visualbert, vilbert, vilt, unit, coca, simvlm, cm3, contrasts, albef)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in PAPERS.values()
               for name, recipe in getattr(paper, "RECIPES", {}).items()}}
@@ -51,7 +49,8 @@ TASKS = {**dvae.TASKS, **dalle.TASKS, **chameleon_task.TASKS,
          "stage1": blip2_stage1.Stage1Task, **glide.TASKS, **clip.TASKS, **limber.TASKS,  # of recipes
          **vq.TASKS,
          **visualbert.TASKS, **vilbert.TASKS, **vilt.TASKS, **coca.TASKS, **simvlm.TASKS,
-         **cm3.TASKS}
+         **cm3.TASKS,
+         **albef_task.TASKS}
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import data
 from bridges import QFormer
 from model import IGNORE, ViT
-from papers.contrasts import clip_loss, hard_negatives
-from papers.recipe import Ingredients, Numbers, Recipe, Task, mean_count
+from papers.contrasts import clip_loss, hard_negatives, recall_at_1, mean_count
+from papers.recipe import Ingredients, Numbers, Recipe, Task
 
 
 class Stage1(nn.Module):
@@ -190,8 +190,7 @@ class Stage1Task(Task):
         captions = [item.captions[0] for item in items]
         S = self.module.itc(self.pixels(items).to(device), *(x.to(device) for x in self.texts(captions)))
         own = torch.tensor([[a == b for b in captions] for a in captions], device=S.device)
-        return {"image to text R@1": own.gather(1, S.argmax(1, True)).float().mean().item(),
-                "text to image R@1": own.gather(0, S.argmax(0, True)).float().mean().item()}
+        return recall_at_1(S, own)
 
     def report(self, out: Path) -> dict[str, dict]:
         result, split = self.check(), self.given.name_split(self.given.open_held_out())

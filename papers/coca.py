@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from model import IGNORE, Attend, EncoderBlock, ViT, causal_mask, merge_heads, split_heads, visible_to_bias
 from papers.choices import ChoiceTask
 from papers.clip import ClipTask, TextConfig, TextTransformer, text_tokens
-from papers.contrasts import clip_loss
-from papers.recipe import Ingredients, Numbers, Recipe, mean_count
+from papers.contrasts import clip_loss, mean_count
+from papers.recipe import Ingredients, Numbers, Recipe
 
 
 class Pooler(nn.Module):

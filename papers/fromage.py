@@ -43,8 +43,8 @@ from torch import Tensor, nn
 
 from data import CAPTION, Document, Item, collate, to_pixels
 from model import IGNORE, VLM, Bridge, DecoderConfig
-from papers.contrasts import clip_loss
-from papers.recipe import MUON, Numbers, Recipe, Task, mean_count
+from papers.contrasts import clip_loss, mean_count
+from papers.recipe import MUON, Numbers, Recipe, Task
 
 
 class Fromage(Bridge):

@@ -39,7 +39,7 @@ CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "
 TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
 PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
-              "vilt-unaligned")             # of papers/masked.py
+              "vilt-unaligned", "albef")             # of papers/masked.py
 UNREAD = {                          # task → the settings of the command line that it does not read
     **dict.fromkeys(PAIR_TASKS, PAIRS), "coca": CLIP - {"vit"}, "simvlm": CLIP,
     "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
@@ -109,10 +109,8 @@ class Ingredients:
     take_items: Callable | None = None                  # (world, count) → its first readable items
     trained: list | None = None     # the data sets that the parts have met, `world` first
     name_split: Callable[[Any], str] = lambda world: "held-out"     # or trained-on, if the run has met it
-    # Of several processes each reads one part of a batch: (its number, how many). `gather` makes the rows
-    # (b, …) of all parts one tensor (B, …), through which gradients return; it is called by all at once.
-    part: tuple[int, int] = (0, 1)
-    gather: Callable[[Tensor], Tensor] = lambda x: x
+    part: tuple[int, int] = (0, 1)  # of a batch, which this process reads: its number, how many there are
+    gather: Callable[[Tensor], Tensor] = lambda x: x    # rows (b, …) of all parts → (B, …), with gradients
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
 
     def indices(self, step: int) -> list[int]:
@@ -121,14 +119,6 @@ class Ingredients:
         first, count = step * self.batch, self.batch // parts
         items = range(first + number * count, first + (number + 1) * count)
         return [i % self.examples if self.examples else i for i in items]
-
-
-def mean_count(count: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
-    """The words of a part, averaged over the parts of a batch; 1 where there are none.
-
-    A part's summed loss divided by it, averaged over the parts, is the mean over the words of all.
-    """
-    return gather(count[None]).float().mean().clamp(min=1)
 
 
 class Task:
@@ -174,6 +164,10 @@ class Task:
 
     def after_step(self) -> None:
         """What follows an optimiser step: a clamp, say."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What a step changes beside what learns, a queue say: it is saved for --resume."""
+        return {}
 
     def flops_per_position(self) -> float:
         """Floating-point operations of a training step per position of the decoder; 0: not counted."""

@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from data import CAPTION, Document, Item, collate
 from model import Bridge, DecoderConfig, ImagePositions
 from papers.clip import text_tokens
-from papers.contrasts import clip_loss
-from papers.recipe import Ingredients, Numbers, Recipe, Task, mean_count
+from papers.contrasts import clip_loss, mean_count
+from papers.recipe import Ingredients, Numbers, Recipe, Task
 
 
 def distance(projected: Tensor, t: Tensor) -> Tensor:

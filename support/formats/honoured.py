@@ -46,6 +46,9 @@ VILBERT = keys("""model_type vocab_size vocab_size_or_config_json_file hidden_si
 VILT = keys("""model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size
     max_position_embeddings type_vocab_size hidden_act layer_norm_eps image_size patch_size num_images
     max_image_length""")                                # max_image_length: of training
+ALBEF = keys("""hidden_size vocab_size num_attention_heads num_hidden_layers fusion_layer encoder_width
+    intermediate_size max_position_embeddings type_vocab_size hidden_act layer_norm_eps image_res patch_size
+    vision_depth embed_dim queue_size momentum alpha""")
 DUAL_ENCODER = keys("""model_type text_config vision_config text_config_dict vision_config_dict projection_dim
     vision_folder""")
 CLIP_TEXT = keys("""model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import train
-from papers.recipe import Ingredients, mean_count
+from papers.contrasts import mean_count
+from papers.recipe import Ingredients
 from support.plumbing.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ("clip", "blip2-1", "fromage", "vlkd")
+RECIPES = ("clip", "blip2-1", "fromage", "vlkd", "albef")
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="this PyTorch was built without gloo, which joins processes on CPUs",
