@@ -43,7 +43,7 @@ from model import Decoder, DecoderConfig
 from papers.choices import ChoiceTask
 from papers.clip import text_tokens
 from papers.masks import MaskedStream, stream_mask
-from papers.recipe import Ingredients, Numbers, Recipe
+from papers.recipe import MUON, Ingredients, Numbers, Recipe
 
 STRIDE = 16                     # pixels from patch to patch
 
@@ -115,7 +115,8 @@ class SimVLM(nn.Module):
 RECIPES = {"simvlm": Recipe(
     "SimVLM (2108.10904v3 §3): a prefix language model on pairs and texts, all from scratch",
     "4,096 of ALIGN's pairs and 512 of C4's texts per update",
-    Numbers(5e-4, 4096, 1_000_000, 0.02, "linear", 0.01, 0.999), Numbers(2e-3, 32, 600), task="simvlm")}
+    Numbers(5e-4, 4096, 1_000_000, 0.02, "linear", 0.01, 0.999), Numbers(2e-3, 32, 600, **MUON),
+    task="simvlm")}
 
 
 class SimvlmTask(ChoiceTask):
