@@ -233,7 +233,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
             seconds = rewind_log(out / "log.jsonl", state.step)
             print(f"resume   at step {state.step} of {out}")
     elif ranks.first:
-        clean_folder(out, {name: r.trained for name, r in RECIPES.items()}, (s.init, s.lm, s.vit))
+        clean_folder(out, RECIPES, (s.init, s.lm, s.vit, *(getattr(w, "path", "") for w, _ in sets)))
         write_json(out / "config.json", {"settings": dataclasses.asdict(s)})
 
     # 6. the loop --------------------------------------------------------------------------------------------
@@ -544,8 +544,8 @@ def new_bridge(s: Settings, name: str, decoder, vision_width: int, **options) ->
     own = parse_options(s.option)
     with at_the_door("--option"):
         sizes = toy_options(name, s.recipe) if s.scale == "toy" else {}
-        bridge = make_bridge(name, decoder, vision_width, **options, **{**sizes, **own})
-    unread = sorted({*own} - {"version", "reads", "reads_cls", *arguments(type(bridge))})
+        bridge = make_bridge(name, decoder, vision_width, **{**sizes, **own, **options})
+    unread = sorted({*own} - ({"version", "reads", "reads_cls", *arguments(type(bridge))} - {*options}))
     if unread:
         raise UserError(f"--option: {name} of version {bridge.options.get('version')} does not read "
                         f"{', '.join(unread)}; leave out what it does not read.")

@@ -60,7 +60,7 @@ def arguments(kind: type[Bridge]) -> dict[str, str]:
     return {p.name: p.annotation for p in list(inspect.signature(kind).parameters.values())[2:]}
 
 
-def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, **options) -> Bridge:
+def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, /, **options) -> Bridge:
     """A bridge by name; options are the keyword arguments of its class, and reads, reads_cls and (of
     zero_init) version.
 

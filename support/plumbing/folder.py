@@ -14,9 +14,9 @@ from support.formats.files import UserError, read_json
 
 STATE = "state.safetensors"
 # what a run writes beside config.json and the towers that it trained; the state goes first
-PRODUCTS = (STATE, "bridge.safetensors", "stage1.safetensors", "model.safetensors", "log.jsonl", "loss.png",
-            "gates.png", "first.png", "samples.html", "results.json", "retrieval.json",
-            "preferences.json", "pictures.json", "pictures.png")
+COMMON = ("model.safetensors", "first.png", "results.json", "pictures.json", "pictures.png")    # not ours alone
+PRODUCTS = (STATE, "bridge.safetensors", "stage1.safetensors", "log.jsonl", "loss.png", "gates.png",
+            "samples.html", "retrieval.json", "preferences.json", *COMMON)
 
 UNFINISHED = re.compile(r"\.[\w-]+\.(safetensors|jsonl?|png|html)\.\w{8}")      # of formats.files.atomically
 
@@ -65,11 +65,11 @@ def owned(out: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def clean_folder(out: Path, trained: dict[str, tuple[str, ...]], sources: tuple[str, ...]) -> None:
+def clean_folder(out: Path, recipes: dict, sources: tuple[str, ...]) -> None:
     """Remove what an earlier run left in `out`, its state first, so that nobody goes on with it.
 
-    trained: recipe → the parts that learn; a run writes its own towers. sources: folders that the new run
-    starts from; they may not lie in `out`.
+    recipes: name → a recipe, whose `trained` parts a run writes. sources: files and folders that the new run
+    reads; they may not lie in `out`. What another program may have left there is a UserError.
     """
     for source in sources:
         if source and Path(source).exists() and Path(source).resolve().is_relative_to(out.resolve()):
@@ -81,9 +81,13 @@ def clean_folder(out: Path, trained: dict[str, tuple[str, ...]], sources: tuple[
         if not isinstance(settings, dict):
             raise UserError(f"{out}/config.json: is not a run's, and a run would replace it; "
                             "give --out another folder.")
-        towers = {*trained.get(str(settings.get("recipe")), ())}
+        recipe = recipes.get(str(settings.get("recipe")))
+        towers = {*recipe.trained} if recipe else set()
         towers |= {"clip"} if "text" in towers else set()
         towers |= {"vit"} if settings.get("vit") == "random" else set()
+    elif foreign := next((name for name in COMMON if (out / name).exists()), None):
+        raise UserError(f"{out / foreign}: is not a run's, for there is no config.json beside it, and a run "
+                        "would replace it; give --out another folder.")
     try:
         for name in PRODUCTS:
             (out / name).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 from datetime import timedelta
 from typing import Callable, ContextManager, Iterator
 
@@ -87,8 +88,14 @@ class Ranks:
                             "without torchrun.")
 
     def require_divisible(self, batch: int, sets: int) -> None:
-        """Every process must get as many items of every data set."""
+        """Every process must get as many items of every data set, and at least one."""
         parts = self.size * sets
+        if batch < parts:
+            raise UserError(f"--batch {batch} has no item for each of {sets} data sets and {self.size} "
+                            f"processes; make it a multiple of {parts}.")
+        if batch % sets and self.size == 1:
+            print(f"note: --batch {batch} is {batch // sets} items of each of the {sets} data sets, "
+                  f"{batch // sets * sets} in all", file=sys.stderr)
         if self.size > 1 and batch % parts:
             names = f" of {sets} data sets" if sets > 1 else ""
             raise UserError(f"--batch {batch} does not divide among {self.size} processes{names}; "

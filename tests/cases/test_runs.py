@@ -161,6 +161,37 @@ def test_a_tower_that_an_earlier_run_trained_is_gone_and_a_foreign_folder_is_lef
     assert (foreign / "config.json").read_text() == '{"model_type": "llama"}'
 
 
+@pytest.mark.parametrize("name", ["first.png", "model.safetensors", "results.json"])
+def test_a_file_that_no_run_has_written_is_never_removed(name, spec, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / name).write_bytes(b"mine")
+    with pytest.raises(UserError, match=f"mine/{name}: is not a run's, .*give --out another"):
+        run(spec, out, "--steps", 1)
+    assert (out / name).read_bytes() == b"mine"
+
+
+def test_a_run_does_not_begin_in_the_folder_of_its_data(spec, tmp_path):
+    folder = Path(spec.partition(":")[2])
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match="d: lies in the run folder .*give --out another"):
+        run(spec, folder, "--steps", 1)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_batch_that_does_not_divide_among_its_data_sets_says_what_it_is(spec, tmp_path, capsys):
+    with pytest.raises(UserError, match="--batch 1 has no item for each of 2 data sets and"):
+        run(f"{spec} + shapes", tmp_path / "a", "--batch", 1)
+    run(f"{spec} + shapes", tmp_path / "b", "--batch", 3, "--steps", 1)
+    assert "--batch 3 is 1 items of each of the 2 data sets, 2 in all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["decoder=8", "name=x", "vision_width=3"])
+def test_an_option_that_a_bridge_does_not_have_is_one_sentence(option, tmp_path):
+    with pytest.raises(UserError, match=f'linear has no option "{option.partition("=")[0]}"'):
+        run("shapes", tmp_path / "run", "--option", option)
+
+
 def test_a_mistake_leaves_no_folder_behind(spec, tmp_path):
     with pytest.raises(UserError):
         run(spec, tmp_path / "run", "--lm", "no/such/folder")
