@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_no_line_is_wider_than_the_page():
             text = (ROOT / name).read_text(encoding="utf-8")
             wide += [f"{name}:{n}" for n, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH]
     assert not wide, f"{len(wide)} lines over {WIDTH} columns, the first: {wide[:10]}"
+
+
+def test_no_line_of_code_in_a_notebook_is_wider_than_the_page():
+    """Code in a cell is read as a file's is; a paragraph of text may stay one line, as notebooks have it."""
+    wide = []
+    for name in (name for name in TRACKED if name.endswith(".ipynb")):
+        for n, cell in enumerate(json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]):
+            lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
+            wide += [f"{name}, cell {n}: {line}" for line in lines if len(line) > WIDTH]
+    assert not wide, f"{len(wide)} lines of code over {WIDTH} columns, the first: {wide[0]}"
 
 
 def test_the_top_level_holds_what_the_readme_says_and_nothing_else():
