@@ -14,7 +14,7 @@ from support.formats.files import UserError, read_json
 
 STATE = "state.safetensors"
 # what a run writes beside config.json and the towers that it trained; the state goes first
-COMMON = ("model.safetensors", "first.png", "results.json", "pictures.json", "pictures.png")    # not ours alone
+COMMON = ("model.safetensors", "first.png", "results.json", "pictures.json", "pictures.png")  # often not ours
 PRODUCTS = (STATE, "bridge.safetensors", "stage1.safetensors", "log.jsonl", "loss.png", "gates.png",
             "samples.html", "retrieval.json", "preferences.json", *COMMON)
 
