@@ -61,7 +61,7 @@ from support.plumbing.packing import pack_documents, require_room
 from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
-from support.worlds import open_data, open_split, prompts, reader, take_items, text, unread_settings
+from support.worlds import open_data, open_split, prompts, take_items, text, unread_settings
 from support.worlds.pairs import contrastive_pair, preference_pair, require_captions
 from support.worlds.trained import earlier_sets, name_split
 
@@ -517,7 +517,7 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
         open_held_out=lambda: open_split(world, world.held_out), take_items=take_items, trained=trained,
         name_split=lambda split: name_split(split, trained), part=ranks.part, gather=ranks.gather)
     if world.says_scenes:                               # its words have a tokenizer of their own
-        given.tokenizer, given.read_scene = text.shapes_tokenizer(), reader.read_scene
+        given.tokenizer = text.shapes_tokenizer()
     LOADERS[recipe.task](given, s.lm, s.vit, s.init)
     if recipe.task not in ("answer", "lm", "clip"):
         require_captions(world)

@@ -12,7 +12,7 @@ from papers import (albef, albef_task, blip2_stage1, clip, clipcap, cm3, coca, c
                     fromage, frozen, gligen, idefics, kosmos1, limber, llama_adapter, llava_data, magic,
                     magma, minigpt4, mllama, pica, ppo, prompt_tuning, simvlm, socratic, systems,
                     unified_io2, unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq)
-from papers import ddpm, glide
+from papers import ddpm, glide, short
 from papers import chameleon, chameleon_task, dalle, dvae
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
@@ -35,7 +35,8 @@ from papers.vlkd import Vlkd
 PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm, dvae,
-                         dalle, chameleon, ddpm, glide, prompt_tuning, visualgpt, vcgpt, gligen, vlkd, dpo,
+                         short, dalle, chameleon, ddpm, glide, prompt_tuning, visualgpt, vcgpt, gligen, vlkd,
+                         dpo,
                          ppo, vq, visualbert, vilbert, vilt, unit, coca, simvlm, cm3, contrasts, albef,
                          unified_io2, flava)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
@@ -45,7 +46,8 @@ RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGP
              Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT, Vlkd, Gligen)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 # task of a recipe → what it changes of train.py's answer task
-ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen": GligenTask, **dpo.TASKS}
+ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen": GligenTask, **dpo.TASKS,
+                **short.TASKS}
 TASKS = {**dvae.TASKS, **dalle.TASKS, **chameleon_task.TASKS,
          "stage1": blip2_stage1.Stage1Task, **glide.TASKS, **clip.TASKS, **limber.TASKS,  # of recipes
          **vq.TASKS,

@@ -42,6 +42,7 @@ import data
 from model import Decoder, EncoderBlock, ViT, ViTConfig, merge_heads, split_heads, visible_to_bias
 from papers.ddpm import Diffusion, cosine_betas, guide
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task
+from papers.scene_reader import UNIT, count_found, read_scenes
 
 CONFIG = ViTConfig(image_size=48, patch=16, width=192, layers=4, heads=6, hidden=768, act="gelu", cls=False,
                    pre_norm=False, patch_bias=True)
@@ -133,7 +134,7 @@ class Painter:
 
 
 class GlideTask(Task):
-    """Recipe `glide`: takes world, tokenizer, decoder, read_scene, save_grid."""
+    """Recipe `glide`: takes world, tokenizer, decoder, save_grid."""
     expect = "(of a grey picture: the mean square of its pixels, about 0.8)"
 
     def __init__(self, given: Ingredients):
@@ -159,31 +160,23 @@ class GlideTask(Task):
         return (x0.float() - pixels).square().flatten(1).mean(1).sum()          # (G2)
 
     def report(self, out: Path) -> dict[str, dict]:
-        """Pictures of held-out captions in pictures.png; how many named things are read in them."""
+        """Pictures of held-out captions in pictures.png; how many of the named things are read in pictures.
+
+        chance: things found in the picture of the next caption.
+        """
         g, scores, count = self.given, {}, min(self.given.eval_items, 100)
         items = g.take_items(g.open_held_out(), count)
-        pictures = self.painter.draw([item.captions[0] for item in items])
-        g.save_grid(out / "pictures.png", pictures[:16], 4)
-        if not self.world.says_scenes:
-            return {}
-        for split in (self.world.seen, self.world.held_out):
+        g.save_grid(out / "pictures.png", self.painter.draw([item.captions[0] for item in items[:16]]), 4)
+        for split in (self.world.seen, self.world.held_out) if self.world.says_scenes else ():
             world = data.Shapes(split, g.seed)
             scenes = [world.scene(world.rng(i)) for i in range(count)]
             drawn = self.painter.draw([data.caption_scene(things) for things in scenes])
-            scores[split] = score_pictures(scenes, [g.read_scene(picture) for picture in drawn])
+            read = read_scenes(data.to_pixels(drawn, self.world.size, UNIT))
+            chance = count_found(scenes, read[1:] + read[:1])["things"]
+            scores[split] = count_found(scenes, read) | {"chance": chance}
             text = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores[split].items())
-            print(f"pictures of {len(scenes)} captions of {split}, %: {text}")
-        return {"pictures.json": scores}
-
-
-def score_pictures(scenes: list[list[data.Thing]], read: list[list[data.Thing]]) -> dict[str, float]:
-    """Shares, 0 … 1: named things found with colour, shape and place; pictures with all of them and no other
-    thing; chance: things found in the picture of the next caption."""
-    said, seen = ([{(t.pair, t.cell) for t in things} for things in each] for each in (scenes, read))
-    total = sum(map(len, said))
-    return {"found": sum(len(a & b) for a, b in zip(said, seen)) / total,
-            "all right": sum(a == b for a, b in zip(said, seen)) / len(said),
-            "chance": sum(len(a & b) for a, b in zip(said, seen[1:] + seen[:1])) / total}
+            print(f"reader   finds in pictures of {count} captions of {split}, %: {text}")
+        return {"pictures.json": scores} if scores else {}
 
 
 TASKS = {"glide": GlideTask}

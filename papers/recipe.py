@@ -42,7 +42,8 @@ PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "v
               "vilt-unaligned", "albef")             # of papers/masked.py
 UNREAD = {                          # task → the settings of the command line that it does not read
     **dict.fromkeys(PAIR_TASKS, PAIRS), "coca": CLIP - {"vit"}, "simvlm": CLIP,
-    "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
+    **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),
+    "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     **dict.fromkeys(("dalle", "chameleon"), (CLIP | TEXT) - {"init", "examples"}),
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
@@ -103,7 +104,6 @@ class Ingredients:
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
     preference_pair: Callable | None = None             # (world, i) → Item, captions: a true and a false one
-    read_scene: Callable | None = None                  # a picture → the things in it (shapes)
     save_grid: Callable | None = None                   # (file, pictures, columns): writes them as one
     open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about
     take_items: Callable | None = None                  # (world, count) → its first readable items

@@ -14,7 +14,7 @@ from conftest import ROOT, stir, tiny_decoder
 from data import Shapes
 from model import ViTConfig
 from papers.ddpm import Diffusion, cosine_betas
-from papers.glide import Denoiser, GlideTask, Painter, read_texts, score_pictures, text_rows
+from papers.glide import Denoiser, GlideTask, Painter, read_texts, text_rows
 from papers.recipe import Ingredients
 from support.formats import load_decoder
 from support.formats.files import UserError
@@ -87,15 +87,6 @@ def test_the_loss_of_a_batch_is_a_function_of_the_step_and_a_fifth_has_no_text()
     torch.testing.assert_close(task.loss(**piece), grey, atol=0, rtol=0.05)
 
 
-def test_scores_count_things_and_pictures():
-    world = Shapes("val")
-    scenes = [world.scene(world.rng(i)) for i in range(20)]
-    perfect = score_pictures(scenes, scenes)
-    assert (perfect["found"], perfect["all right"]) == (1, 1) and perfect["chance"] < 0.1
-    fewer = score_pictures(scenes, [things[1:] for things in scenes])
-    assert 0 < fewer["found"] < 1 and fewer["all right"] == 0
-
-
 def test_a_run_draws_opens_again_and_draws_the_same(tmp_path):
     out = tmp_path / "run"
     train.main(["--recipe", "glide", "--steps", "6", "--batch", "8", "--eval-items", "2", "--log-every", "1",
@@ -103,7 +94,7 @@ def test_a_run_draws_opens_again_and_draws_the_same(tmp_path):
     loss = [line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
     assert loss[-1] < loss[0] / 2
     scores = json.loads((out / "pictures.json").read_text())
-    assert set(scores) == {"val", "test"} and set(scores["val"]) == {"found", "all right", "chance"}
+    assert set(scores) == {"val", "test"} and set(scores["val"]) >= {"things", "pictures", "chance"}
     assert Image.open(out / "pictures.png").size == (3 * (4 * 50 - 2), 3 * 48)
     painter = load_painter(out)
     assert not any(name.startswith("decoder") for name in painter.denoiser.state_dict())
