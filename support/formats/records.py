@@ -276,7 +276,7 @@ def name_contents(paths: Iterable[str]) -> dict[str, str]:
     """Path → the first of these paths whose file has the same bytes; a missing file has only itself.
 
     Links to one file have the same bytes. A file is read only where another one has its size: first its last
-    4 KB, then all of it where these agree. 100,000 small PNGs of equal size take 4 s from memory.
+    4 KB, then all of it where these agree. 100,000 files in memory take 5 s if all have one size, else 1 s.
     """
     names = {path: path for path in paths}
     by_size: dict[int, list[str]] = {}

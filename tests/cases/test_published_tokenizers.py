@@ -181,3 +181,22 @@ def test_the_blank_in_front_of_a_text_follows_the_class_that_opens_the_folder(ki
     content["pre_tokenizer"]["add_prefix_space"] = in_file
     file.write_text(json.dumps(content))
     assert (load_tokenizer(tmp_path).encode("hello")[0] == ord(" ")) == blank
+
+
+@pytest.mark.parametrize("settings", [
+    dict(bos_token="", eos_token="", unk_token="", tokenizer_class="LLaMATokenizer"), {}])
+def test_the_model_file_says_what_empty_settings_leave_open(settings, tmp_path):
+    """Early conversions of Llama name no bos and no eos; a real SentencePiece model has both."""
+    spm = pytest.importorskip("sentencepiece")
+    text = "\n".join(["the cat sat on the mat", "hello world", "a test of words"] * 30)
+    (tmp_path / "text.txt").write_text(text)
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe",
+        vocab_size=310,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        character_coverage=1.0, hard_vocab_limit=False)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = load_tokenizer(tmp_path), spm.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    assert (ours.bos, ours.eos) == (theirs.bos_id(), theirs.eos_id()) == (1, 2)
+    assert Document(ours).add("the cat  met Zoë").tokens == [1, *theirs.encode("the cat  met Zoë")]
+    assert ours.stop == (2,)
