@@ -145,7 +145,7 @@ def region_loss(logits: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
 
 HOW = dict(data="Conceptual Captions, 3.1M pairs, 10 epochs", trained=("bert",),
            paper=Numbers(1e-4, 512, 60500, 0.1, "linear", beta2=0.999),
-           toy=Numbers(1.5e-3, 32, 400, 0.1, "linear"))
+           toy=Numbers(1.5e-3, 32, 1000, 0.1, "linear"))
 RECIPES = {
     "vilbert": Recipe("ViLBERT (1908.02265v1): two streams, co-attention; masked words, masked regions, "
                       "aligned or not", task="vilbert", **HOW),
@@ -159,7 +159,7 @@ class ViLBertTask(PairsTask):
     def __init__(self, given: Ingredients):
         super().__init__(given)
         width = given.vit.config.width
-        config = ViLBertConfig(self.vocab_size, 128, self.own + 2, 4, 512, self.context, width, 24,
+        config = ViLBertConfig(self.vocab_size, 96, self.own + 2, 4, 192, self.context, width, 24,
                                96, 2, 4, 192, 96, 4, tuple((n, self.own + n) for n in range(2)), 0.0)
         self.module = nn.ModuleDict({"vit": given.vit, "bert": ViLBert(config)}).to(given.device)
         self.detector = torch.randn(width, config.classes, generator=torch.Generator().manual_seed(0))

@@ -128,7 +128,7 @@ def alignment_loss(words: Tensor, patches: Tensor, real_words: Tensor, real_patc
 
 
 HOW = dict(data="COCO, VG, GCC, SBU: 4.0M pictures, 9.9M captions", trained=("vilt",),
-           paper=Numbers(1e-4, 4096, 200000, 0.1, "linear", 0.01), toy=Numbers(1e-3, 32, 400, 0.1, "linear"))
+           paper=Numbers(1e-4, 4096, 200000, 0.1, "linear", 0.01), toy=Numbers(1e-3, 32, 500, 0.1, "linear"))
 RECIPES = {
     "vilt": Recipe("ViLT (2102.03334v2): patches and words in one stream; masked words, matching, "
                    "word-patch alignment", task="vilt", **HOW),

@@ -124,7 +124,7 @@ class VisualBert(nn.Module):
 
 
 HOW = dict(paper=Numbers(5e-5, 48, 104000, 0.1, "linear", beta2=0.999),
-           toy=Numbers(1.5e-3, 32, 400, 0.1, "linear"), trained=("bert",))
+           toy=Numbers(1.5e-3, 32, 1000, 0.1, "linear"), trained=("bert",))
 COCO = "COCO, 0.1M pictures × 5 captions, 10 epochs"
 RECIPES = {
     "visualbert": Recipe("VisualBERT (1908.03557v1): one stream; masked words, and does caption 2 belong?",

@@ -138,3 +138,29 @@ def test_its_task_swaps_pictures_and_aligns_words(capsys):
     result = task.report(None)["results.json"]
     assert len(result) == 4 and all(0 <= value <= 1 for value in result.values())
     assert "words on their cell, of 9" in capsys.readouterr().out
+
+
+class OneThing(Shapes):
+    """Scenes of one thing: a minute shows whether words are read off the picture."""
+
+    def scene(self, rng):
+        return super().scene(rng)[:1]
+
+
+@pytest.mark.slow
+def test_in_75_steps_it_names_masked_words_better_beside_their_picture():
+    torch.manual_seed(0)
+    given = Ingredients(torch.device("cpu"), seed=0, batch=32, steps=75, world=OneThing(), eval_items=200,
+                        tokenizer=shapes_tokenizer(), vit=load_vit(ROOT / "weights/vit"),
+                        open_held_out=lambda: OneThing("val"),
+                        take_items=lambda world, n: [world.item(i) for i in range(n)])
+    task = ViLTTask(given)
+    optimizer = torch.optim.AdamW(task.module.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    for step in range(75):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 40)
+        task.loss(**task.batch(step)[0]).backward()
+        torch.nn.utils.clip_grad_norm_(task.module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    result = task.check()                                   # 70 % and 59 % when this was written
+    assert result["words"] > result["words, another picture"] + 0.05
