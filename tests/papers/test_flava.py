@@ -1,4 +1,4 @@
-"""FLAVA computes what transformers' does: states of three encoders, six losses, and the rows that they read."""
+"""FLAVA computes what transformers' does: states of three encoders, six losses, the rows that they read."""
 from __future__ import annotations
 
 import pytest
