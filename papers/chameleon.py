@@ -113,5 +113,5 @@ class Only(Bridge):
 RECIPES = {"chameleon-2": Recipe(
     "Chameleon (2405.09818v1): a decoder learns to read and to write pictures as words; QK-norm, z-loss",
     "9.2T tokens of text, pairs and documents",
-    Numbers(1e-4, 2048, 600_000, 4000, "linear", 0.1, 0.95), Numbers(3e-3, 16, 300, **MUON),
+    Numbers(1e-4, 2048, 600_000, 4000, "linear", 0.1, 0.95), Numbers(3e-3, 8, 300, **MUON),
     trained=("embed", "layers", "norm"), task="chameleon", start="vq")}

@@ -22,7 +22,7 @@ class ChameleonTask(Task):
 
     ids: the words of the tokenizer, <boi>, <eoi>, then the codes.
     """
-    drawn, norm_behind = 48, False
+    drawn, norm_behind = 24, False
 
     def __init__(self, given: Ingredients):
         self.given, self.world, self.words, self.images = given, given.world, given.tokenizer, given.images

@@ -79,7 +79,6 @@ class Dalle(nn.Module):
         for name, p in decoder.named_parameters():
             mine = self.decoder.get_parameter(name)
             mine[:len(p)] = p                                                   # new ids keep their new rows
-        self.decoder.embed.weight[self.pad:] *= decoder.embed.weight.std() / 0.02
         for mine, ids in ((self.rows, rows), (self.columns, columns)):
             mine.copy_(decoder.embed.weight[ids].repeat_interleave(self.side // len(ids), 0))
 
@@ -129,12 +128,12 @@ class Dalle(nn.Module):
 RECIPES = {"dalle-2": Recipe(
     "DALL-E stage 2 (2102.12092v2 §2.2): a decoder learns words and the codes of a picture as one stream",
     "250M pairs", Numbers(4.5e-4, 1024, 430_000, 5000, weight_decay=4.5e-2, beta2=0.96, clip=4),
-    Numbers(2e-3, 16, 300, **MUON), trained=("decoder", "rows", "columns"), task="dalle", start="vq")}
+    Numbers(2e-3, 16, 200, **MUON), trained=("decoder", "rows", "columns"), task="dalle", start="vq")}
 
 
 class DalleTask(Task):
     """Recipe `dalle-2`. Takes decoder, tokenizer, images (a trained tokenizer of pictures), clip, batch."""
-    text, drawn, candidates = 36, 48, 8
+    text, drawn, candidates = 36, 24, 8
 
     def __init__(self, given: Ingredients):
         self.given, self.world, self.words, self.images = given, given.world, given.tokenizer, given.images
@@ -164,20 +163,20 @@ class DalleTask(Task):
     def loss(self, tokens: Tensor, **_) -> Tensor:
         return self.module.loss(tokens)
 
-    def paint(self, scenes: list[list[data.Thing]], temperature: float, seed: int = 0) -> Tensor:
+    def paint(self, scenes: list[list[data.Thing]], temperature: float) -> Tensor:
         """A picture (48, 48) in 0 … 1 per scene's caption."""
         tokens, generator = self.lay_out(scenes).to(self.given.device), torch.Generator(self.given.device)
-        generator.manual_seed(seed)
-        parts = [self.module.draw(part, temperature, 0, generator) for part in tokens.split(50)]
+        generator.manual_seed(self.given.seed)
+        parts = [self.module.draw(part, temperature, 0, generator) for part in tokens.split(100)]
         with torch.no_grad():
             return torch.cat([self.images.decode(ids) for ids in parts]).cpu()
 
-    def choose(self, scenes: list[list[data.Thing]], pictures: list[Tensor]) -> Tensor:
+    def choose(self, scenes: list[list[data.Thing]], pictures: tuple[Tensor, ...]) -> Tensor:
         """Of several pictures per caption the one that CLIP likes best."""
         texts = self.given.clip.embed_texts([data.caption_scene(things) for things in scenes])
         arrays = [[(255 * p).round().byte().movedim(0, -1).numpy() for p in part] for part in pictures]
         scores = torch.stack([(self.given.clip.embed_images(part) * texts).sum(-1) for part in arrays])
-        return torch.stack(pictures)[scores.argmax(0).cpu(), torch.arange(len(scenes))]
+        return torch.stack([*pictures])[scores.argmax(0).cpu(), torch.arange(len(scenes))]
 
     def report(self, out: Path) -> dict[str, dict]:
         """What a reader finds in pictures drawn from captions of the held-out split and of the seen one."""
@@ -185,7 +184,7 @@ class DalleTask(Task):
         for split in (self.world.held_out, self.world.seen):
             world = data.Shapes(split, self.given.seed)
             scenes, _ = draw_scenes(world, 0, min(self.drawn, self.given.eval_items))
-            samples = [self.paint(scenes, 1.0, seed) for seed in range(self.candidates)]
+            samples = self.paint(scenes * self.candidates, 1.0).split(len(scenes))
             rows = {"greedy": self.paint(scenes, 0.0), "one sample": samples[0],
                     f"best of {self.candidates} by CLIP": self.choose(scenes, samples)}
             read = {name: read_scenes(pictures) for name, pictures in rows.items()}
