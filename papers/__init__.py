@@ -10,8 +10,8 @@ from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
 from papers import (albef, albef_task, blip2_stage1, clip, clipcap, cm3, coca, cogvlm, contrasts, dpo, flava,
                     fromage, frozen, gligen, idefics, kosmos1, limber, llama_adapter, llava_data, magic,
-                    magma, minigpt4, mllama, pica, ppo, prompt_tuning, simvlm, socratic, systems,
-                    unified_io2, unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq)
+                    magma, minigpt4, mllama, pica, ppo, prompt_tuning, simvlm, socratic, systems, unified_io2,
+                    unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq)
 from papers import ddpm, glide, short
 from papers import chameleon, chameleon_task, dalle, dvae
 from papers.bounds import check_option, nearest
@@ -36,8 +36,7 @@ PAPERS = {module.__name__.removeprefix("papers."): module
           for module in (clip, blip2_stage1, frozen, idefics, mllama, llama_adapter, llava_data, clipcap,
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm, dvae,
                          short, dalle, chameleon, ddpm, glide, prompt_tuning, visualgpt, vcgpt, gligen, vlkd,
-                         dpo,
-                         ppo, vq, visualbert, vilbert, vilt, unit, coca, simvlm, cm3, contrasts, albef,
+                         dpo, ppo, vq, visualbert, vilbert, vilt, unit, coca, simvlm, cm3, contrasts, albef,
                          unified_io2, flava)}
 RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
            **{name: recipe for paper in PAPERS.values()

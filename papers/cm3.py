@@ -79,10 +79,12 @@ def learned(sequence: list[int], masks: list[int]) -> list[int]:
     return [IGNORE if token in masks else token for token in sequence]          # (K5)
 
 
-RECIPES = {"cm3": Recipe(
-    "CM3 (2201.07520v1 §2): a decoder learns from documents with spans moved to the end",
-    "61M documents, 223B tokens; the learning rate is not in our sources",
-    None, Numbers(2e-3, 32, 700, beta2=0.98, weight_decay=0.05), task="cm3")}
+HOW = dict(data="61M documents, 223B tokens; the learning rate is not in our sources", paper=None,
+           toy=Numbers(2e-3, 32, 700, beta2=0.98, weight_decay=0.05))
+RECIPES = {
+    "cm3": Recipe("CM3 (2201.07520v1 §2): a decoder learns from documents with spans moved to the end",
+                  task="cm3", **HOW),
+    "cm3-causal": Recipe("CM3 without spans: a plain language model", task="cm3-causal", **HOW)}
 
 
 class Cm3Task(Task):
@@ -156,4 +158,4 @@ class Cm3Task(Task):
         return {"results.json": result}
 
 
-TASKS = {"cm3": Cm3Task}
+TASKS = {"cm3": Cm3Task, "cm3-causal": type("Causal", (Cm3Task,), {"causal": True})}

@@ -44,12 +44,15 @@ UNREAD = {                          # task → the settings of the command line 
     **dict.fromkeys(PAIR_TASKS, PAIRS), "coca": CLIP - {"vit"}, "simvlm": CLIP,
     **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),
     "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
+    **dict.fromkeys(PAIR_TASKS, PAIRS), "coca": CLIP - {"vit"},
+    **dict.fromkeys(("simvlm", "simvlm-causal", "simvlm-pairs", "simvlm-linear"), CLIP),
+    "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     **dict.fromkeys(("dalle", "chameleon"), (CLIP | TEXT) - {"init", "examples"}),
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
     "gligen": {"pack", "cache", "captions"}, "glide": CLIP - {"frozen"},
     **dict.fromkeys(("dpo", "dpo-far", "dpo-near", "dpo-sft"), ANSWERS - {"bridge", "longest", "cache"}),
-    **dict.fromkeys(("names", "pixels", "vq", "dvae", "cm3"), CLIP | TEXT | {"lm"})}
+    **dict.fromkeys(("names", "pixels", "vq", "dvae", "cm3", "cm3-causal"), CLIP | TEXT | {"lm"})}
 
 
 @dataclass(frozen=True)

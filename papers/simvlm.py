@@ -112,11 +112,15 @@ class SimVLM(nn.Module):
                                      visual=sees)
 
 
-RECIPES = {"simvlm": Recipe(
-    "SimVLM (2108.10904v3 §3): a prefix language model on pairs and texts, all from scratch",
-    "4,096 of ALIGN's pairs and 512 of C4's texts per update",
-    Numbers(5e-4, 4096, 1_000_000, 0.02, "linear", 0.01, 0.999), Numbers(2e-3, 32, 600, **MUON),
-    task="simvlm")}
+HOW = dict(
+    data="4,096 of ALIGN's pairs and 512 of C4's texts per update",
+    paper=Numbers(5e-4, 4096, 1_000_000, 0.02, "linear", 0.01, 0.999), toy=Numbers(2e-3, 32, 600, **MUON))
+RECIPES = {
+    "simvlm": Recipe("SimVLM (2108.10904v3 §3): a prefix language model on pairs and texts, from scratch",
+                     task="simvlm", **HOW),
+    "simvlm-causal": Recipe("SimVLM under a causal mask", task="simvlm-causal", **HOW),
+    "simvlm-pairs": Recipe("SimVLM without texts", task="simvlm-pairs", **HOW),
+    "simvlm-linear": Recipe("SimVLM with linear patches", task="simvlm-linear", **HOW)}
 
 
 class SimvlmTask(ChoiceTask):
@@ -171,4 +175,6 @@ class SimvlmTask(ChoiceTask):
         return {"as caption": -losses.sum(1)}
 
 
-TASKS = {"simvlm": SimvlmTask}
+TASKS = {"simvlm": SimvlmTask, "simvlm-causal": type("Causal", (SimvlmTask,), {"kind": "causal"}),
+         "simvlm-pairs": type("PairsAlone", (SimvlmTask,), {"texts": 0}),
+         "simvlm-linear": type("LinearPatches", (SimvlmTask,), {"stem": "linear"})}
