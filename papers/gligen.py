@@ -185,6 +185,6 @@ def beta_schedule(steps: int, full: float, falling: float = 0.0) -> list[float]:
 RECIPES = {"gligen": Recipe(
     "GLIGEN (2301.07093v2): gated layers in a frozen ViT learn to answer about a box, a linear map beside",
     "Flickr, VG, O365, SBU, CC3M: boxes with names",
-    Numbers(5e-5, None, 500_000, 10_000, "constant", 0.0, 0.999, 0), Numbers(2e-3, 64, 600, **MUON), "gligen",
+    Numbers(5e-5, None, 500_000, 10_000, "constant", 0.0, 0.999, 0), Numbers(2e-3, 32, 600, **MUON), "gligen",
     task="gligen", options=dict(context=128, hidden=128, tuned=True), captions=0.0,
     toy_data="shapes-places")}
