@@ -41,12 +41,10 @@ PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
               "vilt-unaligned", "albef")             # of papers/masked.py
 UNREAD = {                          # task → the settings of the command line that it does not read
-    **dict.fromkeys(PAIR_TASKS, PAIRS), "coca": CLIP - {"vit"}, "simvlm": CLIP,
     **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),
     "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     **dict.fromkeys(PAIR_TASKS, PAIRS), "coca": CLIP - {"vit"},
     **dict.fromkeys(("simvlm", "simvlm-causal", "simvlm-pairs", "simvlm-linear"), CLIP),
-    "answer": set(), "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     **dict.fromkeys(("dalle", "chameleon"), (CLIP | TEXT) - {"init", "examples"}),
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole

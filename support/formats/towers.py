@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data import Processor, to_pixels
 from model import Bridge, Decoder, VLM, ViT, ViTConfig
-from papers import dpo, short
+from papers import cm3, dpo, short, simvlm
 from papers.clip import CLIP, text_tokens
 from papers.gligen_task import take_place
 from papers.recipe import PAIR_TASKS, Ingredients, Task
@@ -183,7 +183,7 @@ def load_glide_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> N
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
            "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
-           "coca": load_pair_parts, "simvlm": load_new_parts, "cm3": load_new_parts,
+           "coca": load_pair_parts, **dict.fromkeys((*simvlm.TASKS, *cm3.TASKS), load_new_parts),
            **dict.fromkeys({**dpo.TASKS, **short.TASKS}, load_answer_parts), "glide": load_glide_parts,
            "fromage": load_answer_parts, "vlkd": load_vlkd_parts, "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
