@@ -31,8 +31,8 @@ two processes are one. It sets the diagonal of (A5) to 0 behind the softmax, we 
 draw. It updates inside the forward pass, we in `after_step`, so that a run that resumes does nothing twice:
 the copy starts equal, so its first update does nothing.
 
-The claim: each of ITC, hard negatives and the teacher helps; VQA test-dev 75.8 with 14M pictures. In
-miniature: ITC ahead of fusion, the queue, and α on shuffled captions.
+The claim: each of ITC, hard negatives and the teacher helps; VQA test-dev 75.8 with 14M pictures. No
+miniature of it has been tried yet.
 """
 from __future__ import annotations
 

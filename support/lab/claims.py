@@ -158,7 +158,7 @@ class Setup:
     jobs: int = 2                               # runs at a time, one core each
     runs: str | Path = "out/claims"             # a folder of run folders
     report: str | Path = "support/results/claims.txt"
-    common: tuple[str, ...] = COMMON            # flags of every run
+    common: tuple[str, ...] = COMMON            # flags of a run, ahead of its arm's own
     count: int = 200                            # held-out pictures
 
 
@@ -340,8 +340,8 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
     reports = {name: claim_report(name, claims[name], results, seeds[name]) for name in names}
     minutes = sum(result["seconds"] for result in results.values()) / 60
     head = (f"python eval.py claims {asked}{' --kept' * kept}: seeds 0 to {max(seeds.values()) - 1}, "
-            f"{len(results)} runs, {minutes:.0f} minutes of training on one core each ({machine()}); every "
-            f"run: {' '.join(setup.common)}\n"
+            f"{len(results)} runs, {minutes:.0f} minutes of training on one core each ({machine()}); a run, "
+            f"where its claim says nothing else: {' '.join(setup.common)}\n"
             "Mean ± standard deviation over seeds: accuracy in %, CIDEr, loss in nats per learned token; "
             f"{setup.count} held-out pictures.\n"
             "The documents' numbers are of other data and models: compare the direction. The verdicts are "

@@ -3,7 +3,7 @@
     python eval.py claims papers                        writes support/results/papers.txt
     python -m support.lab.papers_table                  writes the table again
 
-A row per paper of the first table there; a paper without a measurement has dashes.
+A row per measured paper, in the order of the first table there.
 """
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def count_verdicts(verdicts: str) -> str:
 
 
 def papers_rows(page: str, report: str) -> list[str]:
-    """Lines of the table: a heading, then a row for each file of the page's first table."""
+    """Lines of the table: a heading, then a row for each measured file of the page's first table."""
     found = measured(report)
     lines = ["| file | seeds | trained | held-out | blind | minutes | shown |", f"|{7 * '---|'}"]
     for file in re.findall(r"^\| \[(\w+)\.py\]\(\w+\.py\) \| [^|]+\| ", page.split(BEGIN)[0], re.MULTILINE):
-        cells = found.get(file.replace("_", "-"), ["-"] * len(PAPER_COLUMNS))[1:]
-        cells[-1] = count_verdicts(cells[-1]) if cells[-1] != "-" else "-"
-        lines.append(f"| [{file}.py]({file}.py) | {' | '.join(cells)} |")
+        if file.replace("_", "-") in found:
+            *cells, verdicts = found[file.replace("_", "-")][1:]
+            lines.append(f"| [{file}.py]({file}.py) | {' | '.join(cells)} | {count_verdicts(verdicts)} |")
     return lines
 
 
