@@ -26,6 +26,7 @@ LANES = {                                               # a row's lane: the firs
     "No training: words, or a choice of words": ("none",),
     "Inside the layers, and behind them": ("before", "beside", "between", "around", "finish"),
     "Soft tokens in the text": ("prefix", "no decoder"),
+    "Pictures as words, and out of noise": ("codes", "draws", "noise"),
     "One model for words and pictures, without a decoder": ("stream",),
 }
 WIDTH, LEFT, RIGHT, BOX, ROW, HEAD = 1180, 30, 144, 136, 34, 34     # pixels
