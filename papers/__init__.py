@@ -8,12 +8,11 @@ import inspect
 
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
-from papers import (albef, albef_task, blip2_stage1, clip, clipcap, cm3, coca, cogvlm, contrasts, dpo, flava,
-                    fromage, frozen, gligen, idefics, kosmos1, limber, llama_adapter, llava_data, magic,
-                    magma, minigpt4, mllama, pica, ppo, prompt_tuning, simvlm, socratic, systems, unified_io2,
-                    unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq)
-from papers import ddpm, glide, short
-from papers import chameleon, chameleon_task, dalle, dvae
+from papers import (albef, albef_task, blip2_stage1, chameleon, chameleon_task, clip, clipcap, cm3, coca,
+                    cogvlm, contrasts, dalle, ddpm, dpo, dvae, flava, fromage, frozen, glide, gligen, idefics,
+                    kosmos1, limber, llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, ppo,
+                    prompt_tuning, short, simvlm, socratic, systems, unified_io2, unit, vcgpt, vilbert, vilt,
+                    visualbert, visualgpt, vlkd, vq)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -47,12 +46,11 @@ ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for br
 # task of a recipe → what it changes of train.py's answer task
 ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen": GligenTask, **dpo.TASKS,
                 **short.TASKS}
-TASKS = {**dvae.TASKS, **dalle.TASKS, **chameleon_task.TASKS,
-         "stage1": blip2_stage1.Stage1Task, **glide.TASKS, **clip.TASKS, **limber.TASKS,  # of recipes
-         **vq.TASKS,
-         **visualbert.TASKS, **vilbert.TASKS, **vilt.TASKS, **coca.TASKS, **simvlm.TASKS,
-         **cm3.TASKS,
-         **albef_task.TASKS}
+# task of a recipe that changes none of the answer task → its class
+TASKS = {"stage1": blip2_stage1.Stage1Task,
+         **{name: task for module in (clip, limber, visualbert, vilbert, vilt, albef_task, coca, simvlm, cm3,
+                                      vq, dvae, dalle, chameleon_task, glide)
+            for name, task in module.TASKS.items()}}
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 
 

@@ -1,4 +1,4 @@
-"""The training of ALBEF (albef.py), and what FLAVA's shares with it (flava_task.py).
+"""The training of ALBEF (albef.py): pairs that are aligned, then fused.
 
 Run      python train.py --recipe albef
 """

@@ -32,9 +32,6 @@ class ChameleonTask(Task):
         self.module.init_weights().to(given.device)
         self.expect = f"(a uniform guess over the vocabulary: ln {V + 2 + K} = {math.log(V + 2 + K):.2f})"
 
-    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
-        """All of it learns."""
-
     @torch.no_grad()
     def picture(self, pixels: Tensor) -> list[list[int]]:
         """(B, 3, S, S) → <boi>, codes, <eoi> of each."""

@@ -23,9 +23,6 @@ class ChoiceTask(Task):
         """pixels (1, 3, S, S), n texts → scores (n,) by name; the highest should be the true text's."""
         raise NotImplementedError
 
-    def metrics(self) -> dict[str, float]:
-        return super().metrics() | Task.metrics(self)
-
     @torch.no_grad()
     def check(self, count: int = 100) -> dict[str, float]:
         """By the name of each score: the share of held-out pictures whose own text scores highest; chance."""

@@ -173,7 +173,7 @@ class ClipTask(Task):
             self.module.logit_scale.clamp_(max=math.log(100))       # §2.5: logits scaled by at most 100
 
     def metrics(self) -> dict[str, float]:
-        return {"scale": self.module.logit_scale.exp().item()}
+        return {"scale": self.module.logit_scale.exp().item()} | super().metrics()
 
     def check(self) -> dict[str, float]:
         probed = self.world.says_scenes and not self.locked

@@ -143,9 +143,6 @@ class DalleTask(Task):
         self.module.start_from(given.decoder, *place)
         self.module.to(given.device)
 
-    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
-        """All of it learns."""
-
     @torch.no_grad()
     def codes_of(self, pixels: Tensor) -> Tensor:
         return self.images.encode(pixels.to(next(self.images.parameters())))

@@ -18,9 +18,6 @@ class PictureTask(Task):
         self.given, self.world = given, data.Shapes(seed=given.seed)
         self.module = module.to(given.device)
 
-    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
-        """All of it learns."""
-
     def batch(self, step: int) -> list[dict]:
         """pixels (B, 3, 48, 48); tokens (B,): the numbers of the scenes."""
         first, B = step * self.given.batch, self.given.batch

@@ -163,7 +163,7 @@ class SimvlmTask(ChoiceTask):
              **_) -> Tensor:
         patches = None if pixels is None else self.module.patches(pixels)
         total = self.module.word_losses(tokens, mask, prefix, patches, self.kind).sum()
-        self.last = {**getattr(self, "last", {}), "pairs" if pixels is not None else "texts": total / count}
+        self.last = {**self.last, "pairs" if pixels is not None else "texts": total / count}
         return total
 
     def scores(self, pixels: Tensor, texts: list[str]) -> dict[str, Tensor]:
