@@ -12,7 +12,7 @@ from typing import Callable, ContextManager, Iterator
 import torch
 from torch import Tensor, nn
 
-if torch.distributed.is_available():                    # PyTorch can be built without it
+if "WORLD_SIZE" in os.environ and torch.distributed.is_available():     # torchrun's: a second of imports
     from torch.distributed.fsdp import fully_shard
 
 from support.formats.files import UserError

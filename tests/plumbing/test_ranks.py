@@ -227,3 +227,10 @@ def test_a_mistake_in_a_reader_process_is_the_same_sentence(first, message):
     with pytest.raises(UserError) as e:
         next(batches), next(batches)
     assert str(e.value).startswith(message) and "\n" not in str(e.value)
+
+
+def test_a_command_of_one_process_does_not_load_the_library_of_slices():
+    """It would be a second more for every command."""
+    code = "import sys, train; print('torch.distributed.fsdp' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
