@@ -23,9 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from support.formats.chat import alpaca_prompt
+from support.formats.own_pictures import read_folder
 from support.formats.records import (BrokenRecord, Record, checked_text, find_picture, first_existing,
-                                     load_lists, parse_rows, path_inside, read_lines, read_rows, read_table,
-                                     row_object, same_id)
+                                     load_lists, parse_rows, path_inside, read_lines, read_rows, row_object,
+                                     same_id)
 
 COCO_PARTS = ("train2014", "val2014", "test2014", "test2015", "val2017", "train2017", "test2017")
 
@@ -178,35 +179,6 @@ def read_textcaps(folder: Path, split: str):
             return Record(i, [path], split, captions)
 
     return parse_rows(f"{file}, row", load_lists(file, "data"), image)
-
-
-def read_folder(folder: Path, split: str):
-    """Your own pictures, with a caption or a list of them a row; several rows of one picture are references:
-        captions.jsonl     {"image": "cat.jpg", "text": "a cat"}
-        captions.csv       image,text, then cat.jpg,a cat            also .tsv, or with semicolons
-        cat.jpg …, or images/cat.jpg …
-    A JSON list (captions.json), and the names of Hugging Face's image folders (metadata.csv, metadata.jsonl:
-    file_name, text), do as well; the path may name the file."""
-    file = first_existing(folder, *(f"{stem}.{ending}" for stem in ("captions", "metadata")
-                                    for ending in ("jsonl", "json", "csv", "tsv", "txt")))
-    pictures = ("image", "file_name", "filename", "image_path", "path", "file")
-    texts = ("text", "caption", "captions")
-
-    def field(row: dict, names: tuple[str, ...]):
-        return row[next((name for name in names if row.get(name) is not None), names[0])]
-
-    def image(n, row):
-        row = row_object(row)
-        if row.get(None):
-            raise ValueError("it has more fields than line 1 names; quote a text that holds the separator")
-        caption = field(row, texts)
-        captions = caption if isinstance(caption, list) else [caption]
-        path = path_inside(file.parent, field(row, pictures), ".", "images", "Images")
-        return Record(f"line {n}", [path], captions=captions)
-
-    if file.suffix.lower() in (".csv", ".tsv", ".txt"):
-        return parse_rows(f"{file}, row", read_table(file, *pictures), image)
-    return parse_rows(f"{file}, line", read_rows(file), image)
 
 
 def read_vqa(folder: Path, split: str, version="v2_"):
@@ -454,6 +426,7 @@ def split_at_pictures(r: Record) -> list[tuple[int | None, str]]:
 
 
 OWN = "train val all"               # no split on disk: every tenth picture is val, the others are train
+OWN_TEST = "train val test all"     # of 200 pictures and more every tenth is test, too
 FORMATS = {                     # kind: reader, splits (the first is the default), held-out split of the table
     "coco": (read_coco, "train val train2014 val2014 train2017 val2017 test2014 test2015 test-dev2015 "
                         "test2017 test-dev2017", "val"),
@@ -471,5 +444,24 @@ FORMATS = {                     # kind: reader, splits (the first is the default
     "scienceqa": (read_scienceqa, "train val test trainval minitrain minival minitest", "test"),
     "mme": (read_mme, "test", "test"),
     "llava": (read_llava, OWN, "val"), "alpaca": (read_alpaca, OWN, "val"),
-    "interleaved": (read_interleaved, OWN, "val"), "folder": (read_folder, OWN, "val"),
+    "interleaved": (read_interleaved, OWN, "val"), "folder": (read_folder, OWN_TEST, "val"),
+}
+LAYOUTS = {                     # kind: what lies in PATH, in a line
+    "folder": "cat.jpg and cat.txt, or captions.jsonl, captions.csv; sub-folders",
+    "coco": "annotations/captions_train2014.json …, train2014/, val2014/ …",
+    "karpathy": "dataset_coco.json, train2014/, val2014/",
+    "flickr30k": "dataset_flickr30k.json, flickr30k-images/",
+    "flickr8k": "Flickr8k_text/, Flicker8k_Dataset/",
+    "cc": "Train_GCC-training.tsv, training/00000000.jpg …, validation/ …",
+    "textcaps": "TextCaps_0.1_train.json …, train_images/, test_images/",
+    "textvqa": "TextVQA_0.5.1_train.json …, train_images/, test_images/",
+    "vizwiz": "captions: annotations/train.json …, train/, val/, test/",
+    "vizwizvqa": "questions: Annotations/train.json …, train/, val/, test/",
+    "vqav2": "v2_OpenEnded_mscoco_*.json, v2_mscoco_*.json, train2014/ …",
+    "okvqa": "the same files without v2_",
+    "scienceqa": "problems.json, pid_splits.json, images/train/4/image.png …",
+    "mme": "MME_Benchmark_release_version/existence/0001.txt, 0001.jpg …",
+    "llava": "llava_instruct_150k.json, chat.json … or its path; pictures beside it",
+    "alpaca": "alpaca_data.json or its path",
+    "interleaved": "docs_shard_0_v2.jsonl …, images/: MMC4's pages",
 }

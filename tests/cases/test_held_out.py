@@ -118,7 +118,7 @@ def run_on_all(tmp_path_factory):
 def test_a_run_on_all_names_no_row_sample_or_page_held_out(run_on_all, capsys):
     run, printed = run_on_all
     report = printed.partition("trained  1 steps")[2]
-    assert "trained-on line" in report and "2 trained-on" not in report and "1 trained-on pictures" in report
+    assert "trained-on 9.png" in report and "2 trained-on" not in report and "1 trained-on pictures" in report
     rows = [row["row"] for row in json.loads((run / "results.json").read_text())["rows"]]
     assert rows[:3] == ["linear, trained-on", "linear, seen", "linear, blind"]
     page = (run / "samples.html").read_text()

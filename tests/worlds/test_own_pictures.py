@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,101 @@ def test_an_empty_folder_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "captions.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no usable record"):
         open_data(f"folder:{tmp_path}")
+
+
+def write(folder: Path, files: dict[str, str | int]) -> Path:
+    """path → a text, or the grey of a picture."""
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, int):
+            Image.fromarray(np.full((20, 30, 3), content, np.uint8)).save(file)
+        else:
+            file.write_text(content, encoding="utf-8")
+    return folder
+
+
+def captions(spec: str, **options) -> dict[str, list[str]]:
+    world = open_data(spec, **options)
+    return {item.id: sorted(item.captions) for item in map(world.item, range(len(world)))}
+
+
+def test_texts_beside_pictures_are_read_in_sub_folders_too_and_its_path_is_a_pictures_id(tmp_path, capsys):
+    write(tmp_path, {"cat.JPG": 1, "cat.txt": "a cat\r\na grey cat\n\n", "zoo/old/emu.png": 2,
+                     "zoo/old/emu.caption": "\ufeffan emu", "zoo/fox.webp": 3, "zoo/fox.webp.txt": "a fox",
+                     "README.txt": "mine", ".hidden/no.png": 4, "zoo/._fox.webp": "no picture"})
+    expected = {"cat.JPG": ["a cat", "a grey cat"], "zoo/old/emu.png": ["an emu"], "zoo/fox.webp": ["a fox"]}
+    assert captions(f"folder:{tmp_path}:all", strict=True) == expected and not capsys.readouterr().err
+    os.symlink(tmp_path, tmp_path / "zoo/loop")         # a link to a folder above ends
+    assert captions(f"folder:{tmp_path}:all", strict=True, follow_links=True) == expected
+
+
+def test_a_list_and_texts_beside_pictures_stand_together_and_lists_of_sub_folders_count(tmp_path):
+    write(tmp_path, {"a.png": 1, "b.png": 2, "a.txt": "a dot", "b.txt": "b dot",
+                     "captions.csv": "image,text\na.png,first\na.png,second\n"})
+    assert captions(f"folder:{tmp_path}:all") == {"a.png": ["a dot", "first", "second"], "b.png": ["b dot"]}
+    assert captions(f"folder:{tmp_path}/captions.csv:all") == {"a.png": ["first", "second"]}
+    sub = write(tmp_path / "sub", {"x/1.png": 3, "x/captions.jsonl": '{"image": "1.png", "text": "one"}',
+                                   "y/1.png": 4, "y/metadata.csv": "file_name,text\n1.png,another"})
+    assert captions(f"folder:{sub}:all") == {"x/1.png": ["one"], "y/1.png": ["another"]}
+
+
+def test_pictures_without_text_and_texts_without_picture_are_each_one_counted_sentence(tmp_path, capsys):
+    write(tmp_path, {"a.png": 1, "a.txt": "a", "b.png": 2, "c.png": 3, "d.txt": "d", "e.png": 4,
+                     "e.txt": " \n"})
+    for _ in range(2):                                  # said once
+        assert [*captions(f"folder:{tmp_path}:all")] == ["a.png"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "2 pictures of" in line and "have no text (first: " in line
+            and "b.png); write cat.txt beside cat.jpg" in line] and len(said) == 4
+    assert [line for line in said if "1 text of" in line and "has no picture" in line and "d.txt" in line]
+    assert sum("1 broken records" in line and "e.txt: it is empty" in line for line in said) == 2
+    with pytest.raises(UserError, match=r"d.txt: this text has no picture; .*, or leave --strict out"):
+        open_data(f"folder:{tmp_path}:all", strict=True)
+    for name in ("d.txt", "e.txt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"b.png: this picture has no text; write cat.txt beside cat.jpg"):
+        open_data(f"folder:{tmp_path}:all", strict=True)
+    write(tmp_path, {"captions.jsonl": '{"image": "b.png", "text": "b"}\n{"image": "f.png", "text": "f"}'})
+    open_data(f"folder:{tmp_path}:all", strict=True)    # a list may leave pictures out
+    said = capsys.readouterr().err
+    assert "2 pictures of" in said and "1 text of" in said and "(first: " in said and "f.png" in said
+
+
+def test_a_folder_of_pictures_alone_says_where_texts_belong(tmp_path):
+    write(tmp_path, {"a.png": 1, "b.png": 2})
+    with pytest.raises(UserError, match=r"^2 pictures of .* have no text .*write cat.txt .*captions.jsonl\."):
+        open_data(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("files", [
+    {f"{part}/{i}.png": 9 * i for i, part in enumerate(("train", "train", "Validation", "test"))}
+    | {f"{part}/{i}.txt": f"{i}" for i, part in enumerate(("train", "train", "Validation", "test"))},
+    {f"{i}.png": 9 * i for i in range(4)} | {"captions.csv": "image,text,split\n" + "".join(
+        f"{i}.png,{i},{part}\n" for i, part in enumerate(("train", "train", "dev", "test")))},
+], ids=["sub-folders", "column"])
+def test_splits_may_be_sub_folders_or_a_column_and_a_picture_of_train_is_in_no_other(tmp_path, files, capsys):
+    write(tmp_path, files)
+    found = {split: {c for each in captions(f"folder:{tmp_path}:{split}").values() for c in each}
+             for split in ("train", "val", "test", "all")}
+    assert found == {"train": {"0", "1"}, "val": {"2"}, "test": {"3"}, "all": {"0", "1", "2", "3"}}
+    if "captions.csv" in files:
+        with open(tmp_path / "captions.csv", "a") as f:
+            f.write("again.png,again,test\nb.png,b,blue\n")
+        (tmp_path / "again.png").write_bytes((tmp_path / "0.png").read_bytes())
+        assert [*captions(f"folder:{tmp_path}:test")] == ["3.png"] and "again.png" not in captions(
+            f"folder:{tmp_path}:train")
+        said = capsys.readouterr().err
+        assert "1 items of" in said and "show a picture of another split" in said and '"blue" is none' in said
+
+
+def test_of_two_hundred_pictures_a_tenth_is_val_and_a_tenth_test(tmp_path):
+    own_pictures(tmp_path, 12)
+    with pytest.raises(UserError, match="12 pictures, and fewer than 200 have no split test; evaluate on"):
+        open_data(f"folder:{tmp_path}:test")
+    for i in range(200):                                # one pixel tells them apart
+        Image.fromarray(np.full((1, 1, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "captions.csv").write_text("image,text\n" + "".join(f"{i}.png,{i}\n" for i in range(200)))
+    (tmp_path / "captions.jsonl").unlink()
+    sets = [{*captions(f"folder:{tmp_path}:{split}")} for split in ("train", "val", "test")]
+    assert [*map(len, sets)] == [160, 20, 20] and len(set.union(*sets)) == 200
