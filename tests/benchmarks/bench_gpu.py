@@ -13,9 +13,9 @@ Random weights, bfloat16 (on a CPU float32). Parts, in the order of their value:
                  recomputed: 16 bytes a parameter, 108 GB
     decode-1b    greedy tokens, plain, compiled, and as a CUDA graph of one step; transformers in the same run
     decode-7b    the same
-Of a step: tokens a second, MFU (operations as executed ÷ time ÷ peak), peak memory, and the largest batch of a
-few that fits. Of decoding: tokens a second, and bytes of weights ÷ time as a share of reading's bandwidth. A
-table to read first, one line of JSON last.
+Of a step: tokens a second, MFU (operations as executed ÷ time ÷ peak), peak memory, and the largest batch
+of a few that fits. Of decoding: tokens a second, and bytes of weights ÷ time as a share of reading's
+bandwidth. A table to read first, one line of JSON last.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from model import (IGNORE, IMAGE, NO_BRIDGE, VLM, Cache, Context, Decoder, Decod
                    ViTConfig, rope_frequencies)
 from papers import make_bridge                                                  # noqa: E402
 
-# decoder: layers, width, heads, key heads, feed-forward, words; ViT: image, patch, width, layers, heads, f.-f.
+# decoder: layers, width, heads, key heads, feed-forward, words; ViT: image, patch, width, layers, heads, MLP
 SIZES = {
     "tiny": ((4, 128, 4, 2, 384, 512), (48, 16, 128, 4, 4, 512)),
     "1b": ((16, 2048, 32, 8, 8192, 128256), (224, 14, 1024, 24, 16, 4096)),
@@ -47,8 +47,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 def decoder_of(a, size: str) -> Decoder:
     L, D, H, G, hidden, V = SIZES[size][0]
-    config = DecoderConfig(vocab_size=V, width=D, layers=L, heads=H, kv_heads=G, head_width=D // H, hidden=hidden,
-                           tied=V > 40000, context=4096)
+    config = DecoderConfig(vocab_size=V, width=D, layers=L, heads=H, kv_heads=G, head_width=D // H,
+                           hidden=hidden, tied=V > 40000, context=4096)
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder = decoder.to_empty(device=a.device).to(a.dtype)
@@ -152,7 +152,8 @@ def part_decode(a, size: str) -> dict:
         first = seconds_of(a, ways["plain"])
         seconds["compiled"] = [seconds_of(a, ways["plain"]) for _ in range(3)]
         print(f"    the first compiled call took {first:.0f} s")
-    weights = sum(p.nbytes for n, p in decoder.named_parameters() if decoder.lm_head is None or "embed" not in n)
+    tied = decoder.lm_head is None
+    weights = sum(p.nbytes for n, p in decoder.named_parameters() if tied or "embed" not in n)
     found = {}
     for way, times in seconds.items():
         middle = statistics.median(times)
@@ -204,7 +205,8 @@ def graph_of_a_step(decoder: Decoder, tokens: torch.Tensor):
     @torch.no_grad()
     def run() -> torch.Tensor:
         logits, held = decoder.read_prompt(tokens, 1)
-        cache.k[:, :, :, :PROMPT], cache.v[:, :, :, :PROMPT] = held.k[:, :, :, :PROMPT], held.v[:, :, :, :PROMPT]
+        for own, other in ((cache.k, held.k), (cache.v, held.v)):
+            own[:, :, :, :PROMPT] = other[:, :, :, :PROMPT]
         token.copy_(logits.argmax(-1, keepdim=True))
         new = [token.clone()]
         for n in range(PROMPT, longest - 1):
@@ -227,8 +229,9 @@ def library_of(a, size: str):
         return None
     L, D, H, G, hidden, V = SIZES[size][0]
     config = LlamaConfig(num_hidden_layers=L, hidden_size=D, num_attention_heads=H, num_key_value_heads=G,
-                         head_dim=D // H, intermediate_size=hidden, vocab_size=V, tie_word_embeddings=V > 40000,
-                         max_position_embeddings=4096, eos_token_id=None, pad_token_id=0)
+                         head_dim=D // H, intermediate_size=hidden, vocab_size=V,
+                         max_position_embeddings=4096, tie_word_embeddings=V > 40000, eos_token_id=None,
+                         pad_token_id=0)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to_empty(device=a.device).to(a.dtype).eval()
@@ -241,8 +244,9 @@ def library_of(a, size: str):
     return model
 
 
-PARTS = {"peak": part_peak, "llava-1": lambda a: part_step(a, False), "decode-1b": lambda a: part_decode(a, "1b"),
-         "decode-7b": lambda a: part_decode(a, "7b"), "llava-2": lambda a: part_step(a, True)}
+PARTS = {"peak": part_peak, "llava-1": lambda a: part_step(a, False),
+         "decode-1b": lambda a: part_decode(a, "1b"), "decode-7b": lambda a: part_decode(a, "7b"),
+         "llava-2": lambda a: part_step(a, True)}
 
 
 def main() -> None:

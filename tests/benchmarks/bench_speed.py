@@ -15,8 +15,8 @@ side, a process of its own that does nothing else (on a CPU VmHWM above the bare
 PyTorch allocated). A human's table first, one line of JSON last.
 
 Share of the limit: of a generation, the bytes of weights that a token needs × tokens ÷ time ÷ bandwidth of
-reading; of anything else, operations of its matrix products ÷ time ÷ peak of a square product. "alone": what
-these products take alone, at their own shapes, ÷ time.
+reading; of anything else, operations of its matrix products ÷ time ÷ peak of a square product. "alone":
+what these products take alone, at their own shapes, ÷ time.
 """
 from __future__ import annotations
 
@@ -160,8 +160,8 @@ def main() -> None:
         if a.child:
             return child(a, folder)
         limits = describe_limits([a.dtype], a.device)
-        print(f"{a.size}, batch {a.batch}, {a.text} tokens of text, {a.rounds} rounds; torch {torch.__version__}, "
-              f"transformers {speed_cases.t.__version__}\n{limits}\n\n{HEAD}")
+        print(f"{a.size}, batch {a.batch}, {a.text} tokens of text, {a.rounds} rounds; "
+              f"torch {torch.__version__}, transformers {speed_cases.t.__version__}\n{limits}\n\n{HEAD}")
         cases = a.cases or [c for c in CASES if c != "tokenize" or "SMOLLM2" in speed_cases.os.environ]
         rows = [measure(a, case, folder, [*flags, f"--models={root.parent}"]) for case in cases]
     print("\n" + json.dumps(dict(size=a.size, dtype=str(a.dtype)[6:], limits=limits, rows=rows)))

@@ -59,12 +59,14 @@ class Products(TorchDispatchMode):
 
     def seconds_alone(self, device: str, repeats: int = 5) -> float:
         """What these products take with nothing between them."""
-        return sum(count * product_seconds(*product, device, repeats) for product, count in self.found.items())
+        return sum(count * product_seconds(*product, device, repeats)
+                   for product, count in self.found.items())
 
 
 ATTENTION = {aten._scaled_dot_product_flash_attention_for_cpu: 0,
              aten._scaled_dot_product_flash_attention_for_cpu_backward: 1,
-             aten._scaled_dot_product_flash_attention: 0, aten._scaled_dot_product_flash_attention_backward: 1,
+             aten._scaled_dot_product_flash_attention: 0,
+             aten._scaled_dot_product_flash_attention_backward: 1,
              aten._scaled_dot_product_efficient_attention: 0,
              aten._scaled_dot_product_efficient_attention_backward: 1}      # op → where its q stands
 FORWARD, BACKWARD = ("TES", "TSE"), ("TES", "TES", "STE", "TSE", "STE")     # m, k, n; scores are made again
@@ -116,8 +118,8 @@ def bandwidth(device: str = "cpu", repeats: int = 5) -> tuple[float, float]:
 def describe_limits(dtypes: list[torch.dtype], device: str = "cpu") -> str:
     peaks = ", ".join(f"{str(d)[6:]} {peak(d, device) / 1e9:,.0f} GFLOP/s" for d in dtypes)
     read, copy = bandwidth(device)
-    return (f"limits  {platform.machine()}, {torch.get_num_threads()} threads: products of {SQUARE} by {SQUARE}: "
-            f"{peaks}; reading {read / 1e9:.1f} GB/s, copying {copy / 1e9:.1f} GB/s")
+    threads = torch.get_num_threads()
+    return (f"limits  {platform.machine()}, {threads} threads: products of {SQUARE} by {SQUARE} {peaks}; reading {read / 1e9:.1f} GB/s, copying {copy / 1e9:.1f} GB/s")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The cases of bench_speed.py: what is timed of ours and of the library's, on the same folder of weights.
 
-A case is a function of (the command line's arguments, folder, side); it returns what is timed, which returns a
-number that both sides must agree on.
+A case is a function of (the command line's arguments, folder, side); it returns what is timed, which returns
+a number that both sides must agree on.
 """
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ NEW = 128                   # tokens that are generated
 
 def configs(size: str) -> tuple[dict, dict]:
     (L, D, H, G, hidden, V), (S, p, Di, Lv, Hv, hv) = SIZES[size]
-    text = dict(num_hidden_layers=L, hidden_size=D, num_attention_heads=H, num_key_value_heads=G, head_dim=D // H,
-                intermediate_size=hidden, vocab_size=V, max_position_embeddings=4096,
+    text = dict(num_hidden_layers=L, hidden_size=D, num_attention_heads=H, num_key_value_heads=G,
+                head_dim=D // H, intermediate_size=hidden, vocab_size=V, max_position_embeddings=4096,
                 tie_word_embeddings=V > 40000, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     vision = dict(image_size=S, patch_size=p, hidden_size=Di, num_hidden_layers=Lv, num_attention_heads=Hv,
                   intermediate_size=hv)
@@ -89,7 +89,8 @@ def build(kind: str, size: str, folder: Path) -> None:
                          resampler_head_dim=64, qk_layer_norms_perceiver=False)
         model = t.IdeficsForVisionText2Text(t.IdeficsConfig(
             **text, additional_vocab_size=2, cross_layer_interval=every, use_resampler=True,
-            alpha_initializer="ones", vision_config=dict(tower, hidden_act="gelu"), perceiver_config=resampler))
+            alpha_initializer="ones", vision_config=dict(tower, hidden_act="gelu"),
+            perceiver_config=resampler))
     model.save_pretrained(folder, max_shard_size="50GB")
 
 
@@ -266,7 +267,8 @@ def train_qformer(a, folder, side: str):
     if side == "ours":
         vlm = compile_layers(a, load_vlm(folder("instructblip"), a.device, a.dtype).train())
         return ours_step(a, vlm, frozen_but(vlm, a, vlm.bridge), bridge_tokens=words)
-    model = t.InstructBlipForConditionalGeneration.from_pretrained(folder("instructblip"), dtype=a.dtype).train()
+    kind = t.InstructBlipForConditionalGeneration
+    model = kind.from_pretrained(folder("instructblip"), dtype=a.dtype).train()
     parameters = frozen_but(model, a, model.qformer, model.language_projection,
                             model.vision_model.post_layernorm)
     model.query_tokens.data = model.query_tokens.data.to(TRAINED)
