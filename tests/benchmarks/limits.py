@@ -119,7 +119,8 @@ def describe_limits(dtypes: list[torch.dtype], device: str = "cpu") -> str:
     peaks = ", ".join(f"{str(d)[6:]} {peak(d, device) / 1e9:,.0f} GFLOP/s" for d in dtypes)
     read, copy = bandwidth(device)
     threads = torch.get_num_threads()
-    return (f"limits  {platform.machine()}, {threads} threads: products of {SQUARE} by {SQUARE} {peaks}; reading {read / 1e9:.1f} GB/s, copying {copy / 1e9:.1f} GB/s")
+    return (f"limits  {platform.machine()}, {threads} threads: products of {SQUARE} by {SQUARE} {peaks}; "
+            f"reading {read / 1e9:.1f} GB/s, copying {copy / 1e9:.1f} GB/s")
 
 
 if __name__ == "__main__":
