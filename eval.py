@@ -4,6 +4,7 @@
     python eval.py RUN [RUN …] --saved                 the same rows as each run measured them at its end
     python eval.py compare RUN [RUN …] --shots 0,4     captions, examples in the prompt, ScienceQA, MME
     python eval.py ask MODEL --image FILE --prompt "…" an answer about a picture, or of a decoder alone
+    python eval.py chat MODEL --image FILE             a conversation: lines in, streamed answers
     python eval.py look RUN --image FILE --prompt "…"  where the words of a prompt look in a picture
     python eval.py targets RUN [RUN …]                 do questions look at what they ask about? (shapes)
     python eval.py claims all --seeds 3                one miniature experiment per claim of the papers
@@ -423,10 +424,9 @@ def judge_answer(q: data.QA, answer: str) -> tuple[str, str]:
 
 # ---- 5. The command line ---------------------------------------------------------------------------------
 
-# The modules of support/lab stand above this file, so it imports none of them. It knows their names, and
-# loads the one that is asked for; run folders alone ask for the table.
-SUBCOMMANDS = {"compare": "support.lab.compare", "ask": "support.lab.ask", "look": "support.lab.look",
-               "targets": "support.lab.targets", "claims": "support.lab.claims", "draw": "support.lab.draw"}
+# The modules of support/lab stand above this file; it loads the one that is asked for, or else the table.
+SUBCOMMANDS = {name: f"support.lab.{name}" for name in
+               ("compare", "ask", "chat", "look", "targets", "claims", "draw")}
 
 
 def main(argv: list[str] | None = None) -> None:

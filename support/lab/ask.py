@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +40,8 @@ from support.plumbing.packed import packed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUESTION_FORMS = {      # model_type → a user's message about a picture, for the model's chat template
-    "llava": "<image>\n{}", "llava_llama": "<image>\n{}", "mllama": "<image>{}", "idefics": "<image>{}",
+    "llava": "<image>\n{}", "llava_llama": "<image>\n{}", "llava_mistral": "<image>\n{}",
+    "llava_qwen": "<image>\n{}", "mllama": "<image>{}", "idefics": "<image>{}",
 }
 
 
@@ -82,15 +84,29 @@ def read_question(vlm: VLM, tokenizer: Tokenizer, image: str, prompt: str,
     chat: as a conversation, in the tokenizer's chat template; see learned_chat.
     """
     pixels = data.to_pixels([read_image(image)], vlm.vit.config.image_size, vlm.processor)
+    return pixels, question_document(tokenizer, [prompt], chat)
+
+
+def question_document(tokenizer: Tokenizer, turns: list[str], chat: str = "") -> data.Document:
+    """A run's conversation about one picture, up to the place of its next answer.
+
+    turns: questions and answers in turn, the last a question; "" asks for a caption. chat: see learned_chat.
+    """
     if not chat:
-        text = data.QUESTION.format(prompt) if prompt else data.CAPTION
-        return pixels, data.Document(tokenizer).image().add(text)
-    if chat == "plain":                                 # it has learned captions alone, without a question
-        message = f"<image>{prompt}"
-    else:
-        prompt = prompt or PROTOCOLS["llava"].caption
-        message = "<image>\n" + (alpaca_prompt(prompt) if chat == "alpaca" else prompt)
-    return pixels, data.Document(tokenizer).chat(message)
+        document, forms = data.Document(tokenizer).image(), [data.QUESTION.format(q) if q else data.CAPTION
+                                                             for q in turns[::2]]
+        for form, answer in zip(forms, turns[1::2]):
+            document.turn(form, answer)
+        return document.add(forms[-1])
+    asked = [q if n % 2 or chat == "plain" else q or PROTOCOLS["llava"].caption for n, q in enumerate(turns)]
+    asked = [alpaca_prompt(q) if chat == "alpaca" and n % 2 == 0 else q for n, q in enumerate(asked)]
+    mark = "<image>" if chat == "plain" else "<image>\n"    # plain: it has learned captions alone
+    return data.Document(tokenizer).chat(as_messages([mark + asked[0], *asked[1:]]))
+
+
+def as_messages(turns: list[str]) -> list[dict]:
+    """A user's texts and the answers in turn, as a chat template reads them."""
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
 
 
 def ask_decoder(name: str, folder: Path, request: Request) -> str:
@@ -133,11 +149,11 @@ def ask_published(folder: Path, request: Request) -> str:
     facts = read_json(folder / "config.json")
     if not request.image and facts["model_type"] not in QUESTION_FORMS:
         raise UserError(f"{folder} answers about a picture only: give it one, --image FILE.")
-    pixels = picture_pixels(model.vit, folder, request.image) if request.image else None
+    pixels = picture_pixels(model.vit, folder, read_image(request.image)) if request.image else None
     if not isinstance(model, VLM):
         return match_caption(model, tokenizer, pixels, request.prompt)
     with at_the_door(f"{folder}, chat template {tokenizer.template.name}"):
-        tokens = question_tokens(facts, tokenizer, request.prompt, bool(request.image))
+        tokens = question_tokens(facts, tokenizer, [request.prompt], bool(request.image))
     images, device = {"pixels": pixels}, model.decoder.embed.weight.device
     if facts["model_type"] == "instructblip":   # the Q-Former reads the question, too, in BERT's words
         words = load_tokenizer(folder / "qformer_tokenizer")
@@ -163,9 +179,9 @@ def write_answer(model: nn.Module, tokens: Tensor, tokenizer: Tokenizer, request
     return tokenizer.answer_text(ids)
 
 
-def picture_pixels(vit: ViT | TiledViT, folder: Path, file: str) -> Tensor | Tiles:
-    """A picture file as this tower reads it: (1, 3, S, S), or tiles; on its device, in its dtype."""
-    weight, image, processor = next(vit.parameters()), [read_image(file)], load_processor(folder)
+def picture_pixels(vit: ViT | TiledViT, folder: Path, picture: np.ndarray) -> Tensor | Tiles:
+    """A picture (h, w, 3) as this tower reads it: (1, 3, S, S), or tiles; on its device, in its dtype."""
+    weight, image, processor = next(vit.parameters()), [picture], load_processor(folder)
     if not isinstance(vit, TiledViT):
         return data.to_pixels(image, vit.config.image_size, processor).to(weight.device, weight.dtype)
     pixels, aspect, mask = tile_pixels(image, vit.config.image_size, processor=processor)
@@ -183,12 +199,16 @@ def match_caption(stage1: nn.Module, tokenizer: Tokenizer, pixels: Tensor, capti
             f"similarity: {cosine:.3f} (ITC: cosine)")
 
 
-def question_tokens(facts: dict, tokenizer: Tokenizer, prompt: str, pictured: bool = True) -> list[int]:
-    """The ids of a question in the model's own form, about a picture or alone; facts: its config.json."""
+def question_tokens(facts: dict, tokenizer: Tokenizer, turns: list[str], pictured: bool = True) -> list[int]:
+    """The ids of a conversation in the model's own form, about a picture or alone; facts: its config.json.
+
+    turns: questions and answers in turn, the last a question.
+    """
     kind, document = facts["model_type"], data.Document(tokenizer)
     if kind == "instructblip":                  # the soft tokens come first, then <s> and the question alone
-        return [IMAGE, *document.add(prompt).tokens]
-    tokens = document.chat(QUESTION_FORMS[kind].format(prompt) if pictured else prompt).tokens
+        return [IMAGE, *document.add(turns[-1]).tokens]
+    first = QUESTION_FORMS[kind].format(turns[0]) if pictured else turns[0]
+    tokens = document.chat(as_messages([first, *turns[1:]])).tokens
     marks = ("<im_start>", "<im_end>")
     if pictured and facts.get("mm_use_im_start_end") and {*marks} <= tokenizer.special.keys():    # LLaVA v1
         at = tokens.index(IMAGE)
