@@ -183,7 +183,7 @@ class DecoderConfig:
     head_width: int = 32              # E
     hidden: int = 384                 # width of the SwiGLU feed-forward
     rope_theta: float = 10000.0       # base of the rotary frequencies
-    rope_scaling: Callable[[Tensor], Tensor] | None = None      # θ → θ, see rope_frequencies
+    rope_scaling: Callable[..., Tensor] | None = None   # θ, positions → θ, see rope_frequencies
     norm_eps: float = 1e-5            # ε of RMSNorm; always from the checkpoint, never a default
     tied: bool = True                 # the output projection is the embedding matrix
     attention_bias: bool | str = False    # biases on q, k, v and o, or on those that it names: "qkv" in Qwen2
@@ -204,7 +204,7 @@ class DecoderConfig:
             raise ValueError(f"RoPE rotates pairs, so the head width must be even, not {self.head_width}.")
 
 
-def rope_frequencies(config: DecoderConfig, device=None) -> Tensor:
+def rope_frequencies(config: DecoderConfig, device=None, positions: Tensor | None = None) -> Tensor:
     """(E/2,) float32: angle per position of each rotated pair (RoPE, 2104.09864v5, Eq. 15).
 
     (D3)  θ_i = base^(−2i/E)
@@ -213,7 +213,7 @@ def rope_frequencies(config: DecoderConfig, device=None) -> Tensor:
     """
     i = torch.arange(0, config.head_width, 2, dtype=torch.float32, device=device)
     theta = 1.0 / config.rope_theta ** (i / config.head_width)              # (D3)
-    return config.rope_scaling(theta) if config.rope_scaling else theta
+    return config.rope_scaling(theta, positions) if config.rope_scaling else theta
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -448,10 +448,10 @@ class Decoder(nn.Module):
             near = past + T <= window or visible.flip(-1).cumsum(-1).flip(-1) <= window     # keys from s to t
             bias = visible_to_bias(visible & near, dtype)[:, None]
         positions = bridge.rope_positions(positions, visual)
-        angle = positions[:, None, :, None] * rope_frequencies(self.config, x.device)   # (B or 1, 1, T, E/2)
-        angle = torch.cat((angle, angle), dim=-1)
-        causal = bias is None and T > 1
-        return Context(angle.cos().to(dtype), angle.sin().to(dtype), bias, causal, cache, bridge)
+        theta = rope_frequencies(self.config, x.device, positions).repeat(2)            # (E,)
+        angle, m = positions[:, None, :, None] * theta, getattr(self.config.rope_scaling, "cos_sin_factor", 1)
+        cos, sin = ((m * f(angle)).to(dtype) for f in (torch.cos, torch.sin))           # (B or 1, 1, T, E)
+        return Context(cos, sin, bias, bias is None and T > 1, cache, bridge)
 
     def forward(self, tokens: Tensor | None = None, mask: Tensor | None = None, *,
                 return_hidden: bool = False, **kw):

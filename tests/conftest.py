@@ -151,6 +151,14 @@ SMALL = {
 }
 
 
+def writes_first(text: str, i: int) -> dict:
+    """The post-processor of a tokenizer.json that puts a special token in front of a text."""
+    return {"type": "TemplateProcessing", "pair": [], "special_tokens": {
+                text: {"id": text, "ids": [i], "tokens": [text]}},
+            "single": [{"SpecialToken": {"id": text, "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}]}
+
+
 def write_byte_tokenizer(folder: Path, special: tuple[str, ...], post_processor: dict | None = None,
                          normalizer: dict | None = None, pre_tokenizer: dict | None = None, added: tuple = (),
                          **settings) -> None:

@@ -361,7 +361,8 @@ def test_a_missing_folder_config_or_shard_is_named(copy, tmp_path):
     "change, message",
     [
         ({"hidden_size": None}, "hidden_size.* is missing"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, '"yarn" is not supported'),
+        ({"rope_scaling": {"rope_type": "longrope"}}, '"longrope" is not supported'),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'factor' is missing"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
         ({"head_dim": 7}, "must be even, not 7"),
     ],

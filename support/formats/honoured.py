@@ -25,8 +25,8 @@ DECODER = keys("""model_type vocab_size hidden_size intermediate_size num_hidden
     num_key_value_heads head_dim hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters
     tie_word_embeddings attention_bias mlp_bias max_position_embeddings sliding_window use_sliding_window
     max_window_layers layer_types extra_tokens""")
-ROPE = keys("""rope_type type rope_theta factor low_freq_factor high_freq_factor
-    original_max_position_embeddings""")
+PLAIN_ROPE = keys("rope_type type rope_theta")
+ROPE = PLAIN_ROPE | keys("factor original_max_position_embeddings finetuned")
 PARAMS = keys("""dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta
     use_scaled_rope""")                                                                 # Meta's params.json
 VIT = keys("""model_type image_size patch_size hidden_size embed_dim num_hidden_layers num_attention_heads
@@ -110,7 +110,7 @@ WITHOUT_EFFECT = keys("""
     output_attentions output_hidden_states output_scores output_past return_dict_in_generate tf_legacy_loss
     max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups temperature top_k
     top_p typical_p num_return_sequences bad_words_ids remove_invalid_values suppress_tokens
-    begin_suppress_tokens prefix model_max_length max_sequence_length max_seq_len max_batch_size
+    begin_suppress_tokens stop_strings prefix model_max_length max_sequence_length max_seq_len max_batch_size
     ignore_index image_seq_length projection_dim
     projection_size layerscale_value out_features out_indices stage_names apply_layernorm use_mask_token
     reshape_hidden_states logit_scale_init_value use_qformer_text_input inference_mode task_type

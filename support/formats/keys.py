@@ -81,6 +81,8 @@ CONFIG = {
     **these("rope_scaling rope_parameters", Key((dict,), null=True, keys={
         "rope_theta": number(null=True, above=0), **these("rope_type type", TEXT),
         **these("factor low_freq_factor high_freq_factor original_max_position_embeddings", number(above=0)),
+        **these("beta_fast beta_slow attention_factor", number(null=True, above=0)),
+        **these("mscale mscale_all_dim", number(null=True, least=0)), "truncate": FLAG,
     })),
     **these("tie_word_embeddings attention_bias mlp_bias use_sliding_window multimodal_projector_bias "
             "vision_use_head qkv_bias use_swiglu_ffn qk_layer_norms qk_layer_norms_perceiver "
@@ -112,6 +114,8 @@ CONFIG = {
     **these("gated_cross_attention perceiver", Key((dict,), keys={"dim_head": size()})),
 }
 CONFIG |= these("text_config vision_config qformer_config perceiver_config", Key((dict,), keys=CONFIG))
+GENERATION = {"eos_token_id": IDS, "stop_strings": Key((str, list), null=True, each=TEXT)}
+CONFIG |= {"stop_strings": GENERATION["stop_strings"]}
 PARAMS = {                  # Meta's
     **these("dim n_heads multiple_of", size()),
     "n_layers": size(**LAYERS),
@@ -155,7 +159,7 @@ TOKENIZER_CONFIG = {
     "chat_template": Key((str, list, dict), null=True),
 }
 FILES = {                   # the end of a file's name → its table
-    "config.json": CONFIG, "generation_config.json": {"eos_token_id": IDS}, "params.json": PARAMS,
+    "config.json": CONFIG, "generation_config.json": GENERATION, "params.json": PARAMS,
     "preprocessor_config.json": PROCESSOR, "processor_config.json": PROCESSOR,
     "tokenizer.json": TOKENIZER, "tokenizer_config.json": TOKENIZER_CONFIG,
     "special_tokens_map.json": TOKENIZER_CONFIG,

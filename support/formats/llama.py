@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import torch
@@ -11,11 +11,11 @@ from torch import nn
 from model import Decoder, DecoderConfig
 from papers.bounds import nearest
 from papers.qk_norm import QKNorm
-from papers.rope_scaling import LinearScaling, Llama3Scaling
+from papers.rope_scaling import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
 from support.formats.checkpoint import Checkpoint, fill, published_tensors, tie
 from support.formats.cogvlm import as_llama, beside_decoder, is_cogvlm, language_names
 from support.formats.files import UserError, at_the_door, read_json, reading_config, write_json, write_tensors
-from support.formats.honoured import (DECODER, IDEFICS, LLAVA_AUTHORS, MLLAMA_TEXT, PARAMS, ROPE, keys,
+from support.formats.honoured import (DECODER, IDEFICS, LLAVA_AUTHORS, MLLAMA_TEXT, PARAMS, PLAIN_ROPE, ROPE,
                                       refuse_unknown)
 from support.formats.names import Names, Rotary, WB, expand, parameters
 
@@ -70,7 +70,8 @@ def meta_names(config: DecoderConfig, prefix: str = "") -> Names:
 LLAMAS = ("llama", "qwen2", "qwen3", "mistral", "llava", "llava_llama", "llava_mistral", "llava_qwen",
           "idefics", "mllama_text_model")
 
-ROPES = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}         # by rope_type
+ROPES = {"default": None, "linear": LinearScaling, "dynamic": DynamicScaling, "yarn": YarnScaling,
+         "llama3": Llama3Scaling}                       # by rope_type
 
 LLAMA_DEFAULTS = dict(  # transformers' LlamaConfig, for a config inside another one that is silent (LLaVA)
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -92,7 +93,11 @@ def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
     refuse_other_functions(c, where)
     kind = family(c)
     ropes = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    scaling = ROPES[rope_type(c)]
+    context, scaling = c.get("max_position_embeddings", 2048), rope_scaling(c, where)
+    if scaling and scaling.rope_type in ("linear", "dynamic"):      # there stands that of pretraining
+        context = int(context * scaling.factor)
+    elif scaling and scaling.rope_type == "yarn":
+        context = max(context, int(scaling.original_max_position_embeddings * scaling.factor))
     with reading_config(where, "a Llama config.json"):
         return DecoderConfig(
             vocab_size=c["vocab_size"],
@@ -104,12 +109,12 @@ def decoder_config(c: dict, where: str = "config.json") -> DecoderConfig:
                 128 if kind == "qwen3" else c["hidden_size"] // c["num_attention_heads"]),
             hidden=c["intermediate_size"],
             rope_theta=ropes.get("rope_theta") or c.get("rope_theta") or 10000.0,
-            rope_scaling=scaling and scaling(*(ropes[number.name] for number in fields(scaling))),
+            rope_scaling=scaling,
             norm_eps=c["rms_norm_eps"],
             tied=c.get("tie_word_embeddings", False),
             attention_bias="qkv" if kind == "qwen2" else c.get("attention_bias", False),
             mlp_bias=c.get("mlp_bias", False),
-            context=c.get("max_position_embeddings", 2048),
+            context=context,
             qk_norm=QKNorm if kind == "qwen3" else nn.Identity,
             window=sliding_window(c, where),
             extra_tokens=c.get("extra_tokens", 0))
@@ -158,13 +163,28 @@ def rope_type(c: dict) -> str:
     return ropes.get("rope_type", ropes.get("type", "default"))
 
 
+def rope_scaling(c: dict, where: str):
+    """What a config says about longer contexts, as papers/rope_scaling.py computes it; None: nothing."""
+    ropes, kind = c.get("rope_parameters") or c.get("rope_scaling") or {}, ROPES[rope_type(c)]
+    if kind is None:
+        return None
+    ropes = {"original_max_position_embeddings": c.get("max_position_embeddings", 2048),
+             **{key: value for key, value in ropes.items() if value is not None}}
+    if kind is DynamicScaling:                          # transformers reads this number alone
+        ropes["original_max_position_embeddings"] = c.get("max_position_embeddings", 2048)
+    with reading_config(where, f'a RoPE scaling "{kind.rope_type}"'):
+        return kind(**{f.name: ropes[f.name] for f in fields(kind)
+                       if f.name in ropes or f.default is MISSING})
+
+
 def refuse_other_ropes(c: dict, where: str) -> None:
     """A UserError where the RoPE of a config is of an unknown kind, or where it says two things."""
     kind, spellings = rope_type(c), [c.get("rope_parameters") or {}, c.get("rope_scaling") or {}]
     if kind not in ROPES:
         raise UserError(f'{where}: RoPE scaling "{kind}" is not supported; known: {", ".join(ROPES)}.')
     for ropes in spellings:
-        refuse_unknown(ropes, f"{where}: RoPE", ROPE if ROPES[kind] else keys("rope_type type rope_theta"))
+        numbers = ROPE | {f.name for f in fields(ROPES[kind])} if ROPES[kind] else PLAIN_ROPE
+        refuse_unknown(ropes, f"{where}: RoPE", numbers)
     said = [item for ropes in (*spellings, {"theta": c.get("rope_theta")}) for item in ropes.items()]
     values = {(key.removeprefix("rope_"), value if isinstance(value, (int, float)) else str(value))
               for key, value in said if value is not None}
@@ -232,9 +252,12 @@ def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
         extra = {"sliding_window": c.window, **extra}
         if name != "Mistral":
             extra = {"use_sliding_window": True, "max_window_layers": 0, **extra}
+    context = c.context
     if c.rope_scaling:
-        scaling = {"rope_type": c.rope_scaling.rope_type, **asdict(c.rope_scaling)}
-        extra = {"rope_scaling": scaling, **extra}
+        said = {key: value for key, value in asdict(c.rope_scaling).items() if value is not None}
+        extra = {"rope_scaling": {"rope_type": c.rope_scaling.rope_type, **said}, **extra}
+        if c.rope_scaling.rope_type in ("linear", "dynamic"):
+            context = round(c.context / c.rope_scaling.factor)
     if c.extra_tokens:                                  # transformers has no such Llama; we read it back
         extra = {**extra, "extra_tokens": c.extra_tokens}
     return dict(
@@ -243,7 +266,7 @@ def hf_decoder_config(c: DecoderConfig, **extra) -> dict:
         hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
         num_key_value_heads=c.kv_heads, head_dim=c.head_width, intermediate_size=c.hidden,
         rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
-        attention_bias=c.attention_bias is True, mlp_bias=c.mlp_bias, max_position_embeddings=c.context,
+        attention_bias=c.attention_bias is True, mlp_bias=c.mlp_bias, max_position_embeddings=context,
         **extra)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from support.formats.chat import template_of
 from support.formats.files import UserError, at_the_door, atomically, read_json, write_json
+from support.formats.generation import read_ends, read_stop_strings
 from support.formats.text_steps import (GPT2_SPLIT, flat_steps, make_normalizer, make_splitter,
                                         unknown_step)
 from support.formats.tokenizers import (CLIP_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, ByteLevel, ClipBPE,
@@ -28,8 +29,6 @@ from support.formats.tokenizers import (CLIP_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, B
 
 DECODERS = (None, "ByteLevel", "BPEDecoder", "Metaspace", "Sequence", "WordPiece")
 RULES = ("lstrip", "rstrip", "single_word", "normalized")
-LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast",
-                 "LLaMATokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
 # their code sets the blank in front of a text by the settings, whatever the tokenizer.json says
 PREFIX_BY_SETTINGS = ("GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 USUAL = {"bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "image": ("<image>", "<|image|>"),
@@ -53,7 +52,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer = READERS[file.name](file, settings)
             tokenizer.template = template_of(folder, settings, tokenizer)
             check_model_vocabulary(tokenizer, folder)
-        tokenizer.ends = read_ends(folder)
+        read_texts_that_end(tokenizer, folder)
         files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
         tokenizer.digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:32]
         return tokenizer
@@ -80,17 +79,11 @@ def read_settings(folder: Path) -> dict:
     return {**settings, "added": files.get("added_tokens.json", {})}
 
 
-def read_ends(folder: Path) -> frozenset[int]:
-    """The eos ids of generation_config.json and config.json: each has one, a list, or none."""
-    ends = set()
-    for file in (folder / "generation_config.json", folder / "config.json"):
-        content = read_json(file) if file.exists() else {}
-        text = content.get("text_config")
-        for part in (content, text if isinstance(text, dict) else {}):
-            ids = part.get("eos_token_id")
-            ids = ids if isinstance(ids, list) else [ids]
-            ends |= {i for i in ids if i is not None and i >= 0}        # early LLaMA files write −1 for none
-    return frozenset(ends)
+def read_texts_that_end(tokenizer: Tokenizer, folder: Path) -> None:
+    """Set `ends` and `stop_texts`; a stop string that is one token is an id as any other."""
+    texts, tokens = read_stop_strings(folder), {**tokenizer.words, **tokenizer.special}
+    tokenizer.ends = read_ends(folder) | {tokens[text] for text in texts if text in tokens}
+    tokenizer.stop_texts = tuple(text for text in texts if text not in tokens)
 
 
 def token_text(token) -> str | None:
@@ -155,11 +148,9 @@ def text_frame(processor: dict | None) -> tuple[list[int], list[int]]:
 def frame_texts(tokenizer: Tokenizer, settings: dict, data: dict) -> Tokenizer:
     """Set `begin` and `end`: as the post_processor of data writes them, unless the settings say otherwise.
 
-    LLaMA's class puts bos in front where no post-processor is given, and a file that does not have that key
-    leaves it as the kind of vocabulary has it.
+    Data that does not have that key leaves them as the kind of vocabulary has them.
     """
-    llama = settings.get("tokenizer_class", "") in LLAMA_CLASSES or isinstance(tokenizer, SentencePiece)
-    if data.get("post_processor") is not None or "post_processor" in data and not llama:
+    if "post_processor" in data:
         begin, end = text_frame(data["post_processor"])
         for i in (*begin, *end):
             if type(i) is not int or i not in {*tokenizer.special.values(), *tokenizer.text_ids}:
@@ -268,7 +259,11 @@ def dummy_prefix(steps: list[dict]) -> tuple[list[dict], tuple]:
 
 
 def read_tokenizer_json(file: Path, settings: dict) -> Tokenizer:
-    return from_json(file, settings, read_json(file))
+    """Its post_processor alone says what stands around a text; transformers 5 drops the settings as well."""
+    data = read_json(file)
+    if "post_processor" in data:
+        settings = {**settings, "add_bos_token": None, "add_eos_token": None}
+    return from_json(file, settings, data)
 
 
 def read_vocab_txt(file: Path, settings: dict) -> Tokenizer:
@@ -436,14 +431,17 @@ def check_model_vocabulary(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The files of a tokenizer, as they are, from one folder into another, and the ids that end a text."""
+    """The files of a tokenizer, as they are, from one folder into another, and the ids and texts that end a
+    text."""
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             with atomically(target / name) as tmp:
                 tmp.write_bytes((source / name).read_bytes())
-    ends = read_ends(source)
-    if ends:                                            # the target has a config.json of its own
-        write_json(target / "generation_config.json", {"eos_token_id": sorted(ends)})
+    ends, texts = sorted(read_ends(source)), read_stop_strings(source)
+    content = {"eos_token_id": ends} if ends else {}
+    if ends or texts:                                   # the target has a config.json of its own
+        content |= {"stop_strings": list(texts)} if texts else {}
+        write_json(target / "generation_config.json", content)
 
 
 READERS = {"tokenizer.json": read_tokenizer_json, "tokenizer.model": read_tokenizer_model,

@@ -51,11 +51,13 @@ class Tokenizer:
     directions know what precedes: "nothing", a "special" token, or "text" that goes on.
     begin, end: the ids that are written in front of a text and behind it, bos and none where no file says.
     template: the chat template of the folder that the tokenizer comes from (chat.py).
-    ends: ids that end a text by the configs of that folder; text_end: a text that ends an answer, if any.
+    ends, stop_texts: ids and texts that end a text by the configs of that folder; text_end: a text that ends
+    an answer in the chat template, if any.
     digest: of the files of that folder.
     """
     template = TEMPLATES["plain"]
     ends: frozenset[int] = frozenset()
+    stop_texts: tuple[str, ...] = ()
     text_end = digest = ""
 
     def __init__(self, text_ids, special: dict[str, int], bos: str | None = None, eos: str | None = None,
@@ -76,10 +78,11 @@ class Tokenizer:
         return tuple(sorted({self.eos, turn_end, *self.ends} - {None}))
 
     def answer_text(self, ids) -> str:
-        """Text of generated ids, up to the first that ends it, or to `text_end`."""
+        """Text of generated ids, up to the first that ends it, to one of `stop_texts` or to `text_end`."""
         ids, stop = [*map(int, ids)], self.stop
         end = next((n for n, i in enumerate(ids) if i in stop), len(ids))
-        text = self.decode(ids[:end]).strip()
+        text = self.decode(ids[:end])
+        text = text[:min((text.index(t) for t in self.stop_texts if t in text), default=len(text))].strip()
         return text.partition(self.text_end)[0].strip() if self.text_end else text
 
     def add(self, text: str) -> int:

@@ -28,6 +28,7 @@ from model import Decoder, IMAGE, VLM, ViT
 from papers.mllama_vit import TiledViT, Tiles
 from support.formats.chat import TEMPLATES, alpaca_prompt, use_template
 from support.formats.files import UserError, at_the_door, read_json
+from support.formats.generation import left_out
 from support.formats.hub import fetch, print_licence
 from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor, read_image, tile_pixels
@@ -129,8 +130,13 @@ def ask_decoder(name: str, folder: Path, request: Request) -> str:
 
 
 def open_tokenizer(folder: Path, template: str) -> Tokenizer:
-    """The tokenizer of a published model with a chat template of TEMPLATES, or "" for the folder's own."""
-    tokenizer = load_tokenizer(folder)
+    """The tokenizer of a published model with a chat template of TEMPLATES, or "" for the folder's own.
+
+    What the folder says about generation and is not done is said on stderr.
+    """
+    tokenizer, sentence = load_tokenizer(folder), left_out(folder)
+    if sentence:
+        print(sentence, file=sys.stderr)
     if template:
         use_template(template, tokenizer)
     return tokenizer

@@ -72,6 +72,8 @@ def saved_tables(runs: list[str]) -> dict[str, tuple[int, list[dict]]]:
     for run in runs:
         result = read_json(Path(run) / "results.json")
         count = result["items"]
+        if not result["rows"]:
+            raise UserError(f"{run}/results.json: holds no row; leave out --saved to measure the run now.")
         own = [row for row in result["rows"] if ", " in row["row"]]
         own = [{**row, "row": f"{Path(run).name}, {row['row'].split(', ')[-1]}"} for row in own]
         rows.setdefault(result["world"], []).extend(own)

@@ -1,5 +1,5 @@
-"""Writes tests/golden/{qwen2-bias, qwen3-qk-norm, mistral-plain, mistral-window, llama-rope-linear}: tiny
-decoders, what transformers makes of them.
+"""Writes tests/golden/{qwen2-bias, qwen3-qk-norm, mistral-plain, mistral-window, llama-rope-linear,
+qwen2-rope-yarn, llama-rope-dynamic}: tiny decoders, what transformers makes of them.
 
     pip install transformers; python tests/benchmarks/make_decoder_golden.py [CASE …]
 
@@ -82,11 +82,27 @@ CASES = {  # case → (config class, model class, fields, RoPE, what else a publ
         dict(rope_scaling={"type": "linear", "factor": 4.0}),
         "positions divided by 4; the published key is `type`",
     ),
+    "qwen2-rope-yarn": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        dict(rms_norm_eps=1e-6),
+        dict(rope_theta=10000.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
+        dict(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+        "some pairs interpolated, all scores larger, as the model cards of Qwen2.5 say for long texts",
+    ),
+    "llama-rope-dynamic": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        dict(rms_norm_eps=1e-5, max_position_embeddings=18),
+        dict(rope_theta=200.0, rope_type="dynamic", factor=4.0),
+        dict(rope_scaling={"type": "dynamic", "factor": 4.0}),
+        "24 tokens are more than the 18 of pretraining, so all pairs but the fastest turn slower; 18 are not",
+    ),
 }
 
 
 def make_model(kind, cls, fields: dict, ropes: dict):
-    config = kind(**SIZES, **fields, rope_parameters={"rope_type": "default", **ropes})
+    config = kind(**{**SIZES, **fields}, rope_parameters={"rope_type": "default", **ropes})
     config._attn_implementation = "eager"
     model = cls(config).eval().float()
     g = torch.Generator().manual_seed(SEED)

@@ -9,7 +9,8 @@ file, a flag. What comes of it is one of
     wrong       an exception of another kind, a hang, a number that is not finite, a model that changed with a
                 key outside CHANGES or did not change with a number of MATTERS
 
-Wrong ones must not be. The fast run tries a small sample, --slow a large one; -s prints the counts.
+Wrong ones must not be. Each test runs twice: with a small sample, and marked slow with the whole; -s prints
+the counts.
 """
 from __future__ import annotations
 
@@ -113,9 +114,15 @@ class Counts(collections.Counter):
         assert not self.failures, f"{len(self.failures)} wrong:\n" + "\n".join(self.failures[:40])
 
 
-def sample(inputs: list, request, fast: int, slow: int) -> list:
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["sample", "whole"])
+def whole(request) -> bool:
+    """Whether all inputs are tried, or a sample."""
+    return request.param
+
+
+def sample(inputs: list, whole: bool, fast: int, slow: int) -> list:
     """So many of the inputs, the same ones every time."""
-    count = slow if request.config.getoption("--slow") else fast
+    count = slow if whole else fast
     return inputs if len(inputs) <= count else random.Random(0).sample(inputs, count)
 
 
@@ -125,8 +132,8 @@ def sample(inputs: list, request, fast: int, slow: int) -> list:
 MATTERS = {"rms_norm_eps", "layer_norm_eps", "norm_eps", "rope_theta", "factor"}
 CHANGES = MATTERS | {
     "rope_parameters", "rope_scaling", "rope_type", "type", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings", "use_scaled_rope", "num_attention_heads", "hidden_act",
-    "attention_heads",
+    "original_max_position_embeddings", "max_position_embeddings", "use_scaled_rope", "num_attention_heads",
+    "hidden_act", "attention_heads",
     "vision_feature_layer", "vision_feature_select_strategy", "mm_vision_select_layer",
     "mm_vision_select_feature", "eos_token_id", "alpha_type", "sliding_window", "use_sliding_window",
     "max_window_layers", "num_heads", "text_config", "vision_config", "qformer_config", "perceiver_config",
@@ -231,7 +238,7 @@ def run_stage1(folder: Path) -> torch.Tensor:
 
 
 def run_decoder(folder: Path) -> torch.Tensor:
-    return load_decoder(folder)(torch.arange(24).view(2, 12))
+    return load_decoder(folder)(torch.arange(24)[None])
 
 
 def run_vit(folder: Path) -> torch.Tensor:
@@ -273,7 +280,8 @@ def run_flamingo(folder: Path) -> torch.Tensor:
 # file that is changed → (the golden folders that have it, what is done with one)
 JSON_FILES = [
     ("config.json", ["llama-mha", "llama-gqa-tied", "llama-rope-linear", "llama-rope-llama3", "mistral-plain",
-                     "qwen2-bias", "qwen3-qk-norm", "llama-sharded"], run_decoder),
+                     "qwen2-rope-yarn", "llama-rope-dynamic", "qwen2-bias", "qwen3-qk-norm",
+                     "llama-sharded"], run_decoder),
     ("model.safetensors.index.json", ["llama-sharded"], run_decoder),
     ("params.json", ["meta"], run_decoder),
     ("config.json", ["clip-vision-gelu", "clip-vision-quickgelu", "siglip-vision", "blip2-vision",
@@ -321,13 +329,13 @@ def copy_of(name: str, folder: Path) -> Path:
     return target
 
 
-def fuzz_json(file: str, name: str, run, tmp_path: Path, request, counts: Counts) -> None:
+def fuzz_json(file: str, name: str, run, tmp_path: Path, whole, counts: Counts) -> None:
     folder = copy_of(name, tmp_path)
     if not (folder / file).exists():
         return
     text = (folder / file).read_text()
     content, expected = json.loads(text), run(folder)
-    inputs = sample(json_inputs(content), request, 4, 130)
+    inputs = sample(json_inputs(content), whole, 4, 60 if name.startswith("run-") else 130)
     for keys, value in inputs:
         (folder / file).write_text(changed(content, keys, value))
         shown = "missing" if value is MISSING else repr(value)[:40]
@@ -349,10 +357,10 @@ def silently_wrong(keys: tuple, value, kind: str, expected, models: bool) -> str
 
 @pytest.mark.parametrize("file, names, run", JSON_FILES, ids=[f"{f}-{n[0]}" for f, n, _ in JSON_FILES])
 @torch.no_grad()
-def test_json(file, names, run, tmp_path, request):
+def test_json(file, names, run, tmp_path, whole):
     counts = Counts()
     for name in names:
-        fuzz_json(file, name, run, tmp_path, request, counts)
+        fuzz_json(file, name, run, tmp_path, whole, counts)
     counts.check(file)
 
 
@@ -366,7 +374,8 @@ DATA_FILES = [          # data set, its file, a split
     ("vqav2:vqav2", "v2_OpenEnded_mscoco_val2014_questions.json", "val"),
     ("textvqa:textvqa", "TextVQA_0.5.1_val.json", "val"),
     ("vizwizvqa:vizwiz_vqa", "Annotations/val.json", "val"),
-    ("scienceqa:scienceqa", "problems.json", "test"), ("llava:llava_instruct", "chat.json", "all"),
+    ("scienceqa:scienceqa", "problems.json", "test"),
+    ("llava:llava_instruct", "llava_instruct_150k.json", "all"),
     ("alpaca:alpaca", "alpaca_data.json", "all"),
 ]
 
@@ -377,17 +386,15 @@ def read_data(spec: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name, file, split", DATA_FILES, ids=[f"{n}-{f}" for n, f, _ in DATA_FILES])
-def test_data_sets(name, file, split, tmp_path, request):
+def test_data_sets(name, file, split, tmp_path, whole):
     kind, _, source = name.partition(":")
     shutil.copytree(GOLDEN / "datasets" / source, tmp_path / "set")
     found = [p for p in (tmp_path / "set").rglob(Path(file).name)]
-    if not found:
-        pytest.skip(f"no {file} in the golden set")
     content, counts = json.loads(found[0].read_text()), Counts()
     spec = f"{kind}:{tmp_path / 'set'}:{split}"
     expected = read_data(spec)
     inputs = [(keys, value) for keys in paths(content) for value in WRONG]
-    for keys, value in sample(inputs, request, 4, 100):
+    for keys, value in sample(inputs, whole, 4, 100):
         found[0].write_text(changed(content, keys, value))
         shown = "missing" if value is MISSING else repr(value)[:40]
         what = f"{file} {'.'.join(map(str, keys))} = {shown}"
@@ -439,17 +446,17 @@ WEIGHTS += [("run-mapl", run_tiny_run), ("run-qformer", run_tiny_run), ("run-fla
 
 @pytest.mark.parametrize("name, run", WEIGHTS, ids=[name for name, _ in WEIGHTS])
 @torch.no_grad()
-def test_weights(name, run, tmp_path, request):
+def test_weights(name, run, tmp_path, whole):
     folder, counts = copy_of(name, tmp_path), Counts()
     file = folder / ("bridge.safetensors" if name.startswith("run-") else "model.safetensors")
     data, tensors, expected = file.read_bytes(), load_file(file), run(folder)
-    for what, change in sample(list(tensor_damages(tensors).items()), request, 2, 40):
+    for what, change in sample(list(tensor_damages(tensors).items()), whole, 2, 40):
         damaged = {n: t.contiguous() for n, t in {**tensors, **change}.items() if t is not None}
         save_file(damaged, file, {"format": "pt"})
         result = outcome(lambda: run(folder), expected)
         accepted = result[0] in ("equal", "changed")
         counts.add(f"{name}: {what}", result, f"accepted, {result[0]}" if accepted else "")
-    for what, damaged in sample(list(byte_damages(data).items()), request, 2, 40):
+    for what, damaged in sample(list(byte_damages(data).items()), whole, 2, 40):
         file.write_bytes(damaged)
         counts.add(f"{name}: {what}", outcome(lambda: run(folder), expected))
     counts.check(name)
@@ -471,7 +478,7 @@ def run_state(folder: Path) -> torch.Tensor:
     return torch.cat([*parameters, *moments, torch.tensor([float(state.step), state.smooth_loss or 0])])
 
 
-def test_states(tmp_path, request):
+def test_states(tmp_path, whole):
     torch.manual_seed(0)
     module, counts = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)), Counts()
     optimizer = torch.optim.AdamW(module.parameters())
@@ -489,7 +496,7 @@ def test_states(tmp_path, request):
     for name, t in tensors.items():
         damages |= {f"{name} missing": {name: None}, f"{name} int64": {name: t.long()}}
         damages[f"{name} shorter"] = {name: t.flatten()[:-1]}
-    for what, change in sample(list(damages.items()), request, 15, 300):
+    for what, change in sample(list(damages.items()), whole, 15, 300):
         save_file({n: t.contiguous() for n, t in {**tensors, **change}.items() if t is not None}, file, facts)
         result = outcome(lambda: run_state(tmp_path), expected)
         accepted = result[0] in ("equal", "changed")
@@ -499,13 +506,13 @@ def test_states(tmp_path, request):
             changed_facts = {k: v for k, v in {**facts, key: value}.items() if v is not None}
             save_file(tensors, file, changed_facts)
             counts.add(f"state: {key} = {value!r:.20}", outcome(lambda: run_state(tmp_path), expected))
-    for what, damaged in sample(list(byte_damages(data).items()), request, 15, 300):
+    for what, damaged in sample(list(byte_damages(data).items()), whole, 15, 300):
         file.write_bytes(damaged)
         counts.add(f"state: {what}", outcome(lambda: run_state(tmp_path), expected))
     counts.check("state.safetensors")
 
 
-def test_logs_and_results(tmp_path, request, monkeypatch, capsys):
+def test_logs_and_results(tmp_path, whole, monkeypatch, capsys):
     """log.jsonl, results.json, the answers that a comparison keeps: every key with every wrong value."""
     monkeypatch.chdir(tmp_path)
     log = {"step": 1, "loss": 2.0, "ema": 2.0, "lr": 0.1, "seconds": 3.0, "gates": [[0.1], [0.2]],
@@ -519,7 +526,7 @@ def test_logs_and_results(tmp_path, request, monkeypatch, capsys):
     counts = Counts()
     for name, content, read in readers:
         inputs = [(keys, value) for keys in paths(content) for value in WRONG]
-        for keys, value in sample(inputs, request, 25, 300):
+        for keys, value in sample(inputs, whole, 25, 300):
             (tmp_path / name).write_text(changed(content, keys, value) + "\n")
             counts.add(f"{name} {keys} = {value!r:.40}", outcome(read))
         for text in ("", "\n", "5\n", "[]\n", "null\n", "{\n", "[" * 100_000 + "\n", "\0"):
@@ -573,7 +580,7 @@ def stopped(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
 
 
-def test_flags_of_training(stopped, tmp_path, request):
+def test_flags_of_training(stopped, tmp_path, whole):
     start = ["--steps", "1", "--batch", "2", "--eval-items", "1", "--samples", "0", "--out", "out/o"]
     flags = [flag_name(f.name) for f in fields(train.Settings)]
     booleans = {flag_name(f.name) for f in fields(train.Settings) if f.type == "bool"}
@@ -583,11 +590,11 @@ def test_flags_of_training(stopped, tmp_path, request):
     lines += [[*start, "--data", f"shapes + shapes-pages * {value}"] for value in NUMBERS]
     lines += [["--resume", value] for value in NUMBERS] + [["--curves", value] for value in NUMBERS]
     counts = Counts()
-    fuzz_command(train.main, sample(lines, request, 12, 350), tmp_path, counts)
+    fuzz_command(train.main, sample(lines, whole, 12, 350), tmp_path, counts)
     counts.check("flags of train.py")
 
 
-def test_options_of_bridges(stopped, tmp_path, request):
+def test_options_of_bridges(stopped, tmp_path, whole):
     counts, lines = Counts(), []
     for name, kind in ALL_BRIDGES.items():
         for option in [*arguments(kind), "reads", "reads_cls", "version", "nothing"]:
@@ -600,11 +607,11 @@ def test_options_of_bridges(stopped, tmp_path, request):
         vlm = VLM(ViT(TINY_VIT), bridge, tiny_decoder())
         vlm.features(torch.zeros(1, 3, 24, 24))
 
-    fuzz_command(build, sample(lines, request, 20, 500), tmp_path, counts)
+    fuzz_command(build, sample(lines, whole, 20, 500), tmp_path, counts)
     counts.check("options of bridges")
 
 
-def test_flags_of_evaluation(stopped, tmp_path, request):
+def test_flags_of_evaluation(stopped, tmp_path, whole):
     run, facts = tmp_path / "run", {"settings": {"data": "shapes", "seed": 0}}
     save_vlm(shapes_vlm("mlp", hidden=8), run, facts, "weights/vit", "weights/decoder")
     flags = {"": ["--items", "--beams", "--device"],
@@ -620,15 +627,15 @@ def test_flags_of_evaluation(stopped, tmp_path, request):
         lines += [[*filter(None, [command]), value] for value in NUMBERS]
     lines += [[str(run), "--device", value] for value in ("cuda", "cuda:9", "mps", "gpu")]
     counts = Counts()
-    fuzz_command(eval_main, sample(lines, request, 12, 350), tmp_path, counts)
+    fuzz_command(eval_main, sample(lines, whole, 12, 350), tmp_path, counts)
     counts.check("flags of eval.py")
 
 
-def test_flags_of_data(stopped, tmp_path, request):
+def test_flags_of_data(stopped, tmp_path, whole):
     specs, counts = ("shapes", "emoji", "shapes:test", *NUMBERS), Counts()
     lines = [[spec, value] for spec in specs for value in ("1", *NUMBERS)]
     lines += [["generate", "shapes", str(tmp_path / f"i{n}"), value] for n, value in enumerate(NUMBERS)]
     lines += [["generate", value, "1", "1"] for value in NUMBERS]
     lines += [["generate", "shapes", str(tmp_path / f"t{n}"), "1", value] for n, value in enumerate(NUMBERS)]
-    fuzz_command(data_main, sample(lines, request, 12, 250), tmp_path, counts)
+    fuzz_command(data_main, sample(lines, whole, 12, 250), tmp_path, counts)
     counts.check("flags of data.py")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import GOLDEN, chain_decoder, golden, speaking, write_byte_tokenizer
+from conftest import GOLDEN, chain_decoder, golden, speaking, write_byte_tokenizer, writes_first
 import eval as evaluation
 from data import Document
 from model import VLM
@@ -39,7 +39,8 @@ OTHER = "{% for m in messages %}{{ '@@' + m['role'] + ' ' + m['content'] }}{% en
 
 
 @pytest.mark.parametrize("special, settings", [
-    (LLAMA3, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}),
+    (LLAMA3, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>",
+              "post_processor": writes_first("<|begin_of_text|>", 256)}),
     (IM, {"eos_token": "<|endoftext|>"})], ids=["Llama 3", "Qwen2"])
 def test_a_base_model_with_chat_tokens_is_given_the_text_itself(special, settings, tmp_path):
     write_byte_tokenizer(tmp_path, special, **settings)

@@ -9,7 +9,7 @@ import torch
 
 import data
 import eval as evaluation
-from conftest import chain_decoder, write_byte_tokenizer
+from conftest import chain_decoder, write_byte_tokenizer, writes_first
 from model import IMAGE
 from support.formats import load_decoder, load_tokenizer
 from support.formats.files import UserError
@@ -92,12 +92,55 @@ def test_llama_3_as_meta_ships_it_ends_a_turn_with_eot(tmp_path, capsys):
 def test_idefics_ends_an_utterance_with_its_own_token(tmp_path):
     special = ("<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>")
     write_byte_tokenizer(tmp_path, special, bos_token="<s>", eos_token="</s>", image_token="<image>",
-                         add_bos_token=True)
+                         post_processor=writes_first("<s>", 256))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics", "eos_token_id": 2}))
     t = load_tokenizer(tmp_path)
     assert t.stop == (2, 257, 260) and t.answer_text([A, B, 260, C]) == "AB"
     prompt = data.Document(t).chat("<image>hello").tokens
     assert prompt == [256, *b"User:", 258, IMAGE, 258, *b"hello", 260, *b"\nAssistant:"]
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("texts, answer", [
+    (["CB"], "AB"), ("CB", "AB"), (["\nX", "BC"], "A"), (["<|end_of_text|>"], "A"), (["no", ""], "ABCBC"),
+    (None, "ABCBC"), ([], "ABCBC")])
+def test_an_answer_ends_before_a_stop_string(file, texts, answer, tmp_path, capsys):
+    """The model writes A <|end_of_text|> B C B C …; the tokenizer names another end."""
+    folder = llama_folder(tmp_path, {LINE: A, A: END, END: B, B: C, C: B}, eos_token="<|eot_id|>")
+    content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**content, "stop_strings": texts}))
+    assert ask(folder, capsys) == answer
+    copy_tokenizer(folder, tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run").answer_text(b"ABCBC") == (
+        "ABCBC" if "end" in str(texts) else answer)
+
+
+@pytest.mark.parametrize("texts", [3, [1], {"a": "b"}, True])
+def test_a_stop_string_that_is_no_text_is_one_sentence(texts, tmp_path):
+    write_byte_tokenizer(tmp_path, LLAMA3)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"stop_strings": texts}))
+    with pytest.raises(UserError, match="generation_config.json: the key 'stop_strings"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096, "eos_token_id": [2]},
+     "do_sample, temperature 0.6, top_p 0.9, max_length 4096;"),
+    ({"repetition_penalty": 1.1, "temperature": 0.6}, "repetition_penalty 1.1;"),
+    ({"no_repeat_ngram_size": 1, "min_length": 3, "bad_words_ids": [[1], [2, 3]]},
+     "no_repeat_ngram_size 1, min_length 3, bad_words_ids [[1], [2, 3]];"),
+    ({"suppress_tokens": [7], "forced_bos_token_id": 1, "forced_eos_token_id": 0, "min_new_tokens": 1},
+     "min_new_tokens 1, suppress_tokens [7], forced_bos_token_id 1, forced_eos_token_id 0;"),
+    ({"num_beams": 4, "length_penalty": 2.0}, "length_penalty 2.0, num_beams 4;"),
+    ({"do_sample": False, "temperature": 1.0, "top_k": 50, "repetition_penalty": 1.0, "num_beams": 1,
+      "no_repeat_ngram_size": 0, "min_length": 0, "max_length": 20, "bad_words_ids": None,
+      "suppress_tokens": [], "bos_token_id": 1, "pad_token_id": 0, "use_cache": True}, "")])
+def test_what_else_would_change_an_answer_is_said_in_one_sentence(content, words, tmp_path, capsys):
+    folder = llama_folder(tmp_path, {LINE: A, A: EOT}, eos_token="<|eot_id|>")
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    evaluation.main(["ask", str(folder), "--prompt", "hi\n", "--max-new-tokens", "3", "--device", "cpu"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "asks for" in line]
+    assert (len(said), words in "".join(said)) == (bool(words), True)
 
 
 def test_a_run_keeps_the_ends_of_its_decoder(tmp_path):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from conftest import GOLDEN, write_byte_tokenizer
+from conftest import GOLDEN, write_byte_tokenizer, writes_first
 from data import Document
 from model import IMAGE
 from support.formats import load_tokenizer
@@ -86,12 +86,12 @@ def test_a_template_writes_its_own_first_token_or_none(tmp_path):
     pytest.importorskip("jinja2")
     form = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     for n, (template, want) in enumerate([(form, "[hello]"), ("{{ bos_token }}" + form, "<s>[hello]")]):
-        t = published(tmp_path / str(n), template, add_bos_token=True)
+        t = published(tmp_path / str(n), template, post_processor=writes_first("<s>", 256))
         assert Document(t).add("x").tokens == [256, ord("x")] and spelled(t, USER) == want
     # The tokenizer of a processor adds it where the template has none.
     for n, (template, want) in enumerate([(form, "<s>[hello]"), ("{{ bos_token }}" + form, "<s>[hello]")]):
         files = {"preprocessor_config.json": {}}
-        t = published(tmp_path / f"p{n}", template, files=files, add_bos_token=True)
+        t = published(tmp_path / f"p{n}", template, files=files, post_processor=writes_first("<s>", 256))
         assert spelled(t, USER) == want
 
 

@@ -22,7 +22,7 @@ from conftest import check, check_decoder, check_states, golden, stir, tiny_deco
 from model import Decoder, DecoderConfig, ViT, ViTConfig, rope_frequencies
 from papers.rope_scaling import LinearScaling, Llama3Scaling
 from support.formats.checkpoint import Checkpoint
-from support.formats.files import UserError
+from support.formats.files import UserError, read_json
 from support.formats.llama import decoder_config, load_decoder, meta_decoder_config, save_decoder
 from support.formats.vision import empty_vit, load_clip, load_vit, save_vit, vit_config
 from support.formats.vlm import load_vlm
@@ -35,12 +35,40 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("config", ["config.json", "config.hub.json"])
 @pytest.mark.parametrize(
-    "name", ["qwen2-bias", "qwen3-qk-norm", "mistral-plain", "mistral-window", "llama-rope-linear"]
+    "name", ["qwen2-bias", "qwen3-qk-norm", "mistral-plain", "mistral-window", "llama-rope-linear",
+             "qwen2-rope-yarn", "llama-rope-dynamic"]
 )
 def test_relatives_of_llama_give_the_published_numbers(name, config, tmp_path):
     shutil.copy(golden(name)[0] / "model.safetensors", tmp_path)
     shutil.copy(golden(name)[0] / config, tmp_path / "config.json")
     check_decoder(name, load_decoder(tmp_path))
+
+
+@pytest.mark.parametrize("name, context", [("llama-rope-linear", 256), ("qwen2-rope-yarn", 64),
+                                           ("llama-rope-dynamic", 72), ("llama-rope-llama3", None)])
+def test_a_longer_context_is_read_and_survives_saving(name, context, tmp_path):
+    """factor times the context of pretraining, which max_position_embeddings or the scaling itself names."""
+    decoder = load_decoder(golden(name)[0])
+    assert context in (None, decoder.config.context)
+    save_decoder(decoder, tmp_path)
+    assert load_decoder(tmp_path).config == decoder.config
+
+
+@pytest.mark.parametrize("change, m", [
+    ({}, 0.1 * math.log(4) + 1), ({"attention_factor": 0.7}, 0.7), ({"factor": 0.5}, 1.0),
+    ({"mscale": 1.0, "mscale_all_dim": 0.8}, (0.1 * math.log(4) + 1) / (0.08 * math.log(4) + 1)),
+    ({"mscale": 1.0}, 0.1 * math.log(4) + 1), ({"finetuned": True}, 0.1 * math.log(4) + 1)])
+def test_yarns_scores_grow_as_its_config_says(change, m):
+    config = {**read_json(golden("qwen2-rope-yarn")[0] / "config.hub.json")}
+    config["rope_scaling"] = {**config["rope_scaling"], **change}
+    assert decoder_config(config).rope_scaling.cos_sin_factor == pytest.approx(m)
+
+
+def test_a_number_of_another_scaling_is_refused():
+    config = {**read_json(golden("llama-rope-linear")[0] / "config.hub.json")}
+    config["rope_scaling"] = {**config["rope_scaling"], "beta_fast": 32}
+    with pytest.raises(UserError, match="RoPE: the key 'beta_fast'"):
+        decoder_config(config)
 
 
 def test_qwen2s_biases_are_on_q_k_v_and_survive_saving(tmp_path):
@@ -167,8 +195,8 @@ def test_published_configs_give_the_published_models(published, parameters, fiel
             "28 of the 32 layers see their whole past and the others 2048 tokens",
         ),
         (dict(hidden_act="gelu"), 'activation "gelu"'),
-        (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), '"dynamic" is not supported'),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), '"yarn".*known: default, linear, llama3'),
+        (dict(rope_scaling={"type": "longrope", "factor": 2.0}), '"longrope" is not supported'),
+        (dict(rope_scaling={"rope_type": "su", "factor": 2.0}), '"su".*known: default, linear, dynamic'),
         (dict(rope_scaling={"type": "linear"}), "'factor' is missing"),
         (
             dict(rope_scaling={k: v for k, v in SCALING.items() if k != "low_freq_factor"}),

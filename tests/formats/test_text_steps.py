@@ -80,14 +80,13 @@ BOS = template_processing("<s>", "A")
     ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, BOS]}, {}, (256,), ()),
     ({"type": "RobertaProcessing", "cls": ["<s>", 256], "sep": ["</s>", 257]}, {}, (256,), (257,)),
     ({"type": "BertProcessing", "cls": ["<s>", 256], "sep": ["</s>", 257]}, {}, (256,), (257,)),
-    (None, {"add_bos_token": True}, (256,), ()),
-    (BOS, {"add_bos_token": False}, (), ()),
-    (BOS, {"add_bos_token": True, "add_eos_token": True}, (256,), (257,)),
-    (None, {"add_bos_token": True, "bos_token": None}, (), ()),             # Qwen2: bos_token null
-    (None, {"tokenizer_class": "LlamaTokenizerFast"}, (256,), ()),
-    (None, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, (), ()),
+    (None, {"add_bos_token": True}, (), ()),                                # transformers 5 drops these two
+    (BOS, {"add_bos_token": False}, (256,), ()),
+    (BOS, {"add_bos_token": True, "add_eos_token": True}, (256,), ()),
+    (None, {"tokenizer_class": "LlamaTokenizerFast"}, (), ()),
+    (None, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}, (), ()),
 ])
-def test_bos_is_written_where_the_files_say_so(processor, settings, begin, end, tmp_path):
+def test_bos_is_written_where_the_post_processor_says_so(processor, settings, begin, end, tmp_path):
     write_byte_tokenizer(tmp_path, ("<s>", "</s>"), processor,
                          **{"bos_token": "<s>", "eos_token": "</s>", **settings})
     t = load_tokenizer(tmp_path)
@@ -95,12 +94,17 @@ def test_bos_is_written_where_the_files_say_so(processor, settings, begin, end, 
     assert Document(t).chat("hello").tokens == [*begin, *b"hello"]          # a base model: the text itself
 
 
-def test_a_file_that_does_not_speak_of_a_post_processor_has_bos(tmp_path):
-    write_byte_tokenizer(tmp_path, ("<s>", "</s>"))
+@pytest.mark.parametrize("settings, begin, end", [
+    ({}, (256,), ()), ({"add_bos_token": False}, (), ()), ({"add_eos_token": True}, (256,), (257,)),
+    ({"add_bos_token": True, "bos_token": None}, (), ())])
+def test_without_a_post_processor_the_settings_say_what_stands_around_a_text(settings, begin, end, tmp_path):
+    write_byte_tokenizer(tmp_path, ("<s>", "</s>"),
+                         **{"bos_token": "<s>", "eos_token": "</s>", **settings})
     file = json.loads((tmp_path / "tokenizer.json").read_text())
     del file["post_processor"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    assert load_tokenizer(tmp_path).begin == (256,)
+    t = load_tokenizer(tmp_path)
+    assert (t.begin, t.end) == (begin, end)
 
 
 SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False}
