@@ -448,6 +448,8 @@ FORMATS = {                     # kind: reader, splits (the first is the default
 }
 LAYOUTS = {                     # kind: what lies in PATH, in a line
     "folder": "cat.jpg and cat.txt, or captions.jsonl, captions.csv; sub-folders",
+    "parquet": "train-00000-of-00002.parquet …: columns image, text, question …",
+    "wds": "00000.tar …: cat.jpg, cat.txt or cat.json …: WebDataset's shards",
     "coco": "annotations/captions_train2014.json …, train2014/, val2014/ …",
     "karpathy": "dataset_coco.json, train2014/, val2014/",
     "flickr30k": "dataset_flickr30k.json, flickr30k-images/",

@@ -11,6 +11,7 @@ Without a list at the top, those of the sub-folders count. The id of a picture i
 """
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,14 +137,15 @@ def read_texts(found: Walk, folder: Path, parts: set[str],
             for picture in described:
                 i = picture.removeprefix(f"{folder}/")
                 yield Record(i, [picture], SPLITS[part_of(i, parts).lower()], captions)
-        except ValueError as e:
+        except (ValueError, OSError) as e:
             yield BrokenRecord(text, str(e).removeprefix(f"{text}: ").rstrip("."))
 
 
 def read_captions(file: Path) -> list[str]:
     """The lines of a text, UTF-8 or UTF-16; a ValueError where it holds none."""
-    with naming_file(file):
-        content = file.read_bytes()
+    with naming_file(file) if file.is_symlink() else contextlib.nullcontext():
+        with open(file, "rb") as f:
+            content = f.read()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:

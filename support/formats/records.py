@@ -304,6 +304,11 @@ def name_contents(paths: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def content_name(size: int, last: bytes) -> int:
+    """A number of 64 bits for a picture of this many bytes that ends so (its last 4096)."""
+    return int.from_bytes(hashlib.blake2b(b"%d " % size + last, digest_size=8).digest(), "little")
+
+
 def end_digest(path: str) -> bytes:
     with open(path, "rb") as f:
         f.seek(-min(4096, os.fstat(f.fileno()).st_size), os.SEEK_END)

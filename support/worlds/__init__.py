@@ -14,21 +14,24 @@ from data import Item, Shapes
 from papers.bounds import nearest
 from support.formats.datasets import FORMATS
 from support.formats.files import UserError
+from support.formats.shards import SHARDED
 from support.worlds.emoji import Emoji
 from support.worlds.files import Files, MissingPicture
 from support.worlds.forms import (ShapesAnswers, ShapesChoices, ShapesPages, ShapesPhrases, ShapesPlaces,
                                   ShapesReasons, ShapesWeb, ShapesWords)
+from support.worlds.shards import ShardedFiles
 
 WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, ShapesChoices, ShapesReasons,
                                           ShapesAnswers, ShapesWeb, ShapesPhrases, ShapesPlaces,
                                           Emoji)}
 
-CHOICES = {"scienceqa", ShapesChoices.name}             # kinds with multiple choice
+KINDS = {**FORMATS, **SHARDED}                          # on disk: (reader, splits, held-out split)
+CHOICES = {"scienceqa", *SHARDED, ShapesChoices.name}   # kinds with multiple choice, or that may have it
 NO_QUESTIONS = {"coco", "karpathy", "flickr30k", "flickr8k", "cc", "textcaps", "vizwiz", "llava", "alpaca",
                 "interleaved", ShapesWeb.name}
-CONVERSATIONS = {"llava", "alpaca", ShapesWords.name}   # kinds that --template writes
-NO_CAPTIONS = {"vqav2", "okvqa", "textvqa", "vizwizvqa", "scienceqa", "mme", "interleaved", ShapesPages.name,
-               ShapesChoices.name, *CONVERSATIONS}
+CONVERSATIONS = {"llava", "alpaca", *SHARDED, ShapesWords.name}         # kinds that --template writes
+NO_CAPTIONS = {"vqav2", "okvqa", "textvqa", "vizwizvqa", "scienceqa", "mme", "interleaved", "llava", "alpaca",
+               ShapesPages.name, ShapesChoices.name, ShapesWords.name}
 
 
 def unread_settings(specs: list[str]) -> set[str]:
@@ -48,27 +51,28 @@ def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0
     links that leave its folder. A UserError for an unknown kind, path or split.
     """
     kind, _, rest = spec.partition(":")
-    if kind not in WORLDS and kind not in FORMATS:
-        raise UserError(f'unknown data "{kind}"; ' + nearest(kind, [*WORLDS, *FORMATS]))
+    if kind not in WORLDS and kind not in KINDS:
+        raise UserError(f'unknown data "{kind}"; ' + nearest(kind, [*WORLDS, *KINDS]))
     if not 0 < share <= 1 or kind in WORLDS and share < 1:
         raise UserError(f"--share {100 * share:g} of {spec}: give a percentage above 0, "
                         "under 100 only of files.")
     if kind in WORLDS:
         return WORLDS[kind](known_split(kind, rest, WORLDS[kind].splits), seed)
-    splits = FORMATS[kind][1].split()
+    splits = KINDS[kind][1].split()
     path, _, split = rest.rpartition(":")
     if not path or split not in splits and (Path(rest).exists() or not Path(path).exists()):
         path, split = rest, ""
     if not path or not Path(path).exists():
         raise UserError(f'{spec}: no such folder; write {kind}:PATH or {kind}:PATH:SPLIT '
                         f'(of {", ".join(splits)}).')
-    return Files(kind, path, known_split(kind, split, splits), seed, strict, share, follow_links)
+    world = ShardedFiles if kind in SHARDED else Files
+    return world(kind, path, known_split(kind, split, splits), seed, strict, share, follow_links)
 
 
 def open_split(world, split: str):
     """Another split of a world, all of it, with the same seed, to evaluate on: see Files.evaluates."""
     if isinstance(world, Files):
-        other = Files(world.kind, world.path, split, world.seed, follow_links=world.follow_links)
+        other = type(world)(world.kind, world.path, split, world.seed, follow_links=world.follow_links)
         other.evaluates = True
         return other
     return type(world)(split, world.seed)

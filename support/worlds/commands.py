@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from support.formats.datasets import FORMATS, LAYOUTS
+from support.formats.datasets import LAYOUTS
 from support.formats.files import UserError, at_the_door, check_value
-from support.worlds import WORLDS, open_data
+from support.worlds import KINDS, WORLDS, open_data
 from support.worlds.instruct import generate_instructions
 
 DESCRIPTION = """Show items of a data set, or generate LLaVA-Instruct's kind of data about its pictures.
@@ -43,7 +43,7 @@ def list_kinds() -> str:
         return line + textwrap.shorten(f"[{splits}]", 110 - len(line), placeholder=" …]")
 
     drawn = [row(kind, WORLD_LINES[kind], " ".join(world.splits)) for kind, world in WORLDS.items()]
-    read = [row(kind, layout, FORMATS[kind][1]) for kind, layout in LAYOUTS.items()]
+    read = [row(kind, layout, KINDS[kind][1]) for kind, layout in LAYOUTS.items()]
     return "\n".join(["KIND or KIND:SPLIT, drawn here  [splits, the first is the default]", *drawn, "",
                       "KIND:PATH or KIND:PATH:SPLIT, on your disk: what lies in PATH", *read,
                       "Of a data set without splits on disk every tenth picture is val; all is everything."])

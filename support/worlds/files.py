@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from data import Item, QA
 from support.formats.datasets import FORMATS, LAYOUTS, OWN, OWN_TEST, split_at_pictures
 from support.formats.files import UserError
 from support.formats.pictures import read_image
-from support.formats.records import (BrokenRecord, MOST_COMPARED, Record, Unpaired, find_picture, link_leaves,
-                                     name_contents, picture_key, reading_inside)
+from support.formats.records import (BrokenRecord, MOST_COMPARED, Record, Unpaired, content_name,
+                                     find_picture, link_leaves, name_contents, picture_key, reading_inside)
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}       # the names of LLaVA's files → ours
 
@@ -125,28 +126,40 @@ class Files:
     """
     size = 64                       # side of the pictures in pixels, for a ViT trained here
     finite, says_scenes = True, False
+    kinds = FORMATS
     evaluates = False               # a picture that cannot be read is missing; else the next item stands in
 
     def __init__(self, kind: str, path: str, split: str, seed: int = 0, strict: bool = False,
                  share: float = 1.0, follow_links: bool = False):
-        reader, splits, held_out = FORMATS[kind]
+        reader, splits, held_out = self.kinds[kind]
         year = split[-4:] if kind == "coco" and split[:-4] in ("train", "val") else ""
         self.held_out = held_out + year                 # train2017 holds most of val2014
         self.kind, self.path, self.splits, self.split, self.seen = kind, path, splits.split(), split, split
         self.seed, self.strict, self.follow_links = seed, strict, follow_links
         self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
         self.name, self.broken, self.order = f"{kind}:{path}", {}, (-1, None)
-        with contextlib.nullcontext() if follow_links else reading_inside(self.folder, Path(path)):
-            items = self.collect(reader(Path(path), split))
-        if items and splits in (OWN, OWN_TEST):
+        self.items = self.open_items(reader, share)
+
+    def open_items(self, reader, share: float) -> list[list[Record]]:
+        """The items of this split, or a share of them."""
+        path = Path(self.path)
+        with contextlib.nullcontext() if self.follow_links else reading_inside(self.folder, path):
+            items = self.collect(reader(path, self.split))
+        if items and " ".join(self.splits) in (OWN, OWN_TEST):
             items = self.choose_split(items)
         if not items:
-            last = "".join(f" (last: {where}: {why})" for where, why in list(self.broken.items())[-1:])
-            raise UserError(f"{path}: holds no usable record of {kind}, split {split}{last}; "
-                            f"lay it out so: {LAYOUTS[kind]}.")
-        count = max(1, round(share * len(items)))
-        chosen = np.random.default_rng((seed, len(items))).permutation(len(items))[:count]
-        self.items: list[list[Record]] = [items[i] for i in np.sort(chosen)]
+            self.refuse_empty()
+        return [items[i] for i in self.share_of(len(items), share)]
+
+    def share_of(self, length: int, share: float) -> np.ndarray:
+        """The numbers of a random part of so many items, the same for the same seed, in their order."""
+        count = max(1, round(share * length))
+        return np.sort(np.random.default_rng((self.seed, length)).permutation(length)[:count])
+
+    def refuse_empty(self):
+        last = "".join(f" (last: {where}: {why})" for where, why in list(self.broken.items())[-1:])
+        raise UserError(f"{self.path}: holds no usable record of {self.kind}, split {self.split}{last}; "
+                        f"lay it out so: {LAYOUTS[self.kind]}.")
 
     def choose_split(self, items: list[list[Record]]) -> list[list[Record]]:
         """The items of this split: as the records say, where they name more splits than train."""
@@ -178,12 +191,7 @@ class Files:
                 groups.setdefault(n if alone else tuple(map(picture_key, r.images)), []).append(r)
         items = [g for g in groups.values() if any(map(has_text, g))] or [*groups.values()]
         absent += len(groups) - len(items)
-        for (noun, missing, advice), wheres in unpaired.items():
-            many, have = (noun, "has") if len(wheres) == 1 else (f"{noun}s", "have")
-            said = f"{len(wheres):,} {many} of {self.name} {have} no {missing} (first: {wheres[0]}); {advice}"
-            if not groups and not self.broken:
-                raise UserError(f"{said}.")
-            note(f"warning: {said}")
+        self.report_unpaired(unpaired, usable=bool(groups or self.broken))
         if absent:
             print(f"note: {absent:,} records of {self.name} left out: no picture on disk, or no text",
                   file=sys.stderr)
@@ -194,6 +202,26 @@ class Files:
             raise UserError(f"{r.where}: this {r.noun} has no {r.missing}; {r.advice}, "
                             "or leave --strict out.")
         counted.setdefault((r.noun, r.missing, r.advice), []).append(r.where)
+
+    def report_unpaired(self, counted: dict[tuple, list[str]], usable: bool) -> None:
+        """A sentence for each kind; a UserError where there is nothing else."""
+        for (noun, missing, advice), wheres in counted.items():
+            many, have = (noun, "has") if len(wheres) == 1 else (f"{noun}s", "have")
+            said = f"{len(wheres):,} {many} of {self.name} {have} no {missing} (first: {wheres[0]}); {advice}"
+            if not usable:
+                raise UserError(f"{said}.")
+            note(f"warning: {said}")
+
+    @functools.cached_property
+    def contents(self) -> set[int]:
+        """What is shown, by its bytes: content_name of every picture that can be read."""
+        found = set()
+        for path in self.paths.values():
+            with contextlib.suppress(OSError), open(find_picture(path), "rb") as f:
+                size = f.seek(0, os.SEEK_END)
+                f.seek(max(0, size - 4096))
+                found.add(content_name(size, f.read()))
+        return found
 
     @functools.cached_property
     def paths(self) -> dict[str, str]:
@@ -229,15 +257,15 @@ class Files:
         it is a MissingPicture.
         """
         epoch, n = divmod(index, len(self))
-        if self.order[0] != epoch:
-            self.order = (epoch, self.rng(epoch).permutation(len(self)))
+        order = self.order_of(epoch)
         for k in range(1 if self.evaluates else len(self)):
-            records = self.items[self.order[1][(n + k) % len(self)]]
+            item = order[(n + k) % len(self)]
+            records = self.items[item]
             paths, images = records[0].images, []
             if self.broken.keys().isdisjoint(paths):
                 try:
-                    for path in paths:
-                        images.append(self.read_picture(path))
+                    for number, path in enumerate(paths):
+                        images.append(self.read_picture(path, item, number))
                     return records, images
                 except UserError as e:
                     why = str(e).removeprefix(f"{path}: ").rstrip(".")
@@ -247,7 +275,21 @@ class Files:
         raise UserError(f"{self.path}: not one picture of split {self.split} could be read "
                         f"(last: {paths[0]}).")
 
-    def read_picture(self, path: str) -> np.ndarray:
+    def order_of(self, epoch: int) -> np.ndarray:
+        """The order of the items in a pass."""
+        if self.order[0] != epoch:
+            self.order = (epoch, self.new_order(epoch))
+        return self.order[1]
+
+    def new_order(self, epoch: int) -> np.ndarray:
+        return self.rng(epoch).permutation(len(self))
+
+    def draw_others(self, index: int, count: int) -> list[list[Record]]:
+        """Items at random, to contrast with that of this index."""
+        return [self.items[i] for i in self.rng(index).integers(0, len(self), count)]
+
+    def read_picture(self, path: str, item: int = 0, number: int = 0) -> np.ndarray:
+        """Picture `number` of an item; a file needs no more than its path."""
         file = find_picture(path)
         if not self.follow_links and link_leaves(self.folder, file):
             raise UserError(f"{path}: a link that leaves {self.folder}; --follow-links reads it.")

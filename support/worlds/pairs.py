@@ -118,8 +118,7 @@ def emoji_pair(world: Emoji, index: int) -> tuple[np.ndarray, str, list[str]]:
 def caption_pair(world: Files, index: int) -> tuple[np.ndarray, str, list[str]]:
     """A picture, one of its captions, and captions of up to two other pictures."""
     item = require_captions(world, index)
-    drawn = world.rng(index).integers(0, len(world), 8)
-    others = (c.strip() for i in drawn for c in world.items[i][0].captions[:1])
+    others = (c.strip() for other in world.draw_others(index, 8) for c in other[0].captions[:1])
     return item.image, item.captions[0], [c for c in others if c not in item.captions][:2]
 
 

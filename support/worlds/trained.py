@@ -9,6 +9,7 @@ from support.formats.files import UserError, read_json
 from support.formats.records import MOST_COMPARED, name_contents
 from support.worlds import WORLDS, open_data
 from support.worlds.files import Files
+from support.worlds.shards import ShardedFiles
 
 MAYBE = "perhaps trained-on"
 
@@ -57,6 +58,9 @@ def share_pictures(world: Files, other: Files, by_content: bool) -> bool:
     """
     if not world.pictures.isdisjoint(other.pictures):
         return True
+    sharded = isinstance(world, ShardedFiles) + isinstance(other, ShardedFiles)
+    if sharded:                                         # two of them were compared by their bytes just now
+        return by_content and sharded == 1 and not world.contents.isdisjoint(other.contents)
     ours, theirs = [*world.paths.values()], [*other.paths.values()]
     if not by_content or len(ours) + len(theirs) > MOST_COMPARED:
         return False
