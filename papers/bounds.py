@@ -12,7 +12,7 @@ LARGEST = {int: 2**63 - 1, float: 3.4e38}               # int64, float32: what i
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
          dict: "an object"}
 SIZE = dict(least=1, most=2**20)                        # of a width, a vocabulary, a number of tokens
-LAYERS = dict(least=1, most=1000)
+LAYERS = dict(least=1, most=400)
 OPTIONS = {             # an option of a bridge → its bounds; every other whole number is a SIZE
     **dict.fromkeys(("layers", "depth", "every", "cross_every", "levels"), LAYERS),
     **dict.fromkeys(("heads", "resampler_heads"), dict(least=1, most=1000)),
@@ -48,6 +48,8 @@ def check_value(name: str, value, kind: type, least: float | None = None, most: 
         right = right and (least is None or value >= least) and (most is None or value <= most)
         right = right and (above is None or value > above) and (below is None or value < below)
     if not right:
+        if kind in LARGEST and type(value) in (int, float) and abs(value) > LARGEST[kind]:
+            most = most or LARGEST[kind]                # what it may be at all
         bounds = {"of at least": least, "above": above, "of at most": most, "below": below}
         limits = " and ".join(f"{word} {limit:,}" for word, limit in bounds.items() if limit is not None)
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model import Bridge
-from support.formats.files import UserError, read_json
+from support.formats.files import UserError, read_json, refuse_device
 from support.formats.names import Joined, Names, Part, Source, as_source
 from support.formats.pickles import TensorPickle
 
@@ -31,6 +31,7 @@ PATTERNS = ("model.safetensors", "*.safetensors", "pytorch_model.bin", "consolid
 
 def open_tensors(file: Path):
     """An open file with keys(), get_tensor(name) and metadata(); its first bytes tell which kind it is."""
+    refuse_device(file)
     head = b""
     try:
         with open(file, "rb") as f:

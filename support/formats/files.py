@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Iterator
@@ -19,6 +20,16 @@ from support.formats.keys import check_keys, table_of
 
 class UserError(ValueError):
     """A mistake of the user's in one sentence: what is wrong, where, what to do. Exit code 2."""
+
+
+def refuse_device(path: str | os.PathLike) -> None:
+    """A UserError for a pipe or a device, which one might read for ever; a file that is missing is no matter
+    here."""
+    mode = 0
+    with contextlib.suppress(OSError, ValueError):      # ValueError: a null character in the name
+        mode = os.stat(path).st_mode
+    if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path}: is a pipe or a device, and only files are read; copy its content into one.")
 
 
 @contextlib.contextmanager
@@ -88,6 +99,7 @@ def read_json(path: str | os.PathLike) -> Json:
     stands twice in an object, NaN, Infinity, a number beyond a float, nesting beyond Python's stack, and a
     value that the file's table in keys.py does not allow.
     """
+    refuse_device(path)
     try:
         content = parse_json(Path(path).read_bytes())
     except FileNotFoundError:
@@ -106,6 +118,7 @@ def read_json(path: str | os.PathLike) -> Json:
 
 def read_json_lines(path: Path) -> list[Json]:
     """The objects in a file with one a line, checked as read_json checks one; a last line cut off is left."""
+    refuse_device(path)
     objects = []
     for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         with at_the_door(f"{path}, line {n}"):

@@ -60,6 +60,7 @@ COUNT, LAYER = size(least=0), Key((int,), dict(least=-1000, most=1000))
 ID = dict(least=-1, most=2**31)         # −1: none, in early files of LLaMA
 IDS = Key((int, list), ID, True, Key((int,), ID))
 EPS = number(above=0, most=1)
+ROPE_BASE = number(null=True, above=0, most=1e18)
 
 CONFIG = {
     **these("model_type hidden_act projector_hidden_act alpha_type template_version", TEXT),
@@ -77,12 +78,13 @@ CONFIG = {
     **these("rms_norm_eps layer_norm_eps norm_eps", EPS),
     "mlp_ratio": number(above=0, most=100),
     "hidden_dropout_prob": number(least=0, below=1),
-    "rope_theta": number(null=True, above=0),
+    "rope_theta": ROPE_BASE,
     **these("rope_scaling rope_parameters", Key((dict,), null=True, keys={
-        "rope_theta": number(null=True, above=0), **these("rope_type type", TEXT),
-        **these("factor low_freq_factor high_freq_factor original_max_position_embeddings", number(above=0)),
-        **these("beta_fast beta_slow attention_factor", number(null=True, above=0)),
-        **these("mscale mscale_all_dim", number(null=True, least=0)), "truncate": FLAG,
+        "rope_theta": ROPE_BASE, **these("rope_type type", TEXT),
+        **these("factor low_freq_factor high_freq_factor", number(above=0, most=1e6)),
+        "original_max_position_embeddings": number(above=0, most=2**31),
+        **these("beta_fast beta_slow attention_factor", number(null=True, above=0, most=1e6)),
+        **these("mscale mscale_all_dim", number(null=True, least=0, most=1e6)), "truncate": FLAG,
     })),
     **these("tie_word_embeddings attention_bias mlp_bias use_sliding_window multimodal_projector_bias "
             "vision_use_head qkv_bias use_swiglu_ffn qk_layer_norms qk_layer_norms_perceiver "
@@ -123,7 +125,7 @@ PARAMS = {                  # Meta's
     "vocab_size": Key((int,), dict(least=-1, most=2**20)),
     "ffn_dim_multiplier": number(null=True, above=0, most=1000),
     "norm_eps": EPS,
-    "rope_theta": number(above=0),
+    "rope_theta": ROPE_BASE,
     "use_scaled_rope": Key((bool,), null=True),
 }
 PIXELS = Key((int, dict), SIZE, True, size())

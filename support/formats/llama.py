@@ -138,7 +138,11 @@ def sliding_window(c: dict, where: str) -> int | None:
     Published Qwen2 files name a window and do not use it. Qwen3's and Qwen2's use one from layer
     max_window_layers on; layers of two kinds are a UserError.
     """
-    others = set(c.get("layer_types") or ()) - {"full_attention"}
+    kinds = c.get("layer_types") or ()
+    if kinds and len(kinds) != c["num_hidden_layers"]:
+        raise UserError(f"{where}: layer_types names {len(kinds)} layers, num_hidden_layers is "
+                        f"{c['num_hidden_layers']}; correct one of them.")
+    others = {*kinds} - {"full_attention"}
     if family(c) != "mistral" and not c.get("use_sliding_window"):
         window = None if family(c).startswith("qwen") else c.get("sliding_window")
         if others or window and window < c.get("max_position_embeddings", 2048):
@@ -148,8 +152,8 @@ def sliding_window(c: dict, where: str) -> int | None:
         return None
     window, layers = c.get("sliding_window", 4096), c["num_hidden_layers"]
     full = 0 if family(c) == "mistral" else min(c.get("max_window_layers", 28), layers)
-    if c.get("layer_types"):
-        full = c["layer_types"].count("full_attention")
+    if kinds:
+        full = kinds.count("full_attention")
     if window is None or window >= c.get("max_position_embeddings", 2048) or full == layers:
         return None
     if full:

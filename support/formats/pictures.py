@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from data import Processor, normalize
-from support.formats.files import UserError, read_json
+from support.formats.files import UserError, read_json, refuse_device
 from support.formats.honoured import PROCESSOR, refuse_unknown
 from support.formats.hub import tower_folder
 
@@ -31,8 +31,10 @@ def read_image(path: str | Path) -> np.ndarray:
 
     As the published processors do: an alpha channel is dropped, one of a palette's colours, too, but a
     single transparent colour becomes white; of several frames the first is read. Sixteen bits a pixel become
-    eight (theirs lets everything above 255 be white).
+    eight (theirs lets everything above 255 be white). What has fractions, or more bits, is refused: whether
+    white is 1, 255 or another number stands in no file.
     """
+    refuse_device(path)
     Image.MAX_IMAGE_PIXELS = None                       # the check below is ours, and says what to do
     try:
         with Image.open(path, formats=FILE_FORMATS) as image:      # the header; exif_transpose reads the rest
@@ -41,6 +43,10 @@ def read_image(path: str | Path) -> np.ndarray:
                 raise UserError(f"{path}: {w} x {h} pixels; at most {LARGEST_SIDE:,} a side and "
                                 f"{LARGEST_AREA:,} in all are read, scale it down first.")
             image = ImageOps.exif_transpose(image)
+            darkest, brightest = image.getextrema() if image.mode in ("I", "F") else (0, 0)
+            if image.mode == "F" or darkest < 0 or brightest > 65_535:
+                raise UserError(f"{path}: its numbers are fractions or beyond 16 bits, so nothing says what "
+                                "is white; save it with 8 or 16 bits a pixel.")
             if image.mode.startswith("I"):              # 65,535 = 255 · 257 is white
                 image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
             if isinstance(image.info.get("transparency"), bytes):    # an alpha for each colour

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
-from support.formats.files import UserError
+from support.formats.files import UserError, refuse_device
 
 
 def checked_text(value) -> str:
@@ -134,6 +134,7 @@ def naming_file(file: Path):
     folder, named = READING.get() or (None, None)
     if folder is not None and file != named and link_leaves(folder, file):
         raise UserError(f"{file}: a link that leaves {folder}; --follow-links reads it.")
+    refuse_device(file)
     try:
         yield
     except OSError as e:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from support.formats.chat import template_of
-from support.formats.files import UserError, at_the_door, atomically, read_json, write_json
+from support.formats.files import UserError, at_the_door, atomically, read_json, refuse_device, write_json
 from support.formats.generation import read_ends, read_stop_strings
 from support.formats.text_steps import (GPT2_SPLIT, flat_steps, make_normalizer, make_splitter,
                                         unknown_step)
@@ -46,6 +46,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if file is None:
         raise UserError(f"{folder / 'tokenizer.json'}: no such file, nor {', '.join([*READERS][1:])}; "
                         "give a folder that holds one.")
+    for name in TOKENIZER_FILES:
+        refuse_device(folder / name)
     try:
         settings = read_settings(folder)
         with at_the_door(str(file)):

@@ -3,10 +3,16 @@ key."""
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 
-from support.formats.files import Json, UserError, read_json
+from conftest import golden
+from support.formats import load_decoder, load_processor, load_tokenizer, load_vit
+from support.formats.files import Json, UserError, read_json, read_json_lines
+from support.formats.pictures import read_image
+from support.worlds import open_data
 
 
 @pytest.mark.parametrize("text, words", [
@@ -78,3 +84,21 @@ def test_null_means_the_default_where_published_files_have_it(tmp_path):
                  "num_key_value_heads": None, "architectures": None, "of no table": {"vocab_size": "?"}}
     (tmp_path / "config.json").write_text(json.dumps(published))
     assert read_json(tmp_path / "config.json") == published
+
+
+@pytest.mark.parametrize("read, name", [
+    (load_decoder, "config.json"), (load_decoder, "model.safetensors"), (load_vit, "pytorch_model.bin"),
+    (load_tokenizer, "tokenizer.model"), (load_tokenizer, "vocab.txt"),
+    (load_processor, "processor_config.json"),
+    (lambda folder: read_image(folder / "cat.jpg"), "cat.jpg"),
+    (lambda folder: open_data(f"llava:{folder}"), "chat.json"),
+    (lambda folder: open_data(f"coco:{folder}:val2014"), "captions_val2014.json"),
+    (lambda folder: read_json_lines(folder / "seen.json"), "seen.json")])
+def test_a_pipe_is_refused_where_it_would_be_read_for_ever(read, name, tmp_path):
+    source = golden("clip-vision-gelu" if read is load_vit else "llama-mha")[0]
+    shutil.copy(source / "config.json", tmp_path)
+    for odd in ("pipe", "/dev/zero"):
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name) if odd == "pipe" else os.symlink(odd, tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: (is a pipe or a device|a link that leaves)"):
+            read(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN
-from support.formats.files import UserError
+from support.formats.files import UserError, read_json
 from support.formats.honoured import PATTERN, WITHOUT_EFFECT
 from support.formats.llama import decoder_config
 from support.formats.vision import load_clip, vit_config
@@ -90,7 +90,7 @@ def test_an_unknown_key_is_named_wherever_it_stands(case):
     ("llama-mha", None, "torch_dtype", "int8"), ("llama-mha", None, "attn_logit_softcapping", 50.0),
     ("llama-mha", None, "final_logit_softcapping", 30.0), ("llama-mha", None, "query_pre_attn_scalar", 256),
     ("llama-mha", None, "hidden_act", "relu"), ("llama-mha", None, "sliding_window", 16),
-    ("llama-mha", None, "layer_types", ["sliding_attention", "full_attention"]),
+    ("llama-mha", None, "layer_types", ["sliding_attention"] + ["full_attention"] * 2),
     ("llama-mha", None, "rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
     ("llama-mha", None, "rope_theta", 77.0), ("llama-mha", None, "logit_scale", 0.5),
     ("llama-mha", "rope_parameters", "factor", 8.0), ("llama-mha", "rope_parameters", "type", "linear"),
@@ -212,6 +212,21 @@ def test_an_old_clips_second_configs_must_agree_with_the_first(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(odd))
         with pytest.raises(UserError, match=f'{part} and {part}_dict give two values of "hidden_size"'):
             load_clip(tmp_path)
+
+
+@pytest.mark.parametrize("ropes, key", [
+    ({"rope_theta": 10**30}, "rope_theta"), ({"rope_type": "linear", "factor": 10**30}, "factor"),
+    ({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2**40}, "original_max_position")])
+def test_a_rope_has_bounds(ropes, key, tmp_path):
+    ropes = {"rope_type": "default", "rope_theta": 1e4, **ropes}
+    (tmp_path / "config.json").write_text(json.dumps({**config_of("llama-mha"), "rope_parameters": ropes}))
+    with pytest.raises(UserError, match=f"config.json: the key 'rope_parameters.{key}.*not a number"):
+        read_json(tmp_path / "config.json")
+
+
+def test_the_kinds_of_layers_are_as_many_as_the_layers():
+    with pytest.raises(UserError, match="layer_types names 1 layers, num_hidden_layers is"):
+        decoder_config({**config_of("llama-mha"), "layer_types": ["full_attention"]})
 
 
 def test_a_rope_may_be_spelled_twice_if_both_say_the_same():

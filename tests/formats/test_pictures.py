@@ -321,6 +321,14 @@ def test_a_llava_takes_its_towers_processor_and_pads_when_it_says_so(tmp_path):
 # --- files --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("values", [np.linspace(0, 1, 6, dtype=np.float32), np.arange(-1, 5, dtype=np.int32),
+                                    np.arange(0, 600_000, 100_000, dtype=np.int32)])
+def test_a_picture_whose_white_nobody_knows_is_refused(values, tmp_path):
+    Image.fromarray(values.reshape(2, 3)).save(tmp_path / "odd.tif")
+    with pytest.raises(UserError, match="odd.tif: its numbers are fractions or beyond 16 bits"):
+        read_image(tmp_path / "odd.tif")
+
+
 def test_bilevel_sixteen_bit_and_animated_files_become_colour(tmp_path):
     bits = np.array([[0, 1], [1, 0]], bool)
     Image.fromarray(bits).save(tmp_path / "bits.png")
