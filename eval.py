@@ -36,6 +36,7 @@ from support.formats.tokenizers import Tokenizer
 from support.formats.vqa import EVALUATORS
 from support.plumbing.beams import beam_search
 from support.plumbing.cli import run_cli
+from support.plumbing.meter import track
 from support.plumbing.packed import packed
 from support.plumbing.samples import JudgedItem, print_samples, write_samples_page
 from support.worlds import open_split, take_items
@@ -219,8 +220,7 @@ def generate_texts(model: VLM | Decoder, documents: list[data.Document], tokeniz
     decoder = model if isinstance(model, Decoder) else model.decoder
     device = decoder.embed.weight.device if features is None else features.device
     with packed(decoder):
-        for start in range(0, len(order), batch):
-            rows = order[start:start + batch]
+        for rows in track([order[i:i + batch] for i in range(0, len(order), batch)], "texts"):
             tokens, _, mask = data.collate([documents[i] for i in rows], left=True)
             mask = None if mask.all() else mask.to(device)
             used = rows if pictures is None else [p for i in rows for p in pictures[i]]
@@ -239,7 +239,7 @@ def vision_features(vlm: VLM, items: list[data.Item], blind: bool, batch: int = 
     """Features (n, N, Di) of the items' pictures, one each; blind: of as many zeroed ones."""
     device, size = next(vlm.vit.parameters()).device, vlm.vit.config.image_size
     parts = []
-    for i in range(0, len(items), batch):
+    for i in track(range(0, len(items), batch), "pictures"):
         pixels = data.to_pixels([item.image for item in items[i:i + batch]], size, vlm.processor).to(device)
         parts.append(vlm.features(torch.zeros_like(pixels) if blind else pixels))
     return torch.cat(parts) if parts else vlm.features(None)
@@ -340,9 +340,10 @@ def first_items(world, split: str, count: int) -> list[data.Item]:
 
 def format_table(rows: list[dict]) -> str:
     """Rows {"row", "trained", "examples", kind: accuracy, …} as text; accuracies and BLEU times 100."""
-    columns = ["row"] + [c for c in ("trained", "examples") if any(c in r for r in rows)]
+    rows = [r for r in rows if scalar_scores(r)] or rows       # of captions alone nobody guesses an answer
     scores, last = {k for r in rows for k in scalar_scores(r)}, ("mean", "cider", "bleu4")
-    columns += sorted(scores - {*last}) + [c for c in last if any(c in r for r in rows)]
+    columns = ["row"] + [c for c in ("trained", "examples") if any(r.get(c) is not None for r in rows)]
+    columns += sorted(scores - {*last}) + [c for c in last if c in scores]
 
     def cell(column: str, value) -> str:
         if value is None or isinstance(value, str):
@@ -384,10 +385,9 @@ def table_rows(vlm: VLM, tokenizer: Tokenizer, trained: list, count: int, label:
     return rows, items, result
 
 
-def row_label(name: str, facts: dict) -> dict:
-    """facts: the run's config.json."""
-    trained, examples = facts.get("trained_parameters"), facts.get("training_examples")
-    return {"row": name, "trained": trained, "examples": examples}
+def row_label(name: str, c: dict) -> dict:
+    """c: the run's config.json."""
+    return {"row": name, "trained": c.get("trained_parameters"), "examples": c.get("training_examples")}
 
 
 def baseline_rows(vlm: VLM, tokenizer: Tokenizer, world, items: list[data.Item]) -> list[dict]:

@@ -55,7 +55,7 @@ from support.plumbing.doctor import (gate_details, gradient_norms, print_first_d
 from support.plumbing.features import FeatureCache
 from support.plumbing.folder import clean_folder, owned
 from support.plumbing.log import append_line, rewind_log
-from support.plumbing.meter import Meter, Progress, count_flops, count_positions
+from support.plumbing.meter import Meter, Progress, count_flops, count_positions, report_end, report_saved
 from support.plumbing.optimizers import clip_gradients, make_optimizers, schedule
 from support.plumbing.packing import pack_documents, require_room
 from support.plumbing.ranks import Ranks, prefetch
@@ -148,7 +148,7 @@ class Settings:
     ema: float = setting(0.0, "decay of a running mean of the parameters, 0.999 say", least=0, below=1)
     seed: int = setting(0, "of the initial weights and of the data", least=0)
 
-    device: str = setting("auto", "cpu, cuda or auto", "devices, speed and memory")
+    device: str = setting("auto", "cpu, cuda, mps (untested) or auto", "devices, speed and memory")
     dtype: str = setting("auto", "float32, bfloat16 (autocast; trained parameters stay float32) or auto")
     frozen: str = setting("auto", "frozen parts are stored in float32, bfloat16 or auto (bfloat16 on a GPU)")
     threads: int = setting(0, "CPU threads; 0 = PyTorch's choice", least=0, most=1024)
@@ -162,6 +162,7 @@ class Settings:
     log_every: int = setting(50, "steps between two lines", "what a run prints and keeps", least=1)
     check_every: int = setting(0, "steps between two short evaluations; 0 = only at the end", least=0)
     save_every: int = setting(250, "steps between two states for --resume", least=1)
+    tensorboard: bool = setting(False, "write the log for TensorBoard, too (pip install tensorboard)")
     samples: int = setting(5, "pictures with answers to print at the end", least=0, most=10**5)
     eval_items: int = setting(400, "held-out pictures in the final table", least=1, most=10**6)
 
@@ -194,8 +195,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
     mixed = dtype != torch.float32                      # the loss is computed under autocast
     torch.manual_seed(s.seed)
     if ranks.first:
-        print(f"command  python train.py {command}")
-        print(f"recipe   {s.recipe}: {recipe.summary}")
+        print(f"command  python train.py {command}\nrecipe   {s.recipe}: {recipe.summary}")
         print(f"run      {out}   seed {s.seed}   {device}{f' x {ranks.size}' if ranks.size > 1 else ''}   "
               f"{str(dtype).removeprefix('torch.')} ({reason})")
 
@@ -242,7 +242,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
     with ranks.eager_layers(), autocast(enabled=mixed):
         flops = 0.0 if s.shard else task.flops_per_position()                   # slices are not counted
     meter = Meter(s.steps, flops, task.visual_tokens, ranks.size)
-    progress = Progress(out / "log.jsonl", meter, state.step, seconds, ranks.first)
+    progress = Progress(out / "log.jsonl", meter, state.step, seconds, ranks.first, s.tensorboard)
     stop.hold()                                         # from here on a signal waits for the end of a step
     while state.step < s.steps:
         step, new = state.step, state.step != state.saved           # not new: the step of a resumed state
@@ -293,8 +293,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
 
         state.smooth_loss = loss if state.smooth_loss is None else 0.98 * state.smooth_loss + 0.02 * loss
         state.step = step = step + 1
-        progress.step(step, pieces, device)
-        if step % s.log_every == 0 or step == 1:
+        if progress.step(step, pieces, device, s.log_every):
             with ranks.unsharded(forward):
                 metrics, details = task.metrics(), task.log_details()
             line = {"step": step, "loss": loss, "ema": state.smooth_loss, "grad_norm": norm,
@@ -316,13 +315,13 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
         facts = {"settings": dataclasses.asdict(s), "steps": state.step, "seconds": round(seconds, 1),
                  "trained_parameters": learned, "training_examples": state.step * s.batch}
         task.save(out, facts)
-        print(f"\ntrained  {state.step} steps in {seconds / 60:.1f} minutes")
+        report_saved(out, state.step, seconds)
         with ranks.eager_layers(), autocast(enabled=task.mixed):
             for name, content in task.report(out).items():
                 write_json(out / name, content)
         with contextlib.suppress(UserError):            # without matplotlib a run has no curves
             draw_curves(out, per_token=recipe.task in PER_TOKEN)
-        print(f"files    {out}/   ({', '.join(sorted(p.name for p in out.iterdir()))})")
+        report_end(out)
     ranks.barrier()
     return task.module
 

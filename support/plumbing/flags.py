@@ -48,7 +48,7 @@ def number(kind: type = int, **bounds) -> Callable[[str], float]:
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the machine")
-    group.add_argument("--device", default="auto", help="cpu | cuda | cuda:N | auto (auto)")
+    group.add_argument("--device", default="auto", help="cpu | cuda | cuda:N | mps (untested) | auto (auto)")
     group.add_argument("--offline", action="store_true", help="no network: hub names from the local cache")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Iterator
 
 from support.formats.files import UserError, read_json
+from support.plumbing.log import BOARD
 
 STATE = "state.safetensors"
 # what a run writes beside config.json and the towers that it trained; the state goes first
@@ -93,6 +94,8 @@ def clean_folder(out: Path, recipes: dict, sources: tuple[str, ...]) -> None:
             (out / name).unlink(missing_ok=True)
         for name in towers & {"vit", "decoder", "clip"}:
             shutil.rmtree(out / name, ignore_errors=True)
+        for events in (out / BOARD).glob("events.out.tfevents.*"):
+            events.unlink(missing_ok=True)
         remove_unfinished(out)
     except OSError as e:
         raise UserError(f"{e.filename}: an earlier run's file cannot be removed ({e.strerror}).") from None

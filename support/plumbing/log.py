@@ -1,10 +1,14 @@
-"""plumbing/log.py: log.jsonl, a line per logged step."""
+"""plumbing/log.py: log.jsonl, a line per logged step, and the same for TensorBoard."""
 from __future__ import annotations
 
+import importlib.util
 import json
+import time
 from pathlib import Path
 
-from support.formats.files import atomically, cannot_write, read_json_lines
+from support.formats.files import UserError, atomically, cannot_write, read_json_lines
+
+BOARD = "tensorboard"                   # a folder of a run: events of TensorBoard
 
 
 def read_log(file: Path) -> list[dict]:
@@ -32,3 +36,36 @@ def rewind_log(file: Path, step: int) -> float:
     with atomically(file) as tmp:
         tmp.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return max((line["seconds"] for line in kept if "seconds" in line), default=0.0)
+
+
+def require_tensorboard() -> None:
+    """A UserError where the package is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard writes what the package tensorboard reads, which is not installed; "
+                        "pip install tensorboard.")
+
+
+class Board:
+    """The numbers of log.jsonl as events of TensorBoard, in the run folder's `tensorboard`.
+
+    step: where the run starts; TensorBoard then drops later events, which a resumed run writes again.
+    """
+
+    def __init__(self, out: Path, step: int = 0):
+        require_tensorboard()
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        self.event, self.summary, self.file = Event, Summary, EventFileWriter(str(out / BOARD))
+        start = SessionLog(status=SessionLog.START)
+        self.file.add_event(Event(wall_time=time.time(), step=step, session_log=start))
+
+    def write(self, line: dict) -> None:
+        """The numbers of a line of the log, each a curve."""
+        values = [self.summary.Value(tag=name, simple_value=value) for name, value in line.items()
+                  if isinstance(value, (int, float)) and name != "step"]
+        summary = self.summary(value=values)
+        self.file.add_event(self.event(wall_time=time.time(), step=line["step"], summary=summary))
+
+    def close(self) -> None:
+        self.file.close()

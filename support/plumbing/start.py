@@ -9,9 +9,10 @@ from pathlib import Path
 from support.formats.files import UserError, read_json
 from support.plumbing.cli import check_settings, flag_name, make_parser, parse_flags
 from support.plumbing.digest import text_digest
+from support.plumbing.log import require_tensorboard
 
-# what may change when a run goes on: where it computes, not what
-RESUME_READS = ("device", "threads", "workers", "offline")
+# what may change when a run goes on: where it computes and what it says, not what it computes
+RESUME_READS = ("device", "threads", "workers", "offline", "tensorboard")
 
 
 def read_command(kind: type, description: str, argv: list[str] | None) -> tuple[str, object, set[str]]:
@@ -46,6 +47,8 @@ def read_command(kind: type, description: str, argv: list[str] | None) -> tuple[
         settings = dataclasses.replace(settings, **{n: given[n] for n in RESUME_READS if n in given})
     if mode in ("train", "resume"):
         check_settings(settings)
+        if settings.tensorboard:
+            require_tensorboard()
     return mode, settings, set(given)
 
 
