@@ -81,6 +81,13 @@ def test_a_kind_of_question_may_be_called_name():
     ]
 
 
+def test_a_table_has_no_empty_column_and_no_empty_row():
+    """A published model's training is not known, and nobody guesses a caption."""
+    rows = [{"row": "llava, held-out", "trained": None, "examples": None, "cider": 0.5, "mean": None},
+            {"row": "chance (commonest answer)"}]
+    assert evaluation.format_table(rows).splitlines() == ["                 cider", "llava, held-out   0.50"]
+
+
 def test_the_bundled_decoder_reads_above_97_percent_in_every_kind_and_number_of_objects():
     folder = ROOT / "weights/decoder"
     tokenizer, decoder = load_tokenizer(folder), load_decoder(folder)

@@ -58,7 +58,7 @@ class Board:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
         self.event, self.summary, self.file = Event, Summary, EventFileWriter(str(out / BOARD))
         start = SessionLog(status=SessionLog.START)
-        self.file.add_event(Event(wall_time=time.time(), step=step, session_log=start))
+        self.file.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, line: dict) -> None:
         """The numbers of a line of the log, each a curve."""

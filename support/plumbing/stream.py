@@ -71,18 +71,18 @@ def stream_text(ids: Iterator[int], tokenizer) -> Iterator[str]:
     """The text of an answer in pieces, which together are tokenizer.answer_text of its ids.
 
     A piece waits while the next id could still change it: half of a character, a blank at the end, the
-    beginning of the text that ends an answer.
+    beginning of a text that ends an answer.
     """
-    taken, shown, end = [], "", tokenizer.text_end
+    taken, shown, ends = [], "", [end for end in (*tokenizer.stop_texts, tokenizer.text_end) if end]
     for i in ids:
         taken.append(i)
         text = tokenizer.answer_text(taken).rstrip("\ufffd")
-        held = next((n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n])), 0)
+        held = max((n for end in ends for n in range(1, len(end)) if text.endswith(end[:n])), default=0)
         text = text[:len(text) - held].rstrip()
         if text.startswith(shown) and text != shown:
             yield text[len(shown):]
             shown = text
-        if i in tokenizer.stop or end and end in tokenizer.decode(taken).lstrip():
+        if i in tokenizer.stop or any(end in tokenizer.decode(taken).lstrip() for end in ends):
             break
     text = tokenizer.answer_text(taken)
     if text.startswith(shown) and text != shown:

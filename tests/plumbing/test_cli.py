@@ -13,7 +13,7 @@ from papers import make_bridge
 from support.formats.files import UserError
 from support.plumbing.cli import (check_settings, make_parser, parse_flags, parse_options, parse_weighted,
                                   run_cli, setting)
-from support.plumbing.device import pick_device
+from support.plumbing.device import frozen_dtype, pick_device, pick_dtype
 from train import Settings
 
 
@@ -127,3 +127,14 @@ def test_a_mistake_exits_with_2_and_a_bug_shows_its_traceback(capsys):
         assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="a library's"):
         run_cli(bug)
+
+
+def test_apples_gpu_is_taken_and_said_to_be_untested(monkeypatch, capsys):
+    with pytest.raises(UserError, match="no such device"):
+        pick_device("mps")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert pick_device("auto").type in ("cpu", "cuda") and capsys.readouterr().err == ""
+    assert pick_device("mps") == torch.device("mps") and "never tried" in capsys.readouterr().err
+    assert pick_dtype("auto", torch.device("mps"))[0] == torch.float32
+    assert "mps" in pick_dtype("auto", torch.device("mps"))[1]
+    assert frozen_dtype("auto", torch.float32, torch.device("mps")) == torch.float32

@@ -61,7 +61,7 @@ def test_the_line_of_progress_fits_into_120_characters():
     x = dict(step=99999, loss=12.345, ema=12.345, grad_norm=123.45, gate=0.123, lr=1e-4,
              learned_per_s=123456.0,
              tokens_per_s=1234567.0, memory_gb=79.9)
-    assert len(metered(100000, 99999, 60.0).line(x)) <= 135       # the widest numbers that a run of a day may bring
+    assert len(metered(100000, 99999, 60.0).line(x)) <= 135     # the widest numbers of a run of a day
     x = dict(step=120, loss=1.842, ema=1.901, grad_norm=0.74, lr=9.8e-4, learned_per_s=4100.0,
              tokens_per_s=31200.0)
     line = metered(1200, 120, 0.5).line(x)
@@ -83,8 +83,8 @@ def metered(steps: int, done: int, seconds: float, warm: float = 30.0) -> Meter:
 def test_the_first_step_is_no_measure_of_the_others():
     """It warms up kernels and caches, and may take as long as a hundred of the others."""
     assert metered(1000, 1, 0.1).eta() == "eta -"
-    assert metered(1000, 2, 0.1).eta().startswith("eta 1m39s, ")
-    assert metered(1000, 50, 0.1).eta().startswith("eta 1m34s, ")
+    assert metered(1000, 2, 0.1).eta().startswith("eta 1m40s, ")
+    assert metered(1000, 50, 0.1).eta().startswith("eta 1m35s, ")
     assert metered(10_000, 10_000, 0.1).eta().startswith("eta 0m00s, ")
     assert "0.10 s a step: 1m38s, " in metered(1000, 20, 0.1).forecast(torch.device("cpu"))
 

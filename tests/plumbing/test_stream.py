@@ -79,9 +79,10 @@ def test_pieces_join_to_the_answer_and_hold_no_half_of_a_character(text):
     assert next(taken) == tokenizer.encode(" never read")[0]    # it stops where the answer ends
 
 
-def test_the_text_that_ends_an_answer_is_never_shown(monkeypatch):
+@pytest.mark.parametrize("name, value", [("text_end", "###"), ("stop_texts", ("\n\nUser:", "###"))])
+def test_the_text_that_ends_an_answer_is_never_shown(name, value, monkeypatch):
     tokenizer = shapes_tokenizer()
-    monkeypatch.setattr(tokenizer, "text_end", "###")
+    monkeypatch.setattr(tokenizer, name, value)
     ids = tokenizer.encode("two # rings ### Human:")
     pieces = [*stream_text(iter(ids), tokenizer)]
     assert "".join(pieces) == "two # rings" and len(pieces) > 1
