@@ -4,7 +4,7 @@ Papers    LLaVA 2304.08485v2: conversations, supervised on the answers alone
           Flamingo 2204.14198v2: interleaved documents, a stop token after each chunk
 Chapters  1 pictures to pixels · 2 documents with loss masks · 3 batches · 4 the `shapes` world
 Run       python data.py shapes:test 3                      prints three items, pictures in out/samples/
-          python data.py generate shapes out/instruct 1000  writes a thousand of LLaVA-Instruct's samples
+          python data.py generate shapes out/instruct 1000  writes LLaVA-Instruct's samples; or stamps
 """
 from __future__ import annotations
 

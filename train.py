@@ -10,9 +10,8 @@
     torchrun --nproc-per-node 8 train.py …              the same losses from several processes
     python train.py --list                              the recipes, the papers' numbers beside ours
 
-A run folder holds config.json, bridge.safetensors, log.jsonl, results.json, samples.html (pictures, answers,
-right or wrong) and state.safetensors (for --resume), with matplotlib also loss.png and gates.png. Every write
-is atomic. One run at a time uses a folder, and a new run begins in a clean one.
+A run folder holds config.json, bridge.safetensors, log.jsonl, results.json, samples.html, state.safetensors
+(for --resume), and with matplotlib loss.png and gates.png. One run at a time uses it; a new one cleans it.
 """
 from __future__ import annotations
 
@@ -62,7 +61,7 @@ from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
 from support.worlds import open_data, open_split, prompts, take_items, text, unread_settings
-from support.worlds.pairs import contrastive_pair, preference_pair, require_captions
+from support.worlds.things import FROM_WORLDS, require_captions
 from support.worlds.trained import earlier_sets, name_split
 
 
@@ -132,6 +131,7 @@ class Settings:
     form: str = setting(None,
                         "multiple choice: QCM-LEA reasoning first, QCM-ALE answer first, QCM-A answer alone")
     longest: int = setting(2048, "longest document, in tokens; longer ones are cut", least=2, most=10**7)
+    augment: bool = setting(False, "new renderings: place, scale, turn, mirror, tint, background")
     follow_links: bool = setting(False, "read pictures behind links that leave their data set's folder, too")
     strict: bool = setting(False, "stop at a broken item of the data set instead of skipping it")
 
@@ -200,7 +200,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
               f"{str(dtype).removeprefix('torch.')} ({reason})")
 
     # 2. data ------------------------------------------------------------------------------------------------
-    sets = [(open_data(spec, s.seed, s.strict, s.share / 100, s.follow_links), weight)
+    sets = [(open_data(spec, s.seed, s.strict, s.share / 100, s.follow_links, "train" * s.augment), weight)
             for spec, weight in parse_weighted(s.data)]
     ranks.require_divisible(s.batch, len(sets))
 
@@ -508,12 +508,12 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
     """Load what a recipe's task needs, and freeze the parts that do not learn, `stored` in that dtype."""
     world, trained = sets[0][0], [each for each, _ in sets] + earlier_sets(s.init)
     ranks.require_splits(s.recipe, TASKS[recipe.task].splits)
-    if recipe.task != "answer" and len(sets) > 1:
+    if recipe.task not in ("answer", "clip") and len(sets) > 1:
         raise UserError(f'--data "{s.data}": recipe {s.recipe} learns from one data set.')
     given = Ingredients(
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
-        generate_texts=generate_texts, contrastive_pair=contrastive_pair, preference_pair=preference_pair,
-        open_held_out=lambda: open_split(world, world.held_out), take_items=take_items, trained=trained,
+        generate_texts=generate_texts, take_items=take_items, trained=trained, **FROM_WORLDS,
+        open_held_out=lambda: open_split(world, world.held_out), worlds=[each for each, _ in sets],
         name_split=lambda split: name_split(split, trained), part=ranks.part, gather=ranks.gather)
     if world.says_scenes:                               # its words have a tokenizer of their own
         given.tokenizer = text.shapes_tokenizer()

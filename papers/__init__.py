@@ -9,10 +9,10 @@ import inspect
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
 from papers import (albef, albef_task, blip2_stage1, chameleon, chameleon_task, clip, clipcap, cm3, coca,
-                    cogvlm, contrasts, dalle, ddpm, dpo, dvae, flava, flava_task, fromage, frozen, glide,
-                    gligen, idefics, kosmos1, limber, llama_adapter, llava_data, magic, magma, minigpt4,
-                    mllama, pica, ppo, prompt_tuning, short, simvlm, socratic, systems, unified_io2, unit,
-                    vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq)
+                    cogvlm, contrasts, dalle, ddpm, dpo, dvae, flava, fromage, frozen, glide, gligen, idefics,
+                    kosmos1, limber, llama_adapter, llava_data, magic, magma, minigpt4, mllama, pica, ppo,
+                    prompt_tuning, short, simvlm, socratic, systems, unified_io2, unit, vcgpt, vilbert, vilt,
+                    visualbert, visualgpt, vlkd, vq, word)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -37,7 +37,7 @@ PAPERS = {module.__name__.removeprefix("papers."): module
                          short, dalle, chameleon, ddpm, glide, prompt_tuning, visualgpt, vcgpt, gligen, vlkd,
                          dpo, ppo, vq, visualbert, vilbert, vilt, unit, coca, simvlm, cm3, contrasts, albef,
                          unified_io2, flava)}
-RECIPES = {**systems.RECIPES,                           # of systems of several stages, and of each paper
+RECIPES = {**systems.RECIPES, **word.RECIPES,           # of systems of several stages, and of each paper
            **{name: recipe for paper in PAPERS.values()
               for name, recipe in getattr(paper, "RECIPES", {}).items()}}
 RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGPT4, MiniGPT4Llama2, Kosmos1,
@@ -45,11 +45,11 @@ RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGP
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 # task of a recipe → what it changes of train.py's answer task
 ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen": GligenTask, **dpo.TASKS,
-                **short.TASKS}
+                **short.TASKS, "word": word.WordTask}
 # task of a recipe that changes none of the answer task → its class
 TASKS = {"stage1": blip2_stage1.Stage1Task,
          **{name: task for module in (clip, limber, visualbert, vilbert, vilt, albef_task, coca, simvlm, cm3,
-                                      vq, dvae, dalle, chameleon_task, glide, flava_task)
+                                      vq, dvae, dalle, chameleon_task, glide)
             for name, task in module.TASKS.items()}}
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 

@@ -39,18 +39,16 @@ CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "
 TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
 PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
-              "vilt-unaligned", "albef", "albef-fused", "albef-easy", "albef-untaught")     # papers/masked.py
-CHAMELEON_TASKS = ("chameleon", "chameleon-no-qk", "chameleon-no-z", "chameleon-z")
-FLAVA_TASKS = ("flava-2", "flava-pairs", "flava-contrast", "flava-local")
+              "vilt-unaligned", "albef")             # of papers/masked.py
 UNREAD = {                          # task → the settings of the command line that it does not read
     **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),
     "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
-    **dict.fromkeys(PAIR_TASKS, PAIRS), **dict.fromkeys(FLAVA_TASKS, PAIRS | {"vit"}),
-    **dict.fromkeys(("coca", "coca-1"), CLIP - {"vit"}),
+    **dict.fromkeys(PAIR_TASKS, PAIRS), "coca": CLIP - {"vit"},
     **dict.fromkeys(("simvlm", "simvlm-causal", "simvlm-pairs", "simvlm-linear"), CLIP),
-    **dict.fromkeys(("dalle", *CHAMELEON_TASKS), (CLIP | TEXT) - {"init", "examples"}),
+    **dict.fromkeys(("dalle", "chameleon"), (CLIP | TEXT) - {"init", "examples"}),
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
+    "word": (ANSWERS | {"augment", "accumulate", "checkpoint", "compile"}) - {"bridge"},
     "gligen": {"pack", "cache", "captions"}, "glide": CLIP - {"frozen"},
     **dict.fromkeys(("dpo", "dpo-far", "dpo-near", "dpo-sft"), ANSWERS - {"bridge", "longest", "cache"}),
     **dict.fromkeys(("names", "pixels", "vq", "dvae", "cm3", "cm3-causal"), CLIP | TEXT | {"lm"})}
@@ -107,12 +105,15 @@ class Ingredients:
     clip: Any = None                # both towers (clip), their tokenizer, and begin: ids ahead of a text
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
+    named_pictures: Callable | None = None              # (world, known?) → pictures, their names
+    one_word_things: Callable | None = None             # (world, word fits?, how many words) → things to draw
     preference_pair: Callable | None = None             # (world, i) → Item, captions: a true and a false one
     save_grid: Callable | None = None                   # (file, pictures, columns): writes them as one
     open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about
     take_items: Callable | None = None                  # (world, count) → its first readable items
     trained: list | None = None     # the data sets that the parts have met, `world` first
     name_split: Callable[[Any], str] = lambda world: "held-out"     # or trained-on, if the run has met it
+    worlds: list = field(default_factory=list)          # all data sets of the run, `world` first
     part: tuple[int, int] = (0, 1)  # of a batch, which this process reads: its number, how many there are
     gather: Callable[[Tensor], Tensor] = lambda x: x    # rows (b, …) of all parts → (B, …), with gradients
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json

@@ -7,6 +7,7 @@ in words that the bundled decoder reads (for the oracle).
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from pathlib import Path
 
@@ -43,13 +44,16 @@ def unread_settings(specs: list[str]) -> set[str]:
     return {name for name, nobody in unread.items() if nobody}
 
 
-def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0, follow_links: bool = False):
+def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0, follow_links: bool = False,
+              renderings: str = ""):
     """A data set by its spec "kind[:path][:split]": shapes, emoji:val, coco:PATH:val.
 
     The text after the last colon is a split only if the kind has a split of that name, so a path may hold
     colons. share (0 … 1): the part of a data set on disk that is used. follow_links: also of pictures behind
-    links that leave its folder. A UserError for an unknown kind, path or split.
+    links that leave its folder. renderings: of `augmented`. A UserError for an unknown kind, path or split.
     """
+    if renderings:
+        return augmented(open_data(spec, seed, strict, share, follow_links), renderings)
     kind, _, rest = spec.partition(":")
     if kind not in WORLDS and kind not in KINDS:
         raise UserError(f'unknown data "{kind}"; ' + nearest(kind, [*WORLDS, *KINDS]))
@@ -67,6 +71,22 @@ def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0
                         f'(of {", ".join(splits)}).')
     world = ShardedFiles if kind in SHARDED else Files
     return world(kind, path, known_split(kind, split, splits), seed, strict, share, follow_links)
+
+
+def augmented(world, renderings: str = "train"):
+    """The world in other renderings (augment.py): "train", or "new" ones that training never draws."""
+    if not hasattr(world, "renderings"):
+        raise UserError(f"--augment: what is said of a picture of {world.name} would no longer be true; "
+                        "leave it out.")
+    world = copy.copy(world)
+    world.renderings = renderings
+    return world
+
+
+def new_renderings(world, split: str):
+    """Another split to evaluate on, in `new` renderings where training renders it; see open_split."""
+    other = open_split(world, split)
+    return augmented(other, "new") if world.renderings else other
 
 
 def open_split(world, split: str):

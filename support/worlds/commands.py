@@ -11,19 +11,21 @@ from PIL import Image
 
 from support.formats.datasets import LAYOUTS
 from support.formats.files import UserError, at_the_door, check_value
-from support.worlds import KINDS, WORLDS, open_data
+from support.worlds import KINDS, WORLDS, open_data, stamps
 from support.worlds.instruct import generate_instructions
 
 DESCRIPTION = """Show items of a data set, or generate LLaVA-Instruct's kind of data about its pictures.
 
   python data.py SPEC [COUNT]                       items, with their pictures in out/samples/
   python data.py generate SPEC OUT COUNT TEACHER    OUT/chat.json, OUT/images/: data set llava:OUT
+  python data.py stamps FOLDER OUT                  photographs of Tux Paint with their names: folder:OUT
 """
 EXAMPLES = """examples:
   python data.py shapes:test 3
   python data.py folder:/home/me/pictures 5
   python data.py coco:/data/coco:val 5
   python data.py generate shapes out/instruct 1000
+  python data.py stamps /usr/share/tuxpaint/stamps out/stamps
   python data.py generate coco:/data/coco out/instruct 100 HuggingFaceTB/SmolLM2-1.7B-Instruct
 """
 WORLD_LINES = {                 # what is drawn here, a line a kind
@@ -52,6 +54,8 @@ def list_kinds() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments (default: the process's) and run the command."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["stamps"]:
+        return show_stamps(arguments[1:])
     generate = arguments[:1] == ["generate"]
     parser = argparse.ArgumentParser("data.py generate" if generate else "data.py", description=DESCRIPTION,
                                      epilog=f"{EXAMPLES}\n{list_kinds()}",
@@ -73,6 +77,17 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument("count", nargs="?", type=whole, default=3, help="number of items")
         options = parser.parse_args(arguments)
         show_items(options.spec, options.count, options.follow_links)
+
+
+def show_stamps(arguments: list[str]) -> None:
+    """Parse the arguments of `stamps` and run it."""
+    parser = argparse.ArgumentParser("data.py stamps", description=stamps.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    parser.add_argument("folder", nargs="?", default=stamps.INSTALLED, help="the installed stamps")
+    parser.add_argument("out", nargs="?", default="out/stamps", help="folder that is written")
+    options = parser.parse_args(arguments)
+    stamps.write_stamps(Path(options.folder), Path(options.out))
 
 
 def refuse(message: str):

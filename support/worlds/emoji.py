@@ -20,6 +20,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 
 from data import Item, NUMBERS, QA, with_article
 from support.formats.files import UserError
+from support.worlds.augment import draw_background, draw_view, may_mirror, paste_view
 
 GLYPH_SCALES = (0.7, 0.8, 0.9, 1.0)                     # side of a drawing ÷ width of its column
 
@@ -128,6 +129,15 @@ def render_glyph(text: str, side: int) -> tuple[np.ndarray, np.ndarray]:
     return ink, (white - ink)[..., :1]
 
 
+@functools.cache
+def cut_glyph(text: str, side: int) -> Image.Image:
+    """The same drawing as RGBA, for new renderings."""
+    ink, veil = render_glyph(text, side)
+    cover = 255 - veil.astype(int)                      # ink is colour · cover / 255
+    color = (ink.astype(int) * 255 // cover.clip(min=1)).clip(max=255)
+    return Image.fromarray(np.concatenate((color, cover), -1).astype(np.uint8), "RGBA")
+
+
 class Emoji:
     """One to three drawings or flags side by side; item(i) is a function of (seed, split, i) alone.
 
@@ -144,6 +154,7 @@ class Emoji:
     name, splits = "emoji", ("train", "val", "pairs", "test")
     held_out, seen = "pairs", "val"
     finite, says_scenes = False, False                  # the bundled decoder does not know these names
+    renderings = ""                                     # of renderings.augmented: "train" or "new"
 
     def __init__(self, split: str = "train", seed: int = 0, size: int = 64):
         if split not in self.splits:
@@ -166,6 +177,12 @@ class Emoji:
     def draw(self, things: list[Drawing], rng: np.random.Generator) -> np.ndarray:
         """(S, S, 3) uint8; each drawing stands in a column of its own and takes 70 to 100 % of the width."""
         S, width = self.size, self.size // len(things)
+        if self.renderings:
+            image = draw_background(rng, S)
+            for column, t in enumerate(things):
+                view = draw_view(rng, self.renderings == "new", mirror=not t.country and may_mirror([t.name]))
+                paste_view(image, cut_glyph(t.text, width), view, column * width, width)
+            return image.astype(np.uint8)
         canvas = np.empty((S, S, 3), np.uint8)
         canvas[:] = 255 if rng.random() < 0.5 else rng.integers(200, 256, 3)
         for column, t in enumerate(things):

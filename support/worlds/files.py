@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
+from PIL import Image
+
 from data import Item, QA
 from support.formats.datasets import FORMATS, LAYOUTS, OWN, OWN_TEST, split_at_pictures
 from support.formats.files import UserError
 from support.formats.pictures import read_image
 from support.formats.records import (BrokenRecord, MOST_COMPARED, Record, Unpaired, content_name,
                                      find_picture, link_leaves, name_contents, picture_key, reading_inside)
+from support.worlds.augment import augment, cut_out, may_mirror
 
+KEPT = 4096                     # so many cut-outs are kept in memory: 64 MB
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}       # the names of LLaVA's files → ours
 
 
@@ -127,6 +131,7 @@ class Files:
     size = 64                       # side of the pictures in pixels, for a ViT trained here
     finite, says_scenes = True, False
     kinds = FORMATS
+    renderings = ""                 # of worlds.augmented: "train" or "new"
     evaluates = False               # a picture that cannot be read is missing; else the next item stands in
 
     def __init__(self, kind: str, path: str, split: str, seed: int = 0, strict: bool = False,
@@ -138,6 +143,7 @@ class Files:
         self.seed, self.strict, self.follow_links = seed, strict, follow_links
         self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
         self.name, self.broken, self.order = f"{kind}:{path}", {}, (-1, None)
+        self.cuts: dict[str, Image.Image] = {}          # path → cut-out
         self.items = self.open_items(reader, share)
 
     def open_items(self, reader, share: float) -> list[list[Record]]:
@@ -250,8 +256,8 @@ class Files:
     def rng(self, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, index))
 
-    def read(self, index: int) -> tuple[list[Record], list[np.ndarray]]:
-        """The records and pictures of an item.
+    def read(self, index: int) -> tuple[list[Record], list[np.ndarray | Image.Image]]:
+        """The records and pictures of an item, as cut-outs where they are rendered anew.
 
         A broken picture is skipped and counted. In training the next item takes its place; of an evaluation
         it is a MissingPicture.
@@ -265,7 +271,7 @@ class Files:
             if self.broken.keys().isdisjoint(paths):
                 try:
                     for number, path in enumerate(paths):
-                        images.append(self.read_picture(path, item, number))
+                        images.append(self.show(path, item, number))
                     return records, images
                 except UserError as e:
                     why = str(e).removeprefix(f"{path}: ").rstrip(".")
@@ -295,6 +301,16 @@ class Files:
             raise UserError(f"{path}: a link that leaves {self.folder}; --follow-links reads it.")
         return read_image(file)
 
+    def show(self, path: str, item: int = 0, number: int = 0) -> np.ndarray | Image.Image:
+        """The picture, or where it is rendered anew its cut-out; the last KEPT ones are kept."""
+        if not self.renderings:
+            return self.read_picture(path, item, number)
+        if path not in self.cuts:
+            if len(self.cuts) >= KEPT:
+                self.cuts.pop(next(iter(self.cuts)))
+            self.cuts[path] = cut_out(self.read_picture(path, item, number), self.size)
+        return self.cuts[path]
+
     def question(self, r: Record) -> QA:
         """A record's question; its answer is the correct choice or the annotators' most frequent answer."""
         answers = list(r.answers) if len(r.answers) > 1 else []
@@ -311,6 +327,10 @@ class Files:
         """For training: captions in random order, at most `turns` of the questions that have an answer."""
         records, images = self.read(index)
         r, captions = records[0], [c.strip() for r in records for c in r.captions if c.strip()]
+        if self.renderings:
+            rng = np.random.default_rng((self.seed, index, 1 + (self.renderings == "new")))
+            mirror = may_mirror([*captions, *(q.question for q in records)])
+            images = [augment(cut, self.size, rng, self.renderings == "new", mirror) for cut in images]
         qas = [self.question(q) for q in records if q.question]
         if turns is not None:
             rng = self.rng(index)

@@ -18,7 +18,8 @@ from support.worlds.text import shapes_tokenizer
 @pytest.fixture(scope="module")
 def task() -> ClipTask:
     torch.manual_seed(0)
-    given = Ingredients(torch.device("cpu"), seed=0, batch=4, steps=1, world=Shapes("train"),
+    world = Shapes("train")
+    given = Ingredients(torch.device("cpu"), seed=0, batch=4, steps=1, world=world, worlds=[world],
                         tokenizer=shapes_tokenizer(), contrastive_pair=contrastive_pair)
     return ClipTask(given)
 
@@ -48,7 +49,8 @@ def test_the_scale_of_the_logits_stays_at_100_or_less(task):
 def test_a_given_vit_is_locked_and_all_else_learns():
     """Recipe clip-text (LiT): the ViT stays, its picture and the texts meet in new projections."""
     vit = ViT(ViTConfig(image_size=48, width=32, layers=1, heads=2, hidden=32))
-    given = Ingredients(torch.device("cpu"), seed=0, batch=2, steps=1, world=Shapes("train"), vit=vit,
+    world = Shapes("train")
+    given = Ingredients(torch.device("cpu"), seed=0, batch=2, steps=1, world=world, worlds=[world], vit=vit,
                         tokenizer=shapes_tokenizer(), contrastive_pair=contrastive_pair)
     locked = ClipTask(given)
     locked.freeze(("text", "image_projection", "text_projection"), torch.float32)

@@ -33,10 +33,9 @@ STEPS = {"lm": 8, "clip": 8, "clip-text": 8, "vq": 8, "dvae": 8, "blip2-1": 25,
 ABLATIONS = {f"{r.bridge}-{arm}" for r in train.RECIPES.values() for arm in ("frozen", "tuned")}
 ABLATIONS |= {"adapter-1", "adapter-rand", "llava-1.5-1", "limber-names", "limber-pixels", "glide"}
 ABLATIONS |= {"visualbert-late", "visualbert-words", "vilbert-equal", "vilt-unaligned"}
-ABLATIONS |= {"albef-fused", "albef-easy", "albef-untaught", "coca-1"}
 FIRST_STAGES = [pytest.param(name, marks=pytest.mark.slow) if name in ABLATIONS else name
-                for name, r in train.RECIPES.items()            # lm-prompts: tests/worlds/test_prompts.py
-                if not r.start and name not in ALL_BRIDGES and name != "lm-prompts"]
+                for name, r in train.RECIPES.items()            # tests/worlds/test_prompts.py, test_word.py:
+                if not r.start and name not in (*ALL_BRIDGES, "lm-prompts", "word")]
 
 
 def losses(out: Path) -> list[float]:

@@ -1,0 +1,146 @@
+"""papers/word.py: a picture as one word of a frozen language model (lesson 9 of notebooks/, for any picture).
+
+A prefix bridge writes one soft token per picture, and that token shall be the row of the embedding table of
+the word that names it. Then the decoder reads "What is a⟨picture⟩?" as it reads the sentence with the word in
+it, and tells what it knows of the thing, though no step of training held more than the name.
+
+    symbol    shape      here       meaning
+    f(x)      (B, D)     soft       the bridge's one soft token
+    e_w       (D,)       rows       row of the embedding table of the word w, one token with a blank before it
+    s         ()         scale      mean over the run's words of (e_w − mean)²
+
+    (W1)  L = mean |f(x) − e_w|² / s                        1 is what the mean of all names gets
+    (W2)  read(x) = argmax_v cos(f(x), e_v)                 over all V words of the vocabulary
+
+No decoder runs in the loss, so a minute trains it. Names of several tokens are left out.
+
+Run       python train.py --recipe word --data emoji --examples 50 --vit weights/vit-pictures --lm SMOLLM2
+Content   WordTask, RECIPES
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Document, to_pixels
+from papers.recipe import MUON, Numbers, Recipe
+
+ASK = "What is a<image>? Answer in one sentence."
+RENDERINGS = 4                                          # of each thing in the report
+SHOWN = 6                                               # things that are asked about, and as many failures
+
+
+class WordTask:
+    """What recipe `word` changes of train.py's answer task, in front of which this class stands.
+
+    Takes one_word_things; --examples is the number of words.
+    """
+    def __init__(self, *given):
+        super().__init__(*given)
+        g, t = self.given, self.tokenizer
+        if self.visual_tokens != 1 or not self.module.bridge.soft_tokens:
+            raise ValueError(f"recipe word trains a bridge that writes one soft token, and {g.bridge.name} "
+                             f"writes {self.visual_tokens}; give --option constants=1 with mapl.")
+        self.things = g.one_word_things(self.world, lambda word: len(self.ids(word)) == 1, g.examples)
+        self.words = [*dict.fromkeys(self.things.words)]
+        if len(self.words) < 2:
+            raise ValueError(f"of {self.world.name} this language model writes {len(self.words)} names as "
+                             "one token, and recipe word needs two; give other data, or another --lm.")
+        table = self.module.decoder.embed.weight.detach()
+        ids = torch.tensor([self.ids(word)[0] for word in self.things.words], device=table.device)
+        self.rows = table[ids].float()                  # (things, D)
+        own = self.rows[[self.things.words.index(w) for w in self.words]]
+        self.scale = (own - own.mean(0)).square().mean()
+        self.expect = "(1 is what the mean of all names gets)"
+        print(f"words    {len(self.words)} of {len(self.things.words)} things in {self.world.name}, each one "
+              f"token of {len(table):,}")
+
+    def ids(self, word: str) -> list[int]:
+        return self.tokenizer.encode(" " + word, preceded_by="text")
+
+    def batch(self, step: int) -> list[dict]:
+        """pixels (B, 3, S, S) of things drawn at random; tokens (B,): their numbers."""
+        given, things = self.given, self.things
+        chosen = [int(np.random.default_rng((given.seed, 4, i)).integers(len(things.words)))
+                  for i in self.indices(step)]
+        images = [things.draw(n, i, False) for n, i in zip(chosen, self.indices(step))]
+        return [dict(pixels=self.pixels(images), known=None, cut=0, tokens=torch.tensor(chosen), set=0,
+                     weight=1.0, count=len(chosen))]
+
+    def indices(self, step: int) -> range:
+        number, parts = self.given.part
+        count = self.given.batch // parts
+        return range(step * self.given.batch + number * count, step * self.given.batch + (number + 1) * count)
+
+    def pixels(self, images: list[np.ndarray]) -> Tensor:
+        return to_pixels(images, self.module.vit.config.image_size, self.given.processor)
+
+    def soft(self, features: Tensor) -> Tensor:
+        """(B, N, Di) → (B, D)."""
+        bridge = self.module.bridge
+        return bridge.prefix(bridge.see(features))[:, 0].float()
+
+    def loss(self, tokens: Tensor, features: Tensor, **_) -> Tensor:
+        error = self.soft(features) - self.rows[tokens]
+        return error.square().mean(-1).sum() / self.scale                       # (W1)
+
+    def first_step(self, *_) -> None:
+        """No document is trained on."""
+
+    def flops_per_position(self) -> float:
+        return 0.0
+
+    def read(self, features: Tensor) -> list[str]:
+        """(W2): the word that each picture is nearest to."""
+        words = F.normalize(self.module.decoder.embed.weight.float(), dim=-1)
+        nearest = (F.normalize(self.soft(features), dim=-1) @ words.T).argmax(-1)
+        return [self.tokenizer.decode([n]).strip() for n in nearest.tolist()]
+
+    @torch.no_grad()
+    def name_new(self, renderings: int) -> tuple[list[np.ndarray], Tensor, list[str], list[str]]:
+        """Pictures of new renderings of every thing, their features, their words, and what is read."""
+        numbers = [n for n in range(len(self.things.words)) for _ in range(renderings)]
+        images = [self.things.draw(n, i, True) for i, n in enumerate(numbers)]
+        parts = [self.features(self.pixels(images[i:i + 128]).to(self.given.device))
+                 for i in range(0, len(images), 128)]
+        read = [word for part in parts for word in self.read(part)]
+        return images, torch.cat(parts), [self.things.words[n] for n in numbers], read
+
+    def check(self) -> dict[str, float]:
+        _, _, words, read = self.name_new(1)
+        return {"named": float(np.mean([a == b for a, b in zip(words, read)]))}
+
+    def report(self, out: Path) -> dict[str, dict]:
+        """The rate of new renderings, blind and chance; then the language model is asked about some."""
+        images, features, words, read = self.name_new(RENDERINGS)
+        right = [a == b for a, b in zip(words, read)]
+        blind = self.read(self.features(torch.zeros_like(self.pixels(images[:1])).to(self.given.device)))[0]
+        V = len(self.module.decoder.embed.weight)
+        scores = {"named": float(np.mean(right)), "blind": float(np.mean([w == blind for w in words])),
+                  "chance": 1 / V, "words": len(self.words), "pictures": len(words)}
+        print(f"words    {len(words)} new renderings of training's pictures, {len(self.words)} names: "
+              f"{100 * scores['named']:.1f} % are read as their own among all {V:,} words; blind "
+              f"{100 * scores['blind']:.1f} %, chance {100 / V:.3f} %")
+        shown = [*range(0, len(words), RENDERINGS * -(-len(self.things.words) // SHOWN))]
+        failed = [i for i, ok in enumerate(right) if not ok and i not in shown]
+        failed = failed[::1 + len(failed) // SHOWN][:SHOWN]
+        asked = shown + failed
+        documents = [Document(self.tokenizer).chat(ASK) for _ in asked]
+        told = self.given.generate_texts(self.module, documents, self.tokenizer, 40, features=features[asked])
+        lines = [dict(shows=words[i], read=read[i], right=right[i], told=text)
+                 for i, text in zip(asked, told)]
+        for i, line in enumerate(lines):
+            title = ("asked" if i == 0 else "not read right" if i == len(shown) else "")
+            verdict = "" if line["right"] else f" (it shows {line['shows']})"
+            print(f"{title:15} ⟨picture⟩ → {line['read']}{verdict} → {line['told']}")
+        return {"words.json": {"scores": scores, "asked": lines}}
+
+
+RECIPES = {"word": Recipe(
+    "a picture as a word: the bridge's one soft token becomes a row of the frozen embedding table",
+    "named pictures; no paper's recipe", None, Numbers(2e-3, 64, 250, **MUON), "mapl", task="word",
+    options=dict(reads=-2, constants=1, width=64, layers=1, heads=4), toy_data="emoji")}
