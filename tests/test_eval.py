@@ -109,25 +109,21 @@ def cli(*argv) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_the_comparison_table_has_a_row_per_run_and_the_baselines(run):
+def test_the_comparison_table_has_a_row_per_run_and_the_baselines(run, capsys):
     out, _ = run
-    measured, saved = cli(out, "--items", "4"), cli(out, "--saved")
-    for done in (measured, saved):
-        assert done.returncode == 0, done.stderr
-        for row in ("held-out", "seen", "blind", "chance", "oracle"):
-            assert row in done.stdout
-    assert measured.stdout == saved.stdout  # the run's own report had 4 items, too
-    assert "trained" in done.stdout and "examples" in done.stdout and "cider" in done.stdout
+    measured = cli(out, "--items", "4")
+    assert measured.returncode == 0, measured.stderr
+    for word in ("held-out", "seen", "blind", "chance", "oracle", "trained", "examples", "cider"):
+        assert word in measured.stdout
+    capsys.readouterr()
+    evaluation.main([str(out), "--saved"])
+    assert measured.stdout == capsys.readouterr().out  # the run's own report had 4 items, too
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2():
-    for argv, words in (
-        (["compair"], ['"compair"', 'did you mean "compare"']),
-        (["ask", "no/lm", "--prompt", "hi"], ["no/lm"]),
-    ):
-        done = cli(*argv)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert all(w in done.stderr for w in words), done.stderr
+    done = cli("compair")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert '"compair"' in done.stderr and 'did you mean "compare"' in done.stderr
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -141,6 +137,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2():
     (["compare", "out/x", "--protocl", "mapl"], 'did you mean "--protocol"'),
     (["claims", "--seed", "3", "all"], 'did you mean "--seeds"'),
     (["targets"], "RUN"),
+    (["ask", "no/lm", "--prompt", "hi"], "no/lm"),
 ])
 def test_an_argument_that_is_not_understood_is_named_with_the_nearest(argv, words):
     with pytest.raises(UserError) as e:

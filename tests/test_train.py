@@ -175,21 +175,16 @@ def test_the_schedule_warms_up_and_falls_to_its_floor():
     assert math.isclose(train.schedule(0.1, 0.1), 1.0) and math.isclose(train.schedule(1.0, 0.1), 0.02)
 
 
-# A miniature run on the two bundled towers, through the text and inside the layers: about a minute, and
-# already far from blind. All six are in support/results/bridges.txt, their relatives in `eval.py claims`.
-MINIATURE = dict(mlp=250, flamingo=250)         # steps
-
-
+# Captions alone are learned soonest: CIDEr after 120 steps was 1.50 and 1.04, blind 0.88 and 0.44. Answers, and
+# all six bridges: support/results/bridges.txt; their relatives: `eval.py claims`.
 @pytest.mark.slow
-@pytest.mark.parametrize("bridge", MINIATURE)
-def test_a_miniature_run_beats_its_blind_twin(bridge, tmp_path):
-    argv = ["--bridge", bridge, "--steps", str(MINIATURE[bridge]), "--batch", "32"]
-    train.main([*argv, "--log-every", "20", "--eval-items", "100", "--samples", "0", "--out", str(tmp_path)])
+@pytest.mark.parametrize("bridge,steps", [("mlp", 200), ("flamingo", 140)])     # in the text, in the layers
+def test_a_miniature_run_beats_its_blind_twin(bridge, steps, tmp_path):
+    argv = ["--bridge", bridge, "--steps", str(steps), "--batch", "32", "--captions", "1"]
+    train.main([*argv, "--log-every", "20", "--eval-items", "40", "--samples", "0", "--out", str(tmp_path)])
     assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {r["row"].split(", ")[-1]: r for r in results["rows"]}
-    # A run learns to caption first: after 250 steps about 1.3 against the 0.55 of its blind twin. The answers
-    # follow from step 400 on: before, a run in a few is not 2 standard errors (5 points) above blind.
     assert rows["held-out"]["cider"] > 1.5 * rows["blind"]["cider"], rows
 
 

@@ -1,6 +1,7 @@
 """worlds/text.py: text about shapes, from which the bundled decoder learned to read."""
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from pathlib import Path
@@ -34,9 +35,16 @@ def describe_scene(things: list[Thing], style: str) -> str:
     return "; ".join(STYLES[style](t) for t in things)
 
 
-@functools.cache
 def shapes_tokenizer() -> ByteLevel:
-    """The bundled byte-level BPE: trained on text with every word of the world, so each word is one token."""
+    """The bundled byte-level BPE: trained on text with every word of the world, so each word is one token.
+
+    Each call gives one of its own: a chat template that one caller sets is no other's.
+    """
+    return copy.copy(trained_tokenizer())
+
+
+@functools.cache
+def trained_tokenizer() -> ByteLevel:
     world, texts = Shapes("all"), [CAPTION, LIST]
     for i in range(400):
         rng = world.rng(i)

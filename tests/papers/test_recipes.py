@@ -29,9 +29,10 @@ QUICK = ["--dtype", "float32", "--log-every", "1", "--eval-items", "8", "--sampl
 SAME = ["--examples", "16", "--warmup", "0"]            # one batch over and over: its loss must fall
 STILL = ["--lr", 1e-30]                                 # an update moves a zero by 1e-30, and nothing else
 STEPS = {"lm": 8, "clip": 8, "clip-text": 8, "vq": 8, "dvae": 8, "blip2-1": 25,
-         "visualbert": 8, "vilbert": 8, "vilt": 8}
+         "visualbert": 8, "vilbert": 8, "vilt": 8, "albef": 10, "coca": 10, "cm3": 10, "simvlm": 10, "fpt": 10}
 ABLATIONS = {f"{r.bridge}-{arm}" for r in train.RECIPES.values() for arm in ("frozen", "tuned")}
 ABLATIONS |= {"adapter-1", "adapter-rand", "llava-1.5-1", "limber-names", "limber-pixels", "glide"}
+ABLATIONS |= {"cm3-causal", "simvlm-causal", "simvlm-pairs", "simvlm-linear", "fpt-random"}
 ABLATIONS |= {"visualbert-late", "visualbert-words", "vilbert-equal", "vilt-unaligned"}
 FIRST_STAGES = [pytest.param(name, marks=pytest.mark.slow) if name in ABLATIONS else name
                 for name, r in train.RECIPES.items()            # tests/worlds/test_prompts.py, test_word.py:
@@ -42,15 +43,16 @@ def losses(out: Path) -> list[float]:
     return [x["loss"] for x in read_log(out / "log.jsonl") if "loss" in x]
 
 
-def run(*argv, out: Path) -> torch.nn.Module:
-    return train.main([*map(str, argv), "--out", str(out), *QUICK])
+def run(*argv, out: Path, more: list[str] = ()) -> torch.nn.Module:
+    return train.main([*map(str, argv), "--out", str(out), *QUICK, *more])
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)
 def test_a_miniature_run_of_each_first_stage(name, tmp_path):
     r = train.RECIPES[name]
     same = SAME[2:] if "examples" in r.unread else SAME     # they draw their own
-    module = run("--recipe", name, "--steps", STEPS.get(name, 20), *same, out=tmp_path)
+    few = ["--batch", "8", "--examples", "8"] if name in ABLATIONS and same == SAME else []
+    module = run("--recipe", name, "--steps", STEPS.get(name, 20), *same, out=tmp_path, more=few)
     loss = losses(tmp_path)
     assert np.mean(loss[-2:]) < np.mean(loss[:2]), loss
     if r.task == "answer":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import data
+from support.formats.chat import use_template
 from support.formats.files import UserError
 from support.worlds import WORLDS, open_data
 from support.worlds.commands import main, show_items
@@ -89,6 +90,12 @@ def test_the_shapes_world_is_to_the_bit_the_one_that_the_bundled_towers_learned_
 
 
 # --- specs --------------------------------------------------------------------------------------------------
+
+
+def test_a_template_that_one_caller_sets_is_no_others():
+    mine = shapes_tokenizer()
+    use_template("alpaca", mine)
+    assert mine.template.name == "alpaca" and shapes_tokenizer().template.name == "plain"
 
 
 def test_a_spec_opens_a_world():
