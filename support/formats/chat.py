@@ -221,7 +221,10 @@ def read_template(folder: Path, settings: dict) -> tuple[str | None, str]:
     """
     jinja = folder / "chat_template.jinja"
     if jinja.exists():
-        return jinja.read_text(encoding="utf-8"), str(jinja)
+        try:
+            return jinja.read_text(encoding="utf-8"), str(jinja)
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{jinja}: no text in UTF-8 that can be read ({type(e).__name__}).") from None
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         content = settings
         if name != "tokenizer_config.json":

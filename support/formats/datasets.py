@@ -195,7 +195,7 @@ def read_vqa(folder: Path, split: str, version="v2_"):
     def collect_answers(n, row):
         chosen = row.get("multiple_choice_answer")
         more = {"question_type": row.get("question_type"), "most_common": chosen and checked_text(chosen)}
-        answers = [a["answer"] for a in row["answers"]]
+        answers = one_or_more([a["answer"] for a in row["answers"]])
         fields_of[same_id(row["question_id"])] = dict(answers=answers, kind=row.get("answer_type") or "",
                                                       more=more)
 
@@ -214,6 +214,13 @@ def read_vqa(folder: Path, split: str, version="v2_"):
         yield BrokenRecord(f"{annotations}, answers to question {i}", "there is no such question")
 
 
+def one_or_more(answers: list) -> list:
+    """The answers; a ValueError where there is none, so that nothing can be right or learned."""
+    if not answers:
+        raise ValueError("it has no answers")
+    return answers
+
+
 def read_textvqa(folder: Path, split: str):
     """TextVQA (1904.08920); validation lies among the train images:
         TextVQA_0.5.1_{train,val,test}.json     train_images/aa00bb11cc22dd33.jpg …     test_images/ …"""
@@ -221,7 +228,7 @@ def read_textvqa(folder: Path, split: str):
 
     def question(n, row):
         path = path_inside(folder, f"{split.replace('val', 'train')}_images/{row['image_id']}.jpg", *TEXTVQA)
-        answers = [] if split == "test" else row["answers"]
+        answers = [] if split == "test" else one_or_more(row["answers"])
         return Record(row["question_id"], [path], split, question=row["question"], answers=answers)
 
     return parse_rows(f"{file}, row", load_lists(file, "data"), question)
@@ -238,7 +245,8 @@ def read_vizwizvqa(folder: Path, split: str):
     def question(n, row):
         annotation = {}
         if split != "test":
-            answers, more = [a["answer"] for a in row["answers"]], {"answerable": row.get("answerable")}
+            answers = one_or_more([a["answer"] for a in row["answers"]])
+            more = {"answerable": row.get("answerable")}
             annotation = dict(answers=answers, kind=row.get("answer_type") or "", more=more)
         path = path_inside(folder, f"{split}/{row['image']}", ".", "images", "Images")
         return Record(row["image"], [path], split, question=row["question"], **annotation)

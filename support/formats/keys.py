@@ -136,7 +136,7 @@ PROCESSOR = {
     **these("do_resize do_rescale do_normalize do_center_crop do_pad", Key((bool,), null=True)),
     "rescale_factor": number(null=True, above=0, most=1000),
     "image_mean": Key((float, int, list), COLOURS.bounds, True, COLOURS),
-    "image_std": Key((float, int, list), dict(above=0, most=1000), True, number(above=0, most=1000)),
+    "image_std": Key((float, int, list), dict(least=1e-6, most=1000), True, number(least=1e-6, most=1000)),
     "resample": Key((int,), dict(least=0, most=5), True),
     "max_image_tiles": size(null=True, most=100),
 }

@@ -232,7 +232,7 @@ def path_inside(folder: Path, name: str, *roots: str) -> str:
     name = checked_text(name)
     if os.path.isabs(name):
         name = name.removeprefix(f"{folder.absolute()}/")
-    if not name or os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+    if not name or "\0" in name or os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         raise ValueError(f'the picture "{name}" lies outside the folder of the data set')
     paths = [f"{folder / root}/{name}" for root in roots or (".",)]
     if not roots:                              # one candidate: no look at the disk, millions of pictures pass

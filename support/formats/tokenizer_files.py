@@ -118,6 +118,10 @@ def added_tokens(settings: dict, vocab: dict[str, int], entries: list[dict]) -> 
     for role, texts in USUAL.items():
         roles.setdefault(role, next((t for t in texts if t in found), None))
     named = {text for text in (*roles.values(), *extra) if text is not None}
+    for role in ("bos", "eos"):
+        if roles[role] is not None and roles[role] not in {**vocab, **found}:
+            raise ValueError(f"the settings beside it name {roles[role]!r} as {role}_token, and the "
+                             "vocabulary has no such token; correct the name, or remove it.")
     ids = {**{text: vocab[text] for text in named if text in vocab}, **{t: e["id"] for t, e in found.items()}}
     special = {text: i for text, i in ids.items() if text in named or found[text].get("special", True)}
     rules = {text: frozenset(rule for rule in RULES if entry.get(rule)) for text, entry in found.items()}
@@ -190,6 +194,8 @@ def from_json(file: Path, settings: dict, data: dict) -> Tokenizer:
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"a {model['type']} vocabulary; known are BPE and WordPiece.")
     merges = [tuple(m if isinstance(m, list) else m.split(" ")) for m in model["merges"]]
+    if odd := [m for m in merges if len(m) != 2]:
+        raise ValueError(f"the merge {' '.join(map(str, odd[0]))!r} is no pair of tokens.")
     ids, order = [vocab[a + b] for a, b in merges], {pair: n for n, pair in enumerate(merges)}
     if sentencepiece:
         first, prefix = dummy_prefix(normalizers + splits)
@@ -202,11 +208,17 @@ def from_json(file: Path, settings: dict, data: dict) -> Tokenizer:
         byte_of = {letter: b for b, letter in byte_letters().items()}
         ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()
                  if token not in added["special"]}
-        if ids != sorted(ids):                          # tiktoken merges in the order of ids
-            raise UserError(f"{file}: its merges are not in the order of its ids; such a vocabulary "
-                            "cannot be read here.")
+        # tiktoken merges in the order of ids, whatever two parts make a token; this fits most vocabularies
+        made, whole_words = {*ids}, model.get("ignore_merges")
+        fits = ids == sorted(ids) and (whole_words or all(len(t) == 1 or i in made for t, i in ranks.items()))
+        if not fits:
+            order = {tuple(bytes(byte_of[c] for c in part) for part in pair): n for pair, n in order.items()}
+            if whole_words:
+                raise ValueError("its merges are not in the order of its ids, and it ignores them for whole "
+                                 "words; such a vocabulary cannot be read here.")
         pattern, before = byte_level_splits(splits)
-        tokenizer = ByteLevel(pattern, ranks, split=before, normalize=make_normalizer(normalizers), **added)
+        tokenizer = ByteLevel(pattern, ranks, split=before, order=None if fits else order,
+                              normalize=make_normalizer(normalizers), **added)
     return frame_texts(tokenizer, settings, data)
 
 

@@ -165,14 +165,18 @@ class ByteLevel(Tokenizer):
 
     split, then pattern, cut a text into words: a function, and a regular expression for tiktoken. Without a
     pattern each piece of `split` is a word.
-    ranks: bytes of a token → its id, also the order of merging.
+    ranks: bytes of a token → its id, also the order of merging. Where it is not, `order` says when a pair of
+    tokens is merged, and no other pair is; then words are merged here, which is slower.
     """
 
     def __init__(self, pattern: str | None, ranks: dict[bytes, int], special: dict[str, int],
-                 split: Splitter | None = None, **names):
+                 split: Splitter | None = None, order: dict[tuple[bytes, bytes], int] | None = None, **names):
         super().__init__(ranks.values(), special, **names)
-        self.pattern, self.ranks, self.split = pattern, ranks, split
+        self.pattern, self.ranks, self.split, self.order = pattern, ranks, split, order
+        self.merge_word = functools.lru_cache(20_000)(self.merge_bytes)
         self.encode_word = functools.lru_cache(20_000)(self.encode_piece)
+        if not ranks:
+            raise ValueError("its vocabulary is empty.")
         if b"" in ranks or pattern is not None and (not pattern or regex.match(pattern, "")):
             raise ValueError("a piece of the vocabulary, or a match of its pattern, is empty.")     # a panic
         # SmolLM2 has no token for 21 of the 256 bytes, and tiktoken stops at such a byte.
@@ -186,7 +190,14 @@ class ByteLevel(Tokenizer):
         encode = self.encode_piece if self.pattern else self.encode_word
         return [i for piece in (self.split(text) if self.split else [text]) for i in encode(piece)]
 
+    def merge_bytes(self, word: str) -> list[int]:
+        parts = merge_pairs([bytes([b]) for b in word.encode("utf-8", "replace")], self.order)
+        return [self.ranks[part] for part in parts if part in self.ranks]
+
     def encode_piece(self, text: str) -> list[int]:
+        if self.order is not None:
+            words = compile_cached(self.pattern).findall(text) if self.pattern else [text]
+            return [i for word in words for i in self.merge_word(word)]
         # Llama-3's own code cuts long runs too: 10⁶ blanks overflow the stack of tiktoken's pattern matcher.
         runs = re.finditer(r"\s+|\S+", text) if self.pattern and len(text) > LONGEST_RUN else ()
         cuts = [i for run in runs for i in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)]
@@ -206,7 +217,10 @@ class ByteLevel(Tokenizer):
             return "".join(letters[b] for b in token)
 
         merged = [token for token in sorted(self.ranks, key=self.ranks.get) if len(token) > 1]
-        merges = [[spell(half) for half in merge_halves(token, self.ranks)] for token in merged]
+        pairs = [merge_halves(token, self.ranks) for token in merged]
+        if self.order is not None:
+            pairs = sorted(self.order, key=self.order.get)
+        merges = [[spell(half) for half in pair] for pair in pairs]
         flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         begin = names.get(self.bos)
         first, second = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
@@ -262,7 +276,7 @@ def train_bpe(texts: list[str], vocab_size: int, special: list[str], **names) ->
     return ByteLevel(GPT2_SPLIT, ranks, {s: len(ranks) + n for n, s in enumerate(special)}, **names)
 
 
-def merge_pairs(parts: list[str], order: dict[tuple[str, str], float]) -> list[str]:
+def merge_pairs(parts: list, order: dict[tuple, float]) -> list:
     """Join the pair that comes first in `order`, the leftmost of equals, until no pair is in it; O(n log n).
 
     Parts are a doubly linked list, the pairs that can be joined a heap. A pair is skipped if its parts have

@@ -673,3 +673,18 @@ def test_a_set_without_its_held_out_split_is_trained_and_says_why_there_is_no_ta
         ]
     )
     assert "no final table" in capsys.readouterr().err and (tmp_path / "run" / "bridge.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind, source, file, where", [
+    ("vqav2", "vqav2", "v2_mscoco_val2014_annotations.json", lambda c: c["annotations"]),
+    ("textvqa", "textvqa", "TextVQA_0.5.1_val.json", lambda c: c["data"]),
+    ("vizwizvqa", "vizwiz_vqa", "val.json", lambda c: c)])
+def test_a_question_without_an_answer_is_no_record(kind, source, file, where, tmp_path):
+    shutil.copytree(SETS / source, tmp_path / "set")
+    path = next((tmp_path / "set").rglob(file))
+    content = json.loads(path.read_text())
+    for row in where(content):
+        row["answers"] = []
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="holds no usable record"):
+        len(open_data(f"{kind}:{tmp_path / 'set'}:val"))

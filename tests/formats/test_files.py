@@ -67,7 +67,7 @@ def test_an_object_knows_its_file_and_its_keys():
     ("config.json", {"rms_norm_eps": 10**400}, "'rms_norm_eps' is 1000"),
     ("params.json", {"dim": -64}, "'dim' is -64, not a whole number of at least 1"),
     ("preprocessor_config.json", {"size": {"height": "224"}}, "'size.height' is '224', not a whole"),
-    ("preprocessor_config.json", {"image_std": [0.5, 0]}, r"'image_std\[1\]' is 0, not a number above 0"),
+    ("preprocessor_config.json", {"image_std": [0.5, 0]}, r"'image_std\[1\]' is 0, not a number of at least"),
     ("tokenizer.json", {"added_tokens": [{"id": -1}]}, r"'added_tokens\[0\].id' is -1, not a whole number"),
     ("tokenizer_config.json", {"bos_token": 1}, "'bos_token' is 1, not a text"),
     ("model.safetensors.index.json", {"weight_map": {"a": 1}}, "'weight_map.a' is 1, not a text"),

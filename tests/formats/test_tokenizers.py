@@ -17,7 +17,7 @@ import pytest
 
 from support.formats.tokenizers import byte_letters, merge_pairs
 from support.worlds.text import shapes_tokenizer
-from conftest import GOLDEN
+from conftest import GOLDEN, write_byte_tokenizer
 from data import Document
 from model import IMAGE
 from support.formats.chat import TEMPLATES
@@ -658,4 +658,48 @@ def test_an_empty_folder_says_which_files_would_do(tmp_path):
     with pytest.raises(
         UserError, match="tokenizer.json: no such file, nor tokenizer.model, vocab.txt, vocab.json; give"
     ):
+        load_tokenizer(tmp_path)
+
+
+# --- merges as a file has them ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, merges, text, want", [
+    (["AB", "Ab"], ["A b", "A B"], "AbAB", ["Ab", "AB"]),                   # ids in another order than merges
+    (["ab", "bc"], ["b c", "a b"], "abc ab", ["a", "bc", " ", "ab"]),
+    (["bc", "abc"], ["b c"], "abc", ["a", "bc"]),                           # abc is in no merge
+    (["ab", "abc", "bc"], ["b c", "a b", "ab c"], "abc", ["a", "bc"]),      # (a, bc) is no merge
+    (["é"], ["Ã ©"], "é!", ["é", "!"]),
+])
+def test_merges_decide_and_not_the_ids_of_their_tokens(words, merges, text, want, tmp_path):
+    write_byte_tokenizer(tmp_path, ("</s>",))
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    letters = byte_letters()
+    ids = {word: 300 + n for n, word in enumerate(words)}
+    file["model"]["vocab"] |= {"".join(letters[b] for b in word.encode()): i for word, i in ids.items()}
+    file["model"]["merges"] = merges
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    t = load_tokenizer(tmp_path)
+    assert t.encode(text) == [ids.get(word, word.encode()[0]) for word in want]
+    assert t.decode(t.encode(text)) == text
+    t.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode(text) == t.encode(text)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"merges": ["A b c"]}, "the merge 'A b c' is no pair"),
+    ({"merges": [["A"]]}, "the merge 'A' is no pair"),
+    ({"vocab": {}}, "its vocabulary is empty")])
+def test_a_model_without_pairs_or_words_is_refused(change, message, tmp_path):
+    write_byte_tokenizer(tmp_path, ("</s>",))
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["model"] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("role", ["bos_token", "eos_token"])
+def test_a_role_of_a_token_that_is_not_there_is_refused(role, tmp_path):
+    write_byte_tokenizer(tmp_path, ("</s>",), **{role: "<nobody>"})
+    with pytest.raises(UserError, match=f"name '<nobody>' as {role}, and the vocabulary has no such token"):
         load_tokenizer(tmp_path)
