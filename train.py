@@ -49,11 +49,11 @@ from support.plumbing.cli import parse_options, parse_weighted, run_cli, setting
 from support.plumbing.curves import draw_curves
 from support.plumbing.device import frozen_dtype, pick_dtype
 from support.plumbing.digest import data_digest, parts_digest
-from support.plumbing.doctor import (gate_details, gradient_norms, print_first_document, print_modules,
-                                     report_blind_loss)
+from support.plumbing.doctor import (advise_at_end, first_look, gate_details, gradient_norms,
+                                     print_modules)
 from support.plumbing.features import FeatureCache
 from support.plumbing.folder import clean_folder, owned
-from support.plumbing.log import append_line, rewind_log
+from support.plumbing.log import rewind_log
 from support.plumbing.meter import Meter, Progress, count_flops, count_positions, report_end, report_saved
 from support.plumbing.optimizers import clip_gradients, make_optimizers, schedule
 from support.plumbing.packing import pack_documents, require_room
@@ -277,7 +277,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
                 print(f"step 0   loss {loss:.3f}   {task.expect}")
                 print(f"gradient {norms}")
             with ranks.unsharded(forward):
-                task.first_step(pieces, scales, out)
+                task.first_step(pieces, scales, out, loss)
         asked = ranks.any(stop.asked > 0)
         if asked or new and step % s.save_every == 0:   # its loss is finite, its update yet to come
             save_state(state, ranks, out)
@@ -438,13 +438,8 @@ class AnswerTask(Task):
 
     # what is printed, logged and saved
 
-    def first_step(self, pieces: list[dict], scales: list[float], out: Path) -> None:
-        """Is the image used, what is learned? The blind loss, the first picture and its document."""
-        blind = report_blind_loss(self.module, pieces, scales, self.ranks)
-        if self.ranks.first:
-            append_line(out / "log.jsonl", {"step": 0, "blind": blind})
-            document, item = self.example(self.world, 0)
-            print_first_document(document, item.pictures, self.tokenizer, out)
+    def first_step(self, *first) -> None:
+        first_look(self, *first)
 
     def flops_per_position(self, rows: int = 4) -> float:
         """Counted on a few rows, no more than a step has; with --cache the ViT does not run."""
@@ -470,6 +465,8 @@ class AnswerTask(Task):
         return scalar_scores(evaluate(self.module, self.tokenizer, items, captions=False, form=self.s.form))
 
     def report(self, out: Path) -> dict[str, dict]:
+        if advice := advise_at_end(out, self.module.decoder.config.vocab_size):
+            print(f"doctor   {advice}")
         if self.cut_documents:
             print(f"warning: {self.cut_documents} documents were longer than --longest {self.s.longest} "
                   "and lost their ends", file=sys.stderr)

@@ -164,7 +164,7 @@ class Task:
         first = step * self.given.batch
         return f"items {first} to {first + self.given.batch - 1}"
 
-    def first_step(self, pieces: list[dict], scales: list[float], out: Path) -> None:
+    def first_step(self, pieces: list[dict], scales: list[float], out: Path, loss: float) -> None:
         """What is worth a look after the first backward pass."""
 
     def after_step(self) -> None:

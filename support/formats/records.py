@@ -79,6 +79,12 @@ TEXT_FIELDS = [(f.name, f.default) for f in fields(Record)          # texts and 
                if isinstance(f.default, (str, tuple)) and f.name != "turns"]
 
 
+def count_words(r: Record) -> int:
+    """The words that training can learn of a record: captions, one answer, what gpt says, sentences."""
+    texts = [*r.captions, *r.answers[:1], *r.texts, *(text for who, text in r.turns if who == "gpt")]
+    return sum(len(text.split()) for text in texts)
+
+
 class BrokenRecord(NamedTuple):
     """What a reader yields in place of an entry that it cannot use."""
     where: str                                          # file and entry

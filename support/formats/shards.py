@@ -27,7 +27,8 @@ import numpy as np
 
 from support.formats.files import UserError
 from support.formats.own_pictures import SPLITS
-from support.formats.records import BrokenRecord, Record, Unpaired, checked_text, content_name, naming_file
+from support.formats.records import (BrokenRecord, Record, Unpaired, checked_text, content_name, count_words,
+                                     naming_file)
 from support.formats.rows import CAPTIONS, FIELDS, IDS, NO_TEXT, TEXTS, row_record
 
 SPLIT_NAME = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./\d]|$)", re.I)
@@ -38,6 +39,7 @@ class Found(NamedTuple):
     place: tuple[int, ...]                              # numbers by which the shard finds it again
     content: int                                        # content_name of its picture, else of its text
     size: int                                           # bytes of its pictures
+    words: int                                          # of count_words
     alone: bool                                         # an item of its own: a conversation, a text
     text: bytes                                         # what its texts are made of, for the digest
 
@@ -45,9 +47,9 @@ class Found(NamedTuple):
 class Shards:
     """The records of shards, in their order: `record(n)` and `picture(n, k)` read them again.
 
-    places (n, …), contents (n,), sizes (n,), splits (n,) say where each lies, what its picture is, how large
-    it is and of which split its shard is. items (m, 2): first and last + 1 row; rows of one picture that
-    follow one another are an item. flaws: what cannot be used. digest: of all of it.
+    places (n, …), contents, sizes, words and splits (n,) say where each lies, what its picture is, how large
+    it is, how much text it has and of which split its shard is. items (m, 2): first and last + 1 row; rows of
+    one picture that follow one another are an item. flaws: what cannot be used. digest: of all of it.
     """
     ending = ""
 
@@ -61,7 +63,7 @@ class Shards:
         self.splits_of = [declared_split(name) for name in self.names]
         self.flaws: list[BrokenRecord | Unpaired] = []
         digest = hashlib.sha256()
-        columns: list[list] = [[], [], [], [], []]      # places, contents, sizes, alone, splits
+        columns: list[list] = [[], [], [], [], [], []]  # places, contents, sizes, words, alone, splits
         for shard, file in enumerate(self.files):
             with naming_file(file):
                 open(file, "rb").close()
@@ -69,13 +71,14 @@ class Shards:
                 if not isinstance(found, Found):
                     self.flaws.append(found)
                     continue
-                for column, value in zip(columns, (*found[:4], self.splits_of[shard] or "train")):
+                for column, value in zip(columns, (*found[:5], self.splits_of[shard] or "train")):
                     column.append(value)
                 digest.update(b"%d %d " % (found.content, found.size) + found.text)
         self.places = np.array(columns[0] or np.zeros((0, 4)), np.int64)
         self.contents, self.sizes = np.array(columns[1], np.uint64), np.array(columns[2], np.int64)
-        self.splits, self.digest = np.array(columns[4], "U5"), digest.hexdigest()[:32]
-        new = np.array(columns[3], bool)                # whether a row begins an item
+        self.words = np.array(columns[3], np.int64)
+        self.splits, self.digest = np.array(columns[5], "U5"), digest.hexdigest()[:32]
+        new = np.array(columns[4], bool)                # whether a row begins an item
         new[:1] = True
         new[1:] |= (self.contents[1:] != self.contents[:-1]) | (self.places[1:, 0] != self.places[:-1, 0])
         starts = np.flatnonzero(new)
@@ -157,7 +160,7 @@ class TarShards(Shards):
             self.keys.append(key)
             place = (shard, *picture[:2], *(number for note in notes for number in note[:2]))
             text = b"\0".join((key.encode("utf-8", "replace"), *(content for *_, content in notes)))
-            yield Found(place, picture[2], picture[1], bool(record.turns), text)
+            yield Found(place, picture[2], picture[1], count_words(record), bool(record.turns), text)
 
     def read_members(self, f, file: Path, members: dict) -> Iterator[BrokenRecord]:
         """Fill `members`, and yield what is no member that can be used."""
@@ -321,7 +324,7 @@ class ParquetShards(Shards):
             size, last = pictures[0].size, min(pictures[0].size, 4096)
             content = content_name(size, pictures[0].slice(size - last, last).to_pybytes())
         return Found((shard, group, n, number), content, sum(p.size for p in pictures),
-                     bool(record.turns or not pictures), text)
+                     count_words(record), bool(record.turns or not pictures), text)
 
     def make(self, shard: int, number: int, row: dict, pictures: int) -> Record:
         name = f"{self.names[shard].removesuffix('.parquet')}:{number}"

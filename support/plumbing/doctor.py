@@ -1,10 +1,12 @@
 """plumbing/doctor.py: what to look at before a run spends the evening.
 
-Is the image used, what is learned, which parts get a gradient?
+Is the image used, what is learned, which parts get a gradient? `advise` says what is likely to go wrong, in a
+sentence each, and `advise_at_end` what did; neither stops a run.
 """
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from model import Bridge, IGNORE, IMAGE, VLM, next_token_loss
 from support.formats.files import atomically
+from support.plumbing.log import append_line, read_log
 from support.plumbing.ranks import Ranks, full_tensor
 
 
@@ -35,6 +38,96 @@ def report_blind_loss(vlm: VLM, pieces: list[dict], scales: list[float], ranks: 
         print(f"doctor   the decoder without any image: loss {blind:.3f}; {learned:,} of {total:,} tokens "
               f"are learned ({100 * learned / total:.0f} %)")
     return blind
+
+
+LONG_WORD = 4                   # letters; a shorter word may well be as many tokens
+DEEP = 12                       # layers from which the toy's options of a bridge inside the layers are wrong
+
+
+def advise(task, pieces: list[dict], blind: float, loss: float) -> list[str]:
+    """What to change before the evening is spent, a sentence each; none where all is well.
+
+    task: an AnswerTask; pieces: the first update; blind, loss: its losses without and with images.
+    """
+    return [sentence for sentence in (advise_on_words(task, pieces, blind, loss), advise_on_size(task),
+                                      advise_on_depth(task)) if sentence]
+
+
+def advise_on_words(task, pieces: list[dict], blind: float, loss: float) -> str:
+    """Can this decoder write these words?"""
+    uniform = math.log(task.module.decoder.config.vocab_size)
+    words = learned_words(pieces, task.tokenizer)
+    tokens = {word: len(task.tokenizer.encode(f" {word}", preceded_by="text")) for word in words}
+    spelled = [word for word in words if 2 * tokens[word] > len(word)]
+    if "decoder" not in task.trained and 2 * len(spelled) > len(words):
+        longest = max(spelled, key=len)
+        return (f"the decoder {task.s.lm} spells {len(spelled)} of the {len(words)} longer words of this "
+                f'batch in letters ("{longest}" takes {tokens[longest]} tokens): it never read them, and '
+                "frozen it hardly learns to write them; give a language model, --lm FOLDER")
+    if blind > uniform:
+        return (f"the decoder finds these texts less likely than a uniform guess does ({blind:.2f} > "
+                f"{uniform:.2f}): it knows another language, or has another model's tokenizer; give another "
+                "--lm")
+    if loss > uniform:
+        return (f"the first loss is above a uniform guess ({loss:.2f} > {uniform:.2f}): what the new bridge "
+                "writes disturbs the decoder; give a lower --lr or a longer --warmup")
+    return ""
+
+
+def advise_on_size(task) -> str:
+    """Does more learn than there is to learn? A generated data set has no end."""
+    sets = [world for world, _ in task.sets if hasattr(world, "words")]
+    learned = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
+    words, items = sum(world.words for world in sets), sum(map(len, sets))
+    if len(sets) < len(task.sets) or learned <= words:
+        return ""
+    times = task.s.steps * task.s.batch / items
+    return (f"{learned:,} parameters learn from {words:,} words of {items:,} items, each shown {times:,.0f} "
+            "times: they can be learned by heart, so trust the held-out row alone; more data, fewer --steps "
+            "or a smaller bridge help")
+
+
+def advise_on_depth(task) -> str:
+    """Are the toy's options those of a bridge in a shallow decoder?"""
+    s, bridge, layers = task.s, task.module.bridge, task.module.decoder.config.layers
+    own = {option.partition("=")[0] for option in s.option}
+    if s.scale != "toy" or layers < DEEP:
+        return ""
+    if s.bridge in ("flamingo", "idefics") and bridge.every == 1 and "every" not in own:
+        return (f"the toy's every=1 puts a block before each of the {layers} layers, where the papers have "
+                "one before every fourth; give --option every=4")
+    if s.bridge == "zero_init" and 2 * len(bridge.gated_layers) < layers and "adapted" not in own:
+        return (f"the toy's adapted={len(bridge.gated_layers)} reaches few of the {layers} layers, where the "
+                f"paper adapts all but two; give --option adapted={layers - 2}")
+    return ""
+
+
+def learned_words(pieces: list[dict], tokenizer) -> list[str]:
+    """The long words of what is learned, each once."""
+    rows = [row for piece in pieces for row in piece["labels"].cpu()]
+    texts = [tokenizer.decode(row[row != IGNORE].tolist()) for row in rows]
+    return sorted({word for text in texts for word in re.findall(rf"[^\W\d_]{{{LONG_WORD},}}", text)})
+
+
+def advise_at_end(out: Path, vocab_size: int) -> str:
+    """What the last line of the log says of the run."""
+    losses = [line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
+    uniform = math.log(vocab_size)
+    if not losses or losses[-1] <= uniform:
+        return ""
+    return (f"the loss ended at {losses[-1]:.2f}, above a uniform guess ({uniform:.2f}): nothing was "
+            "learned; give more --steps, another --lr, or a language model that knows these words (--lm)")
+
+
+def first_look(task, pieces: list[dict], scales: list[float], out: Path, loss: float) -> None:
+    """Is the image used, what is learned, what is likely to go wrong? The first picture and its document."""
+    blind = report_blind_loss(task.module, pieces, scales, task.ranks)
+    if task.ranks.first:
+        append_line(out / "log.jsonl", {"step": 0, "blind": blind})
+        for sentence in advise(task, pieces, blind, loss):
+            print(f"doctor   {sentence}")
+        document, item = task.example(task.world, 0)
+        print_first_document(document, item.pictures, task.tokenizer, out)
 
 
 def gradient_norms(trained: list[tuple[str, nn.Parameter]]) -> str:

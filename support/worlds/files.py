@@ -15,7 +15,7 @@ from data import Item, QA
 from support.formats.datasets import FORMATS, LAYOUTS, OWN, OWN_TEST, split_at_pictures
 from support.formats.files import UserError
 from support.formats.pictures import read_image
-from support.formats.records import (BrokenRecord, MOST_COMPARED, Record, Unpaired, content_name,
+from support.formats.records import (BrokenRecord, MOST_COMPARED, Record, Unpaired, content_name, count_words,
                                      find_picture, link_leaves, name_contents, picture_key, reading_inside)
 from support.worlds.augment import augment, cut_out, may_mirror
 
@@ -241,6 +241,11 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def words(self) -> int:
+        """The words that training can learn of this split."""
+        return sum(count_words(r) for item in self.items for r in item)
 
     def skip(self, where: str, why: str) -> None:
         """Count a broken record or picture and warn; a UserError in a strict run."""

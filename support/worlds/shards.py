@@ -99,6 +99,11 @@ class ShardedFiles(Files):
     def digest(self) -> str:
         return self.shards.digest
 
+    @property
+    def words(self) -> int:
+        return sum(int(self.shards.words[start:stop].sum())
+                   for start, stop in self.shards.items[self.items.chosen].tolist())
+
     @functools.cached_property
     def contents(self) -> set[int]:
         return {*self.shards.contents[self.shards.items[self.items.chosen, 0]].tolist()}
