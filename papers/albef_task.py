@@ -26,11 +26,15 @@ class AlignTask(PairsTask):
 
     def batch(self, step: int) -> list[dict]:
         g, fill = self.given, dict(tokens=self.sep, mask=False, masked=self.sep, labels=IGNORE)
-        rows = [self.piece([self.world.item(i)], (g.seed, 1, step, i)) for i in g.indices(step)]
-        piece = {key: nn.utils.rnn.pad_sequence([row[key][0] for row in rows], batch_first=True,
-                                                padding_value=value) for key, value in fill.items()}
-        pixels = torch.cat([row["pixels"] for row in rows])
-        return [piece | dict(pixels=pixels, set=0, weight=1.0, count=1)]
+        rows = [self.row(i, (g.seed, 1, step, i)) for i in g.indices(step)]
+        piece = {key: torch.cat([row[key] for row in rows]) for key in rows[0] if key not in ("other", *fill)}
+        for key, value in fill.items():
+            piece[key] = nn.utils.rnn.pad_sequence([row[key][0] for row in rows], batch_first=True,
+                                                   padding_value=value)
+        return [piece | dict(set=0, weight=1.0, count=1)]
+
+    def row(self, i: int, seed: tuple[int, ...]) -> dict:
+        return self.piece([self.world.item(i)], seed)
 
     def embed(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, E) of pictures and of texts, of length 1."""
@@ -48,7 +52,12 @@ class AlignTask(PairsTask):
 
 
 class AlbefTask(AlignTask):
-    """Recipe `albef`: (A3) + (A4) + (A6). The ViT is the one that was given, and learns, too."""
+    """Recipe `albef`: (A3) + (A4) + (A6). The ViT is the one that was given, and learns, too.
+
+    Recipe `albef-fused` does not align first, `albef-easy` asks about the next row's picture and text in the
+    place of hard ones, `albef-untaught` has no teacher: the paper's ablations.
+    """
+    losses, hard, most = ("itc", "itm", "mlm"), True, 0.4                       # most: the last α
 
     def __init__(self, given: Ingredients, queue: int = 512):
         super().__init__(given)
@@ -61,14 +70,15 @@ class AlbefTask(AlignTask):
 
     def batch(self, step: int) -> list[dict]:
         """alpha rises in the first of 30 epochs, a thirtieth of the run."""
-        alpha = 0.4 * min(1.0, 30 * step / self.given.steps)
+        alpha = self.most * min(1.0, 30 * step / self.given.steps)
         return [piece | {"alpha": alpha} for piece in super().batch(step)]
 
     def loss(self, pixels: Tensor, tokens: Tensor, mask: Tensor, masked: Tensor, labels: Tensor,
              alpha: float, **_) -> Tensor:
-        g = self.given
-        self.last = self.module.losses(pixels, tokens, mask, masked, labels, alpha, gather=g.gather,
-                                       number=g.part[0])
+        g, next_rows = self.given, torch.arange(self.given.batch).roll(-1).to(self.given.device)
+        found = self.module.losses(pixels, tokens, mask, masked, labels, alpha,
+                                   None if self.hard else (next_rows, next_rows), g.gather, g.part[0])
+        self.last = {name: found[name] for name in self.losses}
         return sum(self.last.values())
 
     @torch.no_grad()
@@ -95,4 +105,6 @@ class AlbefTask(AlignTask):
                                         self.module.towers.text(tokens, mask))
 
 
-TASKS = {"albef": AlbefTask}
+CHANGES = {"albef": {}, "albef-fused": {"losses": ("itm", "mlm"), "hard": False, "splits": False},
+           "albef-easy": {"hard": False}, "albef-untaught": {"most": 0.0}}
+TASKS = {name: type(name, (AlbefTask,), change) for name, change in CHANGES.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import data
 from model import IGNORE, DecoderConfig
-from papers.chameleon import Chameleon, Only, QKLayerNorm, chameleon_loss
+from papers.chameleon import Z_WEIGHT, Chameleon, Only, QKLayerNorm, chameleon_loss, z_loss
 from papers.recipe import Ingredients, Task
 from papers.scene_reader import UNIT, count_found, draw_scenes, read_scenes
 
@@ -22,13 +22,13 @@ class ChameleonTask(Task):
 
     ids: the words of the tokenizer, <boi>, <eoi>, then the codes.
     """
-    drawn, norm_behind = 24, False
+    drawn, norm_behind, qk_norm, z_weight = 24, False, QKLayerNorm, Z_WEIGHT
 
     def __init__(self, given: Ingredients):
         self.given, self.world, self.words, self.images = given, given.world, given.tokenizer, given.images
         V, K = self.words.vocab_size, len(self.images.codes)
         self.boi, self.eoi, self.first = V, V + 1, V + 2
-        self.module = Chameleon(DecoderConfig(V + 2 + K, qk_norm=QKLayerNorm), self.norm_behind)
+        self.module = Chameleon(DecoderConfig(V + 2 + K, qk_norm=self.qk_norm), self.norm_behind)
         self.module.init_weights().to(given.device)
         self.expect = f"(a uniform guess over the vocabulary: ln {V + 2 + K} = {math.log(V + 2 + K):.2f})"
 
@@ -62,15 +62,16 @@ class ChameleonTask(Task):
     def loss(self, tokens: Tensor, labels: Tensor, mask: Tensor, **_) -> Tensor:
         hidden = self.module.states(tokens, mask)[-1][:, :-1]
         keep = labels[:, 1:] != IGNORE
-        return chameleon_loss(self.module.logits(hidden[keep]), labels[:, 1:][keep])
+        return chameleon_loss(self.module.logits(hidden[keep]), labels[:, 1:][keep], self.z_weight)
 
     @torch.no_grad()
-    def draw(self, captions: list[str], temperature: float = 0.0) -> Tensor:
+    def draw(self, texts: list[str], temperature: float = 0.0, seed: int = 0) -> Tensor:
         """Pictures (n, 3, 48, 48) in 0 … 1: codes alone, as many as a picture has."""
+        generator = torch.Generator(self.given.device).manual_seed(seed)
         N = self.images.encode(torch.zeros(1, 3, 48, 48)).shape[1]
-        prompts = [data.Document(self.words).add(text).ids([self.boi]) for text in captions]
+        prompts = [data.Document(self.words).add(text).ids([self.boi]) for text in texts]
         codes = [self.write(prompts[i:i + 50], N, Only(self.first, self.first + len(self.images.codes)),
-                            temperature=temperature) for i in range(0, len(prompts), 50)]
+                            temperature=temperature, generator=generator) for i in range(0, len(prompts), 50)]
         return self.images.decode(torch.cat(codes) - self.first).cpu()
 
     @torch.no_grad()
@@ -85,6 +86,18 @@ class ChameleonTask(Task):
         device = self.module.embed.weight.device
         tokens, _, mask = data.collate(prompts, left=True)
         return self.module.generate(tokens.to(device), longest, mask=mask.to(device), bridge=only, **how)
+
+    @torch.no_grad()
+    def stability(self) -> dict[str, float]:
+        """On the batch that would come next: mean |log Z|, and the largest |q kᵀ| / √E of a layer."""
+        scores, (piece,) = [], self.to_device(self.batch(self.given.steps))
+        hooks = [layer.attention.attend.register_forward_pre_hook(
+            lambda _, args: scores.append((args[0] @ args[1].mT).abs().max() / args[0].shape[-1]**0.5))
+            for layer in self.module.layers]
+        logits = self.module(piece["tokens"], piece["mask"])[:, :-1][piece["labels"][:, 1:] != IGNORE]
+        for hook in hooks:
+            hook.remove()
+        return {"log Z": z_loss(logits).sqrt().mean().item(), "score": max(scores).item()}
 
     def report(self, out: Path) -> dict[str, dict]:
         """Held-out captions are drawn and read, held-out pictures asked about. Chance: the next one's."""
@@ -101,7 +114,11 @@ class ChameleonTask(Task):
               + ",  ".join(f"{name}: {100 * s['pictures']:.0f} %" for name, s in shares.items()))
         print(f"answers  to {len(asked)} held-out questions, right: {100 * right['right']:.0f} %,  "
               f"the answer of the next picture: {100 * right['chance']:.0f} %")
-        return {"results.json": {"drawing": shares, "answers": right}}
+        held = self.stability()
+        print(f"stable   mean |log Z| {held['log Z']:.3f}, largest score of attention {held['score']:.2f}")
+        return {"results.json": {"drawing": shares, "answers": right, "stability": held}}
 
 
-TASKS = {"chameleon": ChameleonTask}
+CHANGES = {"chameleon": {}, "chameleon-no-qk": {"qk_norm": torch.nn.Identity},
+           "chameleon-no-z": {"z_weight": 0.0}, "chameleon-z": {"z_weight": 1000 * Z_WEIGHT}}
+TASKS = {name: type(name, (ChameleonTask,), change) for name, change in CHANGES.items()}

@@ -21,12 +21,10 @@ Document 4 has the attentional pooler, a layer of attention with n learned queri
     (P8)  L = 1 · L_con + 2 · L_cap;   n_uni = n_multi                                    (paper: Eq. 4)
 
 [CLS] stands last, so the words do not see it: one pass through the lower half serves both losses.
-
 Paper and code (open_clip, whose weights are public): the paper cascades its two poolers, (P2);
 pool="parallel" is its ablation, u from Pool_con(x). open_clip has pool="one": [u ; G] = LN Pool(x), with 256
 queries together. Its text hides padding by a mask one place too far right, shifted=True: key j is seen if
-y_{j−1} is no padding, so the first padding is seen, and [CLS] of a padded text does not see itself. The
-published weights were trained so.
+y_{j−1} is no padding, so the first padding is seen, and [CLS] of a padded text does not see itself.
 
 The point, by the paper's ablation (zero-shot ImageNet, VQA): contrast alone 70.7, 59.2; captions alone –,
 68.9; both 71.6, 69.0, at 1.18 times the cost of the contrast; parallel 71.2, 68.7; 1 query 69.3, 64.4.
@@ -163,20 +161,22 @@ class CoCa(nn.Module):
         return y[:, 1:]
 
 
-RECIPES = {"coca": Recipe(
-    "CoCa (2205.01917v2 §3.2): contrast + 2 · caption; the toy's ViT is the bundled one and stays",
+RECIPES = {name: Recipe(
+    f"CoCa (2205.01917v2 §3.2): contrast + 2 · caption; the ViT is bundled and stays; {queries} read it",
     "JFT-3B and ALIGN, half a batch each", Numbers(8e-4, 65536, 500_000, 0.02, "linear", 0.01, 0.999),
-    Numbers(1.5e-3, 32, 300, weight_decay=0.05), task="coca")}
+    Numbers(1.5e-3, 32, 300, weight_decay=0.05), task=name)
+    for name, queries in (("coca", "16 queries"), ("coca-1", "one query"))}
 
 
 class CocaTask(ChoiceTask, ClipTask):
     """Recipe `coca`: (P8). Takes what recipe `clip-text` does; false texts are contrasted, too."""
+    queries = 16
 
     def __init__(self, given: Ingredients):
         self.given, self.world, self.tokenizer, self.locked = given, given.world, given.tokenizer, True
         V = given.tokenizer.vocab_size
-        text = LowerHalf(TextConfig(V + 1, context=64), pad=V)
-        self.module = CoCa(given.vit, text, joint=128, layers=2, queries=16, pool_heads=4).to(given.device)
+        text, n = LowerHalf(TextConfig(V + 1, context=64), pad=V), self.queries
+        self.module = CoCa(given.vit, text, joint=128, layers=2, queries=n, pool_heads=4).to(given.device)
         self.image_size = given.vit.config.image_size
         guess = math.log(given.batch) + math.log(3) / 2
         self.expect = f"(uniform guesses: contrast {guess:.2f} + 2 · captions {math.log(V):.2f})"
@@ -197,4 +197,4 @@ class CocaTask(ChoiceTask, ClipTask):
         return {"by contrast": w @ u[0], "as caption": -words.sum(1)}
 
 
-TASKS = {"coca": CocaTask}
+TASKS = {"coca": CocaTask, "coca-1": type("coca-1", (CocaTask,), {"queries": 1})}

@@ -7,7 +7,7 @@ several pictures. Document 4 is right: the picture's tokens see all of the text.
 
     symbol   shape           here           meaning
     T, N     256, 1024       text, side²    positions of text and codes (toy 36, 144)
-    V, K     16384, 8192     pad, codes     sizes of both vocabularies (toy 429, 256)
+    V, K     16384, 8192     pad, codes     sizes of both vocabularies (toy 429, 512)
     w        (B, T) int64    lay_out        the text; an empty position t holds a pad of its own, V + t
     y        (B, N) int64    codes          of the picture, row by row
     r, c     (side, D) × 2   rows, columns  learned, added to the embedding of a code
@@ -124,6 +124,14 @@ class Dalle(nn.Module):
         return torch.stack(ids, 1)
 
 
+def choose_by_clip(clip, texts: list[str], samples: tuple[Tensor, ...]) -> Tensor:
+    """Of several pictures (n, 3, S, S) per text the one that CLIP likes best.                  (T3)"""
+    vectors = clip.embed_texts(texts)
+    arrays = [[*(255 * part).round().byte().movedim(1, -1).numpy()] for part in samples]
+    scores = torch.stack([(clip.embed_images(part) * vectors).sum(-1) for part in arrays])
+    return torch.stack([*samples])[scores.argmax(0).cpu(), torch.arange(len(texts))]
+
+
 # Rate, decay and betas of the paper's column as we remember its appendix.
 RECIPES = {"dalle-2": Recipe(
     "DALL-E stage 2 (2102.12092v2 §2.2): a decoder learns words and the codes of a picture as one stream",
@@ -160,30 +168,25 @@ class DalleTask(Task):
     def loss(self, tokens: Tensor, **_) -> Tensor:
         return self.module.loss(tokens)
 
-    def paint(self, scenes: list[list[data.Thing]], temperature: float) -> Tensor:
-        """A picture (48, 48) in 0 … 1 per scene's caption."""
-        tokens, generator = self.lay_out(scenes).to(self.given.device), torch.Generator(self.given.device)
-        generator.manual_seed(self.given.seed)
+    def draw(self, texts: list[str], temperature: float = 1.0, seed: int = 0) -> Tensor:
+        """Pictures (n, 3, 48, 48) in 0 … 1."""
+        words = [self.words.encode(text) for text in texts]
+        tokens = self.module.lay_out(words, self.words.begin[0]).to(self.given.device)
+        generator = torch.Generator(self.given.device).manual_seed(seed)
         parts = [self.module.draw(part, temperature, 0, generator) for part in tokens.split(100)]
         with torch.no_grad():
             return torch.cat([self.images.decode(ids) for ids in parts]).cpu()
 
-    def choose(self, scenes: list[list[data.Thing]], pictures: tuple[Tensor, ...]) -> Tensor:
-        """Of several pictures per caption the one that CLIP likes best."""
-        texts = self.given.clip.embed_texts([data.caption_scene(things) for things in scenes])
-        arrays = [[(255 * p).round().byte().movedim(0, -1).numpy() for p in part] for part in pictures]
-        scores = torch.stack([(self.given.clip.embed_images(part) * texts).sum(-1) for part in arrays])
-        return torch.stack([*pictures])[scores.argmax(0).cpu(), torch.arange(len(scenes))]
-
     def report(self, out: Path) -> dict[str, dict]:
         """What a reader finds in pictures drawn from captions of the held-out split and of the seen one."""
-        result = {}
+        result, seed = {}, self.given.seed
         for split in (self.world.held_out, self.world.seen):
-            world = data.Shapes(split, self.given.seed)
+            world = data.Shapes(split, seed)
             scenes, _ = draw_scenes(world, 0, min(self.drawn, self.given.eval_items))
-            samples = self.paint(scenes * self.candidates, 1.0).split(len(scenes))
-            rows = {"greedy": self.paint(scenes, 0.0), "one sample": samples[0],
-                    f"best of {self.candidates} by CLIP": self.choose(scenes, samples)}
+            texts = [data.caption_scene(things) for things in scenes]
+            samples = self.draw(texts * self.candidates, seed=seed).split(len(scenes))
+            rows = {"greedy": self.draw(texts, 0.0), "one sample": samples[0],
+                    f"best of {self.candidates} by CLIP": choose_by_clip(self.given.clip, texts, samples)}
             read = {name: read_scenes(pictures) for name, pictures in rows.items()}
             shares = {name: count_found(scenes, found) for name, found in read.items()}
             shares["chance"] = count_found(scenes, [*read["greedy"][1:], read["greedy"][0]])

@@ -39,13 +39,16 @@ CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "
 TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
 PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
-              "vilt-unaligned", "albef")             # of papers/masked.py
+              "vilt-unaligned", "albef", "albef-fused", "albef-easy", "albef-untaught")     # papers/masked.py
+CHAMELEON_TASKS = ("chameleon", "chameleon-no-qk", "chameleon-no-z", "chameleon-z")
+FLAVA_TASKS = ("flava-2", "flava-pairs", "flava-contrast", "flava-local")
 UNREAD = {                          # task → the settings of the command line that it does not read
     **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),
     "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
-    **dict.fromkeys(PAIR_TASKS, PAIRS), "coca": CLIP - {"vit"},
+    **dict.fromkeys(PAIR_TASKS, PAIRS), **dict.fromkeys(FLAVA_TASKS, PAIRS | {"vit"}),
+    **dict.fromkeys(("coca", "coca-1"), CLIP - {"vit"}),
     **dict.fromkeys(("simvlm", "simvlm-causal", "simvlm-pairs", "simvlm-linear"), CLIP),
-    **dict.fromkeys(("dalle", "chameleon"), (CLIP | TEXT) - {"init", "examples"}),
+    **dict.fromkeys(("dalle", *CHAMELEON_TASKS), (CLIP | TEXT) - {"init", "examples"}),
     "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
     "word": (ANSWERS | {"augment", "accumulate", "checkpoint", "compile"}) - {"bridge"},

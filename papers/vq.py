@@ -46,7 +46,7 @@ from papers.picture_task import PictureTask
 from papers.recipe import Ingredients, Numbers, Recipe
 from papers.vq_nets import Encoder, Painter, PatchEncoder, PatchPainter, VQConfig, conv1
 
-TOY = VQConfig(patch=4, latent=48, width=48, codes=256)
+TOY = VQConfig(patch=4, latent=48, width=48, codes=512)
 
 
 def vq_loss(z: Tensor, e: Tensor, beta: float = 0.25, legacy: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data import Processor, to_pixels
 from model import Bridge, Decoder, VLM, ViT, ViTConfig
-from papers import cm3, dpo, short, simvlm
+from papers import chameleon_task, cm3, coca, dpo, flava_task, short, simvlm
 from papers.clip import CLIP, text_tokens
 from papers.gligen_task import take_place
 from papers.recipe import PAIR_TASKS, Ingredients, Task
@@ -22,7 +22,7 @@ from support.formats.files import UserError, at_the_door, read_json, write_json,
 from support.formats.glide import save_grid, save_painter
 from support.formats.hub import fetch, is_hub_name, tower_folder
 from support.formats.llama import load_decoder
-from support.formats.picture_runs import load_picture_tokenizer
+from support.formats.picture_runs import load_picture_tokenizer, save_picture_tokenizer
 from support.formats.pictures import load_processor
 from support.formats.tokenizer_files import copy_tokenizer, load_tokenizer
 from support.formats.tokenizers import Tokenizer
@@ -141,7 +141,18 @@ def load_drawing_parts(given: Ingredients, lm: str, vit: str, init: str = "") ->
     """The tokenizer of pictures that the run `init` trained, decoder and words, and CLIP to choose by."""
     given.images = load_picture_tokenizer(Path(init), given.device)
     given.tokenizer, given.decoder = load_words(lm), load_decoder(resolve_folder(lm), given.device)
-    given.clip, given.save = open_clip(TEXT_TOWER, given.device), save_module_run
+    given.clip = open_clip(TEXT_TOWER, given.device)
+
+    def save(task: Task, out: Path, facts: dict) -> None:
+        save_module_run(task, out, {**facts, "pictures": save_picture_tokenizer(task.images, out)})
+
+    given.save = save
+
+
+def load_flava_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """A tokenizer, unless the world brought its own, and the tokenizer of pictures of the run `init`."""
+    load_new_parts(given, lm, vit)
+    given.images = load_picture_tokenizer(Path(init), given.device)
 
 
 def load_text_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
@@ -183,13 +194,15 @@ def load_glide_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> N
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
            "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
-           "coca": load_pair_parts, **dict.fromkeys((*simvlm.TASKS, *cm3.TASKS), load_new_parts),
+           **dict.fromkeys(coca.TASKS, load_pair_parts),
+           **dict.fromkeys((*simvlm.TASKS, *cm3.TASKS), load_new_parts),
            **dict.fromkeys({**dpo.TASKS, **short.TASKS}, load_answer_parts), "glide": load_glide_parts,
            **dict.fromkeys(("fromage", "word"), load_answer_parts), "vlkd": load_vlkd_parts,
            "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
-           "dvae": load_picture_parts, "dalle": load_drawing_parts, "chameleon": load_drawing_parts,
-           **dict.fromkeys(PAIR_TASKS, load_pair_parts)}
+           "dvae": load_picture_parts, "dalle": load_drawing_parts,
+           **dict.fromkeys(chameleon_task.TASKS, load_drawing_parts),
+           **dict.fromkeys(PAIR_TASKS, load_pair_parts), **dict.fromkeys(flava_task.TASKS, load_flava_parts)}
 
 
 def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, lm: str, vit: str,

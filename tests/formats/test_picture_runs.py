@@ -26,5 +26,5 @@ def test_another_run_is_no_tokenizer_and_drawing_needs_one(tmp_path):
     write_json(tmp_path / "config.json", {"settings": {"recipe": "mlp"}})
     with pytest.raises(UserError, match="a run of recipe mlp, not of vq or dvae"):
         load_picture_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="begins with a trained tokenizer"):
+    with pytest.raises(UserError, match="recipe begins with a trained tokenizer"):
         train.main(["--recipe", "dalle-2", "--init", "none", *QUICK, "--out", str(tmp_path / "out")])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import data
 from conftest import ROOT, TINY, stir
-from papers.dalle import Dalle, DalleTask, dalle_loss, sparse_mask
+from papers.dalle import Dalle, DalleTask, choose_by_clip, dalle_loss, sparse_mask
 from papers.recipe import Ingredients
 from papers.vq import VQ
 from papers.vq_nets import VQConfig
@@ -101,8 +101,7 @@ def test_the_toy_begins_as_the_bundled_decoder(task):
 
 def test_clip_chooses_and_the_report_counts(task, capsys):
     bright, dark = torch.ones(2, 3, 48, 48), torch.zeros(2, 3, 48, 48)
-    scenes = [[data.Thing("red", "ring", "small", 0)]] * 2
-    assert torch.equal(task.choose(scenes, [dark, bright]), bright)
+    assert torch.equal(choose_by_clip(task.given.clip, ["a red ring"] * 2, (dark, bright)), bright)
     task.candidates = 2
     result = task.report(None)["results.json"]
     assert set(result) == {"test", "val"} and "best of 2 by CLIP" in result["test"]

@@ -115,10 +115,10 @@ def test_codes_that_nobody_takes_begin_again_at_vectors_of_the_batch():
     assert piece["pixels"].shape == (4, 3, 48, 48) and 0 <= piece["pixels"].min() < piece["pixels"].max() <= 1
     task.loss(**piece).backward()
     z, ids = task.coded
-    before, taken = task.module.codes.detach().clone(), ids.flatten().bincount(minlength=256) > 0
+    before, taken = task.module.codes.detach().clone(), ids.flatten().bincount(minlength=512) > 0
     task.after_step()
     after = task.module.codes.detach()
-    assert 0 < taken.sum() < 256 and torch.equal(after[taken], before[taken])
+    assert 0 < taken.sum() < 512 and torch.equal(after[taken], before[taken])
     vectors = z.detach().movedim(1, -1).flatten(0, 2)
     assert (after[~taken][:, None] == vectors).all(-1).any(1).all()
     task.step = 8                                       # the second half of the steps

@@ -1,0 +1,91 @@
+"""lab/miniatures/fusion.py: what a contrast ahead of the fusion is good for (ALBEF, 2107.07651v2; FLAVA,
+2112.04482v3), how many tokens are pooled (CoCa, 2205.01917v2), and how little has to learn (FPT,
+2103.05247v2). A run measures itself at its end.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from support.formats.files import read_json
+from support.lab.claims_list import BY_KIND, Arm, Claim, Expectation, Number, Side
+
+if TYPE_CHECKING:
+    from support.lab.claims import TrainedArm
+
+WORDS, PAIRS = Number("words"), Number("pairs")
+FOUND, NAMED = Number("image to text R@1"), Number("text to image R@1")
+CONTRAST, CAPTION = Number("by contrast"), Number("as caption")
+
+
+def measure_results(arm: TrainedArm) -> dict[str, float]:
+    return dict(read_json(arm.run / "results.json"))
+
+
+def albef(recipe: str) -> Arm:
+    return Arm(("--recipe", recipe, "--steps", "150", "--eval-items", "200"), measures=("aligned",))
+
+
+def flava(recipe: str, steps: int) -> Arm:
+    """The same number of batches of pairs in each."""
+    flags = ("--recipe", recipe, "--steps", str(steps), "--batch", "16", "--eval-items", "200")
+    return Arm(flags, start="VQ", measures=("aligned",))
+
+
+def coca(recipe: str) -> Arm:
+    return Arm(("--recipe", recipe, "--eval-items", "200"), measures=("own text of three",))
+
+
+def fpt(*flags: str) -> Arm:
+    return Arm((*flags, "--batch", "16"), measures=("answers",))
+
+
+ARMS = {
+    "ALBEF": albef("albef"), "ALBEF, fused at once": albef("albef-fused"),
+    "ALBEF, easy negatives": albef("albef-easy"), "ALBEF, no teacher": albef("albef-untaught"),
+    "FLAVA": flava("flava-2", 450), "FLAVA, pairs alone": flava("flava-pairs", 150),
+    "FLAVA, contrast alone": flava("flava-contrast", 150), "FLAVA, local contrast": flava("flava-local", 150),
+    "CoCa": coca("coca"), "CoCa, 1 query": coca("coca-1"),
+    "FPT": fpt("--recipe", "fpt"), "FPT, random": fpt("--recipe", "fpt-random"),
+    "FPT, map alone": fpt("--bridge", "linear"),
+}
+MEASUREMENTS = {"aligned": measure_results, "own text of three": measure_results}
+MEASURED = {"aligned": {number.name for number in (WORDS, PAIRS, FOUND, NAMED)},
+            "own text of three": {CONTRAST.name, CAPTION.name}}
+CLAIMS = {
+    "albef": Claim(
+        says="Fusing at once is hard: a contrast ahead of it, hard negatives and a teacher each help.",
+        source="document 3; ALBEF, Table 1, whose values are not in our sources",
+        expect=(
+            Expectation(Side("ALBEF"), ">", Side("ALBEF, fused at once")),
+            Expectation(Side("ALBEF", PAIRS), ">", Side("ALBEF, fused at once", PAIRS)),
+            Expectation(Side("ALBEF", PAIRS), ">", Side("ALBEF, easy negatives", PAIRS)),
+            Expectation(Side("ALBEF"), ">", Side("ALBEF, no teacher")),
+        ),
+        columns=(WORDS, PAIRS, FOUND, NAMED)),
+    "flava": Claim(
+        says="The contrast over all processes beats that of each; masked and matched pairs help; pictures "
+             "and texts alone do not, unless the encoders were trained alone before.",
+        source="FLAVA, Table 3: tasks of pairs, and the macro average of the global contrast",
+        expect=(
+            Expectation(Side("FLAVA, pairs alone"), ">", Side("FLAVA, local contrast"), paper="+1.65"),
+            Expectation(Side("FLAVA, pairs alone"), ">", Side("FLAVA, contrast alone"), paper="69.11, 66.25"),
+            Expectation(Side("FLAVA, pairs alone"), ">", Side("FLAVA"), paper="69.11, 67.32"),
+        ),
+        columns=(FOUND, NAMED, WORDS, PAIRS)),
+    "coca": Claim(
+        says="One pooled token serves recognition almost as well as many; captions need many.",
+        source="CoCa, its ablation: zero-shot ImageNet, VQA",
+        expect=(
+            Expectation(Side("CoCa", CAPTION), ">", Side("CoCa, 1 query", CAPTION), paper="69.0, 64.4"),
+            Expectation(Side("CoCa", CONTRAST), ">", Side("CoCa, 1 query", CONTRAST), paper="71.6, 69.3"),
+        ),
+        columns=(CAPTION, CONTRAST)),
+    "fpt": Claim(
+        says="A few tuned norms suffice, if the layers between them have learned a language.",
+        source="document 3, on Frozen: less than 0.1 % of the parameters, without a number for this",
+        expect=(
+            Expectation(Side("FPT"), ">", Side("FPT, random")),
+            Expectation(Side("FPT"), ">", Side("FPT, map alone")),
+        ),
+        columns=BY_KIND),
+}
