@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from model import IGNORE, EncoderBlock, ViT, visible_to_bias
 from papers.contrasts import mean_count
 from papers.masked import WordEmbedding, WordHead
+from papers.recipe import Numbers, Recipe
 
 
 class MaskedHead(nn.Module):
@@ -155,3 +156,18 @@ def masked_loss(head: MaskedHead, h: Tensor, target: Tensor, gather: Callable[[T
     """h (B, n, D), target (B, n): the head runs only where there is a target."""
     chosen = target != IGNORE
     return mean_over(head(h[chosen]), target[chosen], gather)
+
+
+PARTS = ("vit", "embedding", "layers", "text_norm", "fusion", "fusion_norm", "image_in", "text_in",
+         "image_projection", "text_projection", "mim_head", "mlm_head", "mmm_image_head", "mmm_text_head",
+         "pooler", "match_head")
+# The paper's second beta and its steps stand here as we remember them.
+RECIPES = {
+    name: Recipe(f"FLAVA (2112.04482v3): {summary}", "70M pairs; ImageNet; CCNews and BookCorpus",
+                 Numbers(1e-3, 8192, 150_000, 10_000, weight_decay=0.1, beta2=0.999),
+                 Numbers(1e-3, 32, 600, weight_decay=0.05), trained=PARTS, task=name, start="vq")
+    for name, summary in (
+        ("flava-2", "pairs, pictures alone and texts alone in turn, six losses"),
+        ("flava-pairs", "the same without pictures and texts alone"),
+        ("flava-contrast", "the contrast of pairs alone"),
+        ("flava-local", "pairs, contrasted in each half of the batch"))}

@@ -29,14 +29,11 @@ from model import IGNORE, ViT, ViTConfig
 from papers.albef_task import AlignTask
 from papers.flava import Flava
 from papers.masked import SPECIAL
-from papers.recipe import Ingredients, Numbers, Recipe
+from papers.recipe import Ingredients
 from papers.scene_reader import UNIT
 from papers.short import block_mask
 
 KINDS = ("pairs", "pictures", "texts")
-PARTS = ("vit", "embedding", "layers", "text_norm", "fusion", "fusion_norm", "image_in", "text_in",
-         "image_projection", "text_projection", "mim_head", "mlm_head", "mmm_image_head", "mmm_text_head",
-         "pooler", "match_head")
 TOY_VIT = ViTConfig(image_size=48, patch=8, width=128, layers=4, heads=4, hidden=512, act="gelu",
                     norm_eps=1e-12, pre_norm=False, patch_bias=True)
 
@@ -140,13 +137,3 @@ ARMS = {"flava-2": {}, "flava-pairs": {"kinds": KINDS[:1]},
         "flava-contrast": {"kinds": KINDS[:1], "losses": ("contrast",)},
         "flava-local": {"kinds": KINDS[:1], "local": True}}
 TASKS = {name: type(name, (FlavaTask,), change) for name, change in ARMS.items()}
-# The paper's second beta and its steps stand here as we remember them.
-RECIPES = {
-    name: Recipe(f"FLAVA (2112.04482v3): {summary}", "70M pairs; ImageNet; CCNews and BookCorpus",
-                 Numbers(1e-3, 8192, 150_000, 10_000, weight_decay=0.1, beta2=0.999),
-                 Numbers(1e-3, 32, 600, weight_decay=0.05), trained=PARTS, task=name, start="vq")
-    for name, summary in (
-        ("flava-2", "pairs, pictures alone and texts alone in turn, six losses"),
-        ("flava-pairs", "the same without pictures and texts alone"),
-        ("flava-contrast", "the contrast of pairs alone"),
-        ("flava-local", "pairs, contrasted in each half of the batch"))}

@@ -40,7 +40,7 @@ def test_a_run_that_draws_by_codes_is_read_back_without_what_it_began_with(recip
     assert all(np.array_equal(a, b) for a, b in zip(pictures, load_drawer(run)(TEXTS, 0)))
     hot = load_drawer(run, temperature=5.0)
     assert not np.array_equal(hot(TEXTS, 0)[0], hot(TEXTS, 1)[0])
-    with pytest.raises(UserError, match="--scale: a run of recipe .* does not read it; it reads --temperature"):
+    with pytest.raises(UserError, match="--scale: a run of .* does not read it; it reads --temperature"):
         load_drawer(run, scale=2.0)
 
 
@@ -69,7 +69,7 @@ def test_clip_chooses_among_the_samples_of_each_text():
     class Clip:
         embed_texts = staticmethod(lambda texts: torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         embed_images = staticmethod(lambda arrays: torch.tensor(
-            [[float(a.mean()), -float(a.mean())] for a in arrays]))         # bright for one, dark for the other
+            [[float(a.mean()), -float(a.mean())] for a in arrays]))             # a bright, a dark one
 
     def shades(texts, seed):
         return [np.full((48, 48, 3), 10 * n, np.uint8) for n in range(len(texts))]

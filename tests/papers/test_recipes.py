@@ -34,6 +34,7 @@ ABLATIONS = {f"{r.bridge}-{arm}" for r in train.RECIPES.values() for arm in ("fr
 ABLATIONS |= {"adapter-1", "adapter-rand", "llava-1.5-1", "limber-names", "limber-pixels", "glide"}
 ABLATIONS |= {"cm3-causal", "simvlm-causal", "simvlm-pairs", "simvlm-linear", "fpt-random"}
 ABLATIONS |= {"visualbert-late", "visualbert-words", "vilbert-equal", "vilt-unaligned"}
+ABLATIONS |= {"albef-fused", "albef-easy", "albef-untaught", "coca-1"}
 FIRST_STAGES = [pytest.param(name, marks=pytest.mark.slow) if name in ABLATIONS else name
                 for name, r in train.RECIPES.items()            # tests/worlds/test_prompts.py, test_word.py:
                 if not r.start and name not in (*ALL_BRIDGES, "lm-prompts", "word")]

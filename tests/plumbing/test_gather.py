@@ -16,16 +16,17 @@ from papers.recipe import Ingredients
 from support.plumbing.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ("clip", "blip2-1", "fromage", "vlkd", "albef")
+RECIPES = ("clip", "blip2-1", "fromage", "vlkd", "albef", "flava-2")
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="this PyTorch was built without gloo, which joins processes on CPUs",
 )
 
 
-def first_step(recipe: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of step 0, as train.py's loop computes them."""
-    s = train.with_recipe(train.settings_from(["--recipe", recipe, "--batch", "4"])[0], recipe)
+def first_step(recipe: str, images: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of step 0, as train.py's loop computes them; images: a run of recipe vq."""
+    start = ["--init", str(images)] if train.RECIPES[recipe].start == "vq" else []
+    s = train.with_recipe(train.settings_from(["--recipe", recipe, "--batch", "4", *start])[0], recipe)
     ranks = Ranks("cpu")
     torch.manual_seed(0)
     task = train.load_task(s, train.RECIPES[recipe], ranks, [(train.open_data(s.data, 0), 1.0)],
@@ -57,17 +58,19 @@ def start_two(*argv) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict]:
+def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("gather")
+    train.main(["--recipe", "vq", "--steps", "1", "--batch", "2", "--eval-items", "2", "--out",
+                str(folder / "vq")])
     start_two(folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_processes_contrast_the_batch_of_one(recipe, two):
-    loss, gradients = first_step(recipe)
-    for theirs in two:
+    loss, gradients = first_step(recipe, two[0] / "vq")
+    for theirs in two[1]:
         assert theirs[recipe][0] == pytest.approx(loss, rel=1e-5)
         assert theirs[recipe][1].keys() == gradients.keys() and gradients
         for name, gradient in gradients.items():
@@ -79,7 +82,7 @@ def test_two_processes_contrast_the_batch_of_one(recipe, two):
 
 @pytest.mark.slow
 def test_rows_of_different_number_and_length_are_gathered(two):
-    for theirs in two:
+    for theirs in two[1]:
         assert theirs["ragged"].tolist() == [[7, 7, 0], [8, 8, 8], [8, 8, 8]]
 
 
@@ -95,7 +98,7 @@ def test_processes_read_the_parts_of_a_batch_and_one_process_gathers_itself():
 
 
 if __name__ == "__main__":
-    results = {recipe: first_step(recipe) for recipe in RECIPES}
+    results = {recipe: first_step(recipe, Path(sys.argv[1]) / "vq") for recipe in RECIPES}
     results["ragged"] = ragged(Ranks("cpu"))
     torch.save(results, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
