@@ -175,8 +175,8 @@ def test_the_schedule_warms_up_and_falls_to_its_floor():
     assert math.isclose(train.schedule(0.1, 0.1), 1.0) and math.isclose(train.schedule(1.0, 0.1), 0.02)
 
 
-# Captions alone are learned soonest: CIDEr after 120 steps was 1.50 and 1.04, blind 0.88 and 0.44. Answers, and
-# all six bridges: support/results/bridges.txt; their relatives: `eval.py claims`.
+# Captions alone are learned soonest: CIDEr after 120 steps was 1.50 and 1.04, blind 0.88 and 0.44. Answers,
+# and all six bridges: support/results/bridges.txt; their relatives: `eval.py claims`.
 @pytest.mark.slow
 @pytest.mark.parametrize("bridge,steps", [("mlp", 200), ("flamingo", 140)])     # in the text, in the layers
 def test_a_miniature_run_beats_its_blind_twin(bridge, steps, tmp_path):

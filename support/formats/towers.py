@@ -15,7 +15,8 @@ from model import Bridge, Decoder, VLM, ViT, ViTConfig
 from papers import chameleon_task, cm3, coca, dpo, flava_task, short, simvlm
 from papers.clip import CLIP, text_tokens
 from papers.gligen_task import take_place
-from papers.recipe import PAIR_TASKS, Ingredients, Task
+from papers.recipe import Ingredients, Task
+from papers.unread import PAIR_TASKS
 from support.formats.blip2 import fill_from_stage1, save_stage1
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, at_the_door, read_json, write_json, write_tensors

@@ -29,7 +29,8 @@ QUICK = ["--dtype", "float32", "--log-every", "1", "--eval-items", "8", "--sampl
 SAME = ["--examples", "16", "--warmup", "0"]            # one batch over and over: its loss must fall
 STILL = ["--lr", 1e-30]                                 # an update moves a zero by 1e-30, and nothing else
 STEPS = {"lm": 8, "clip": 8, "clip-text": 8, "vq": 8, "dvae": 8, "blip2-1": 25,
-         "visualbert": 8, "vilbert": 8, "vilt": 8, "albef": 10, "coca": 10, "cm3": 10, "simvlm": 10, "fpt": 10}
+         "visualbert": 8, "vilbert": 8, "vilt": 8, "albef": 10, "coca": 10, "cm3": 10, "simvlm": 10,
+         "fpt": 10}
 ABLATIONS = {f"{r.bridge}-{arm}" for r in train.RECIPES.values() for arm in ("frozen", "tuned")}
 ABLATIONS |= {"adapter-1", "adapter-rand", "llava-1.5-1", "limber-names", "limber-pixels", "glide"}
 ABLATIONS |= {"cm3-causal", "simvlm-causal", "simvlm-pairs", "simvlm-linear", "fpt-random"}

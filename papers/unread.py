@@ -1,0 +1,27 @@
+"""papers/unread.py: which settings of the command line a task of training does not read.
+
+A flag that nobody would read is refused (support/plumbing/start.py).
+"""
+from __future__ import annotations
+
+ANSWERS = {"bridge", "turns", "captions", "template", "form", "longest", "cache", "pack"}
+CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"}
+TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
+PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
+PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
+              "vilt-unaligned", "albef", "albef-fused", "albef-easy", "albef-untaught")     # papers/masked.py
+CHAMELEON_TASKS = ("chameleon", "chameleon-no-qk", "chameleon-no-z", "chameleon-z")
+FLAVA_TASKS = ("flava-2", "flava-pairs", "flava-contrast", "flava-local")
+UNREAD = {                          # task → the settings of the command line that it does not read
+    **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),
+    "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
+    **dict.fromkeys(PAIR_TASKS, PAIRS), **dict.fromkeys(FLAVA_TASKS, PAIRS | {"vit"}),
+    **dict.fromkeys(("coca", "coca-1"), CLIP - {"vit"}),
+    **dict.fromkeys(("simvlm", "simvlm-causal", "simvlm-pairs", "simvlm-linear"), CLIP),
+    **dict.fromkeys(("dalle", *CHAMELEON_TASKS), (CLIP | TEXT) - {"init", "examples"}),
+    "clip": CLIP, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
+    **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
+    "word": (ANSWERS | {"augment", "accumulate", "checkpoint", "compile"}) - {"bridge"},
+    "gligen": {"pack", "cache", "captions"}, "glide": CLIP - {"frozen"},
+    **dict.fromkeys(("dpo", "dpo-far", "dpo-near", "dpo-sft"), ANSWERS - {"bridge", "longest", "cache"}),
+    **dict.fromkeys(("names", "pixels", "vq", "dvae", "cm3", "cm3-causal"), CLIP | TEXT | {"lm"})}
