@@ -133,7 +133,7 @@ def read_texts(found: Walk, folder: Path, parts: set[str],
             continue
         beside.update(described)
         try:
-            captions = read_captions(Path(text))
+            captions = read_captions(text)
             for picture in described:
                 i = picture.removeprefix(f"{folder}/")
                 yield Record(i, [picture], SPLITS[part_of(i, parts).lower()], captions)
@@ -141,9 +141,9 @@ def read_texts(found: Walk, folder: Path, parts: set[str],
             yield BrokenRecord(text, str(e).removeprefix(f"{text}: ").rstrip("."))
 
 
-def read_captions(file: Path) -> list[str]:
+def read_captions(file: str) -> list[str]:
     """The lines of a text, UTF-8 or UTF-16; a ValueError where it holds none."""
-    with naming_file(file) if file.is_symlink() else contextlib.nullcontext():
+    with naming_file(Path(file)) if os.path.islink(file) else contextlib.nullcontext():
         with open(file, "rb") as f:
             content = f.read()
     try:

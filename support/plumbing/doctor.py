@@ -110,13 +110,14 @@ def learned_words(pieces: list[dict], tokenizer) -> list[str]:
 
 
 def advise_at_end(out: Path, vocab_size: int) -> str:
-    """What the last line of the log says of the run."""
-    losses = [line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
+    """What the last line of the log says of the run; the line of step 1 says nothing of it."""
+    lines = [line for line in read_log(out / "log.jsonl") if "loss" in line and line["step"] > 1]
     uniform = math.log(vocab_size)
-    if not losses or losses[-1] <= uniform:
+    if not lines or lines[-1]["loss"] <= uniform:
         return ""
-    return (f"the loss ended at {losses[-1]:.2f}, above a uniform guess ({uniform:.2f}): nothing was "
-            "learned; give more --steps, another --lr, or a language model that knows these words (--lm)")
+    return (f"at step {lines[-1]['step']} the loss is {lines[-1]['loss']:.2f}, still above a uniform guess "
+            f"({uniform:.2f}): nothing was learned; give more --steps, another --lr, or a language model that "
+            "knows these words (--lm)")
 
 
 def first_look(task, pieces: list[dict], scales: list[float], out: Path, loss: float) -> None:

@@ -108,6 +108,7 @@ def show_items(spec: str = "shapes", count: int = 3, follow_links: bool = False)
     for item in map(world.item, range(count)):
         stem = re.sub(r"[^\w.-]+", "_", f"{spec.partition(':')[0]}-{item.id}")[:100]
         images = item.images or ([] if item.image is None else [item.image])
+        stem = stem.removesuffix(".png")                # of a file's own name
         files = [folder / f"{stem}{f'-{n}' if n else ''}.png" for n in range(len(images))]
         for file, image in zip(files, images):
             Image.fromarray(image).save(file)

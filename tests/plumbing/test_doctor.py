@@ -1,6 +1,7 @@
 """What a run prints before it spends the evening is true."""
 from __future__ import annotations
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -140,12 +141,15 @@ def test_a_run_that_ends_above_a_uniform_guess_says_so_and_goes_on(tmp_path, cap
     for i in range(12):
         Image.new("RGB", (48, 48), (20 * i, 9, 9)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a baguette beside a violin")
-    train.main(["--data", f"folder:{tmp_path}", "--out", str(tmp_path / "run"), "--steps", "1",
-                "--batch", "2", "--device", "cpu", "--dtype", "float32", "--eval-items", "1",
+    train.main(["--data", f"folder:{tmp_path}", "--out", str(tmp_path / "run"), "--steps", "2",
+                "--batch", "2", "--log-every", "1", "--lr", "1e-6", "--device", "cpu", "--dtype", "float32", "--eval-items", "1",
                 "--samples", "0"])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("doctor")]
     starts = ["the decoder without any image", "the decoder weights/decoder spells",
-              "33,024 parameters learn", "the loss ended at"]
+              "33,024 parameters learn", "at step 2 the loss is"]
     assert [next(s for s in starts if s in line) for line in said] == starts
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.5, "ema": 9.0, "grad_norm": 1, "lr": 1}\n')
-    assert not advise_at_end(tmp_path, 429) and not advise_at_end(tmp_path / "none", 429)
+    for step, loss, silent in ((1, 9.0, True), (50, 9.0, False), (50, 6.0, True)):
+        line = {"step": step, "loss": loss, "ema": 9.0, "grad_norm": 1, "lr": 1}
+        (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+        assert (advise_at_end(tmp_path, 429) == "") == silent
+    assert not advise_at_end(tmp_path / "none", 429)
