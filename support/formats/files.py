@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 import stat
+import sys
 import tempfile
 from pathlib import Path
 from typing import Iterator
@@ -30,6 +32,12 @@ def refuse_device(path: str | os.PathLike) -> None:
         mode = os.stat(path).st_mode
     if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path}: is a pipe or a device, and only files are read; copy its content into one.")
+
+
+@functools.cache
+def note(sentence: str) -> None:
+    """A sentence on standard error, once in a process."""
+    print(sentence, file=sys.stderr)
 
 
 @contextlib.contextmanager

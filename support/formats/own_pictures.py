@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 
+from support.formats.files import refuse_device
 from support.formats.records import (BrokenRecord, ENDINGS, READING, Record, Unpaired, first_existing,
                                      naming_file, parse_rows, path_inside, picture_key, read_rows, read_table,
                                      row_object)
@@ -143,6 +144,7 @@ def read_texts(found: Walk, folder: Path, parts: set[str],
 
 def read_captions(file: str) -> list[str]:
     """The lines of a text, UTF-8 or UTF-16; a ValueError where it holds none."""
+    refuse_device(file)
     with naming_file(Path(file)) if os.path.islink(file) else contextlib.nullcontext():
         with open(file, "rb") as f:
             content = f.read()

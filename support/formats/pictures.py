@@ -6,6 +6,7 @@ Sources: transformers 5.23 (CLIP, SigLIP, BLIP, IDEFICS, Mllama image processors
 """
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from data import Processor, normalize
-from support.formats.files import UserError, read_json, refuse_device
+from support.formats.files import UserError, note, read_json, refuse_device
 from support.formats.honoured import PROCESSOR, refuse_unknown
 from support.formats.hub import tower_folder
 
@@ -26,15 +27,16 @@ FILE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")       # Pill
 LARGEST_SIDE, LARGEST_AREA = 20_000, 200_000_000        # pixels; what is larger is hardly a photograph
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """A picture file → (h, w, 3) uint8, turned upright by its EXIF tag.
+def read_image(path: str | Path | io.BytesIO) -> np.ndarray:
+    """A picture file, on the disk or in memory → (h, w, 3) uint8, turned upright by its EXIF tag.
 
     As the published processors do: an alpha channel is dropped, one of a palette's colours, too, but a
     single transparent colour becomes white; of several frames the first is read. Sixteen bits a pixel become
     eight (theirs lets everything above 255 be white). What has fractions, or more bits, is refused: whether
     white is 1, 255 or another number stands in no file.
     """
-    refuse_device(path)
+    if not isinstance(path, io.BytesIO):
+        refuse_device(path)
     Image.MAX_IMAGE_PIXELS = None                       # the check below is ours, and says what to do
     try:
         with Image.open(path, formats=FILE_FORMATS) as image:      # the header; exif_transpose reads the rest
@@ -49,6 +51,9 @@ def read_image(path: str | Path) -> np.ndarray:
                                 "is white; save it with 8 or 16 bits a pixel.")
             if image.mode.startswith("I"):              # 65,535 = 255 · 257 is white
                 image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
+            if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] < 255:
+                note("note: transparent parts of pictures show the colours that are hidden there, often black, "
+                     "as the published processors have it; save such pictures on a background")
             if isinstance(image.info.get("transparency"), bytes):    # an alpha for each colour
                 del image.info["transparency"]
             if "transparency" in image.info:

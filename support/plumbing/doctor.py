@@ -116,8 +116,8 @@ def advise_at_end(out: Path, vocab_size: int) -> str:
     if not lines or lines[-1]["loss"] <= uniform:
         return ""
     return (f"at step {lines[-1]['step']} the loss is {lines[-1]['loss']:.2f}, still above a uniform guess "
-            f"({uniform:.2f}): nothing was learned; give more --steps, another --lr, or a language model that "
-            "knows these words (--lm)")
+            f"({uniform:.2f}): nothing was learned; give more --steps, another --lr, or a language model "
+            "that knows these words (--lm)")
 
 
 def first_look(task, pieces: list[dict], scales: list[float], out: Path, loss: float) -> None:

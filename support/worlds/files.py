@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import Item, QA
 from support.formats.datasets import FORMATS, LAYOUTS, OWN, OWN_TEST, split_at_pictures
-from support.formats.files import UserError
+from support.formats.files import UserError, note
 from support.formats.pictures import read_image
 from support.formats.records import (BrokenRecord, MOST_COMPARED, Record, Unpaired, content_name, count_words,
                                      find_picture, link_leaves, name_contents, picture_key, reading_inside)
@@ -108,12 +108,6 @@ def declared_split(items: list[list[Record]], split: str, name: str) -> list[lis
         note(f"warning: {twice:,} items of {name}:{split} show a picture of another split, too, and are left "
              "out")
     return chosen
-
-
-@functools.cache
-def note(sentence: str) -> None:
-    """A sentence on standard error, once in a process."""
-    print(sentence, file=sys.stderr)
 
 
 class MissingPicture(UserError):
@@ -222,8 +216,8 @@ class Files:
     def contents(self) -> set[int]:
         """What is shown, by its bytes: content_name of every picture that can be read."""
         found = set()
-        for path in self.paths.values():
-            with contextlib.suppress(OSError), open(find_picture(path), "rb") as f:
+        for path in filter(os.path.isfile, map(find_picture, self.paths.values())):
+            with contextlib.suppress(OSError), open(path, "rb") as f:
                 size = f.seek(0, os.SEEK_END)
                 f.seek(max(0, size - 4096))
                 found.add(content_name(size, f.read()))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from support.formats.files import UserError
+from support.formats.files import UserError, note
 from support.formats.pictures import read_image
 from support.formats.records import Record, Unpaired, reading_inside
 from support.formats.shards import SHARDED, Shards, open_shards, shards_state
-from support.worlds.files import Files, note
+from support.worlds.files import Files
 
 
 class Items:

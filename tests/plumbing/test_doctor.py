@@ -142,7 +142,8 @@ def test_a_run_that_ends_above_a_uniform_guess_says_so_and_goes_on(tmp_path, cap
         Image.new("RGB", (48, 48), (20 * i, 9, 9)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a baguette beside a violin")
     train.main(["--data", f"folder:{tmp_path}", "--out", str(tmp_path / "run"), "--steps", "2",
-                "--batch", "2", "--log-every", "1", "--lr", "1e-6", "--device", "cpu", "--dtype", "float32", "--eval-items", "1",
+                "--batch", "2", "--log-every", "1", "--lr", "1e-6", "--device", "cpu",
+                "--dtype", "float32", "--eval-items", "1",
                 "--samples", "0"])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("doctor")]
     starts = ["the decoder without any image", "the decoder weights/decoder spells",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.formats.files import UserError
+from support.formats.files import UserError, note
 from support.worlds import open_data
 from support.worlds.pairs import contrastive_pair
 
@@ -153,3 +153,19 @@ def test_of_two_hundred_pictures_a_tenth_is_val_and_a_tenth_test(tmp_path):
     (tmp_path / "captions.jsonl").unlink()
     sets = [{*captions(f"folder:{tmp_path}:{split}")} for split in ("train", "val", "test")]
     assert [*map(len, sets)] == [160, 20, 20] and len(set.union(*sets)) == 200
+
+
+def test_a_pipe_beside_a_picture_is_no_text(tmp_path, capsys):
+    write(tmp_path, {"a.png": 1, "a.txt": "a", "b.png": 2})
+    os.mkfifo(tmp_path / "b.txt")
+    assert [*captions(f"folder:{tmp_path}:all")] == ["a.png"]
+    assert "b.txt: is a pipe or a device" in capsys.readouterr().err
+
+
+def test_transparent_parts_are_said_once(tmp_path, capsys):
+    note.cache_clear()
+    for i in range(3):
+        Image.new("RGBA", (8, 8), (i, 0, 0, 255 if i == 0 else 9)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("x")
+    captions(f"folder:{tmp_path}:all")
+    assert capsys.readouterr().err.count("transparent parts of pictures show the colours that are hidden") == 1
