@@ -52,8 +52,8 @@ def read_image(path: str | Path | io.BytesIO) -> np.ndarray:
             if image.mode.startswith("I"):              # 65,535 = 255 · 257 is white
                 image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
             if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] < 255:
-                note("note: transparent parts of pictures show the colours that are hidden there, often black, "
-                     "as the published processors have it; save such pictures on a background")
+                note("note: transparent parts of pictures show the colours that are hidden there, often "
+                     "black, as the published processors have it; save such pictures on a background")
             if isinstance(image.info.get("transparency"), bytes):    # an alpha for each colour
                 del image.info["transparency"]
             if "transparency" in image.info:

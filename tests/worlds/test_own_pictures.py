@@ -168,4 +168,4 @@ def test_transparent_parts_are_said_once(tmp_path, capsys):
         Image.new("RGBA", (8, 8), (i, 0, 0, 255 if i == 0 else 9)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("x")
     captions(f"folder:{tmp_path}:all")
-    assert capsys.readouterr().err.count("transparent parts of pictures show the colours that are hidden") == 1
+    assert capsys.readouterr().err.count("transparent parts of pictures show the colours that are") == 1
