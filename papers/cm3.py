@@ -79,7 +79,8 @@ def learned(sequence: list[int], masks: list[int]) -> list[int]:
     return [IGNORE if token in masks else token for token in sequence]          # (K5)
 
 
-HOW = dict(data="61M documents, 223B tokens; the learning rate is not in our sources", paper=None,
+HOW = dict(trained=("decoder",), one_file=True,
+           data="61M documents, 223B tokens; the learning rate is not in our sources", paper=None,
            toy=Numbers(2e-3, 32, 700, beta2=0.98, weight_decay=0.05))
 RECIPES = {
     "cm3": Recipe("CM3 (2201.07520v1 §2): a decoder learns from documents with spans moved to the end",
@@ -100,9 +101,6 @@ class Cm3Task(Task):
         decoder = Decoder(DecoderConfig(codes + 17, layers=3, context=256)).init_weights()
         self.module = nn.ModuleDict({"decoder": decoder}).to(given.device)
         self.expect = f"(a uniform guess: ln {codes + 17} = {math.log(codes + 17):.2f})"
-
-    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
-        """All learns."""
 
     def document(self, things: list[Thing]) -> list[int]:
         """9 codes, begin, the words of the caption, its end."""

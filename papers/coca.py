@@ -164,7 +164,8 @@ class CoCa(nn.Module):
 RECIPES = {name: Recipe(
     f"CoCa (2205.01917v2 §3.2): contrast + 2 · caption; the ViT is bundled and stays; {queries} read it",
     "JFT-3B and ALIGN, half a batch each", Numbers(8e-4, 65536, 500_000, 0.02, "linear", 0.01, 0.999),
-    Numbers(1.5e-3, 32, 300, weight_decay=0.05), task=name)
+    Numbers(1.5e-3, 32, 300, weight_decay=0.05), task=name, one_file=True, trained=tuple(
+        "text pool contrast_pool image_projection text_projection blocks cross norm head".split()))
     for name, queries in (("coca", "16 queries"), ("coca-1", "one query"))}
 
 
@@ -174,10 +175,9 @@ class CocaTask(ChoiceTask, ClipTask):
 
     def __init__(self, given: Ingredients):
         self.given, self.world, self.tokenizer, self.locked = given, given.world, given.tokenizer, True
-        V = given.tokenizer.vocab_size
+        V, self.image_size = given.tokenizer.vocab_size, given.vit.config.image_size
         text, n = LowerHalf(TextConfig(V + 1, context=64), pad=V), self.queries
         self.module = CoCa(given.vit, text, joint=128, layers=2, queries=n, pool_heads=4).to(given.device)
-        self.image_size = given.vit.config.image_size
         guess = math.log(given.batch) + math.log(3) / 2
         self.expect = f"(uniform guesses: contrast {guess:.2f} + 2 · captions {math.log(V):.2f})"
 

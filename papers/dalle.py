@@ -136,7 +136,8 @@ def choose_by_clip(clip, texts: list[str], samples: tuple[Tensor, ...]) -> Tenso
 RECIPES = {"dalle-2": Recipe(
     "DALL-E stage 2 (2102.12092v2 §2.2): a decoder learns words and the codes of a picture as one stream",
     "250M pairs", Numbers(4.5e-4, 1024, 430_000, 5000, weight_decay=4.5e-2, beta2=0.96, clip=4),
-    Numbers(2e-3, 16, 200, **MUON), trained=("decoder", "rows", "columns"), task="dalle", start="vq")}
+    Numbers(2e-3, 16, 200, **MUON), trained=("decoder", "rows", "columns"), task="dalle", start="vq",
+    one_file=True)}
 
 
 class DalleTask(Task):

@@ -130,9 +130,6 @@ class DpoTask(Task):
     def log_probs(vlm: VLM, *batch) -> Tensor:
         return answer_log_probs(*predict(vlm, *batch)).unflatten(0, (2, -1))    # (2, B)
 
-    def metrics(self) -> dict[str, float]:
-        return {name: value.item() for name, value in self.last.items()}
-
     @torch.no_grad()
     def report(self, out: Path) -> dict[str, dict]:
         """Of held-out pictures: pairs told apart, false things in captions, KL; before and after."""

@@ -46,6 +46,7 @@ class Recipe:
     toy: Numbers
     bridge: str = ""                # "": a recipe without a bridge
     trained: tuple[str, ...] = ("bridge",)              # the parts that learn; the others are frozen
+    one_file: bool = False          # its run is one file of all that learned, without a folder for a part
     task: str = "answer"            # the loss: a key of train.py's TASKS
     options: dict = field(default_factory=dict)         # the bridge's toy sizes; its defaults are the paper's
     captions: float = 0.2           # share of documents that ask for a caption instead of answers

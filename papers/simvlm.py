@@ -113,6 +113,7 @@ class SimVLM(nn.Module):
 
 
 HOW = dict(
+    trained=("stem", "decoder"), one_file=True,
     data="4,096 of ALIGN's pairs and 512 of C4's texts per update",
     paper=Numbers(5e-4, 4096, 1_000_000, 0.02, "linear", 0.01, 0.999), toy=Numbers(2e-3, 32, 600, **MUON))
 RECIPES = {
@@ -134,9 +135,6 @@ class SimvlmTask(ChoiceTask):
         config = DecoderConfig(V, width=128, layers=3, context=256)
         self.module = SimVLM(config, self.image_size, self.stem).to(given.device)
         self.P, self.expect = (self.image_size // STRIDE)**2, f"(a uniform guess: ln {V} = {math.log(V):.2f})"
-
-    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
-        """All learns."""
 
     def piece(self, texts: list[str], rng: np.random.Generator, pictures: list | None = None) -> dict:
         """tokens, mask (B, T), prefix (B,), with pictures pixels; count: how many words are predicted."""

@@ -10,6 +10,7 @@ from model import ViT, ViTConfig
 from papers.flava import Flava
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, read_json, reading_config
+from support.formats.honoured import FLAVA, FLAVA_PART, refuse_unknown
 from support.formats.names import expand, parameters
 from support.formats.streams import word_embedding, word_head
 
@@ -25,7 +26,12 @@ def load_flava(path: str | os.PathLike, device=None, dtype: torch.dtype | None =
     c = read_json(path / "config.json")
     with torch.device("meta"), reading_config(f"{path}/config.json", "the config.json of a FLAVA"):
         image, text, both = (c[f"{kind}_config"] for kind in ("image", "text", "multimodal"))
-        for part in (image, text, both):
+        refuse_unknown(c, f"{path}/config.json", FLAVA)
+        for kind, part in zip(("image", "text", "multimodal"), (image, text, both)):
+            refuse_unknown(part, f"{path}/config.json: {kind}_config", FLAVA_PART)
+            if part["num_attention_heads"] != text["num_attention_heads"]:
+                raise UserError(f"{path}/config.json: {kind}_config has {part['num_attention_heads']} heads, "
+                                f"text_config {text['num_attention_heads']}; the three are alike here.")
             if part["hidden_act"] != "gelu" or part["layer_norm_eps"] != 1e-12:
                 raise UserError(f"{path}/config.json: hidden_act must be gelu and layer_norm_eps 1e-12.")
         vit = ViT(ViTConfig(image["image_size"], image["patch_size"], image["hidden_size"],

@@ -80,6 +80,12 @@ PROCESSOR = keys("""image_processor_type feature_extractor_type size crop_size i
 BERT = keys("""model_type hidden_act layer_norm_eps num_attention_heads hidden_size num_hidden_layers
     intermediate_size vocab_size max_position_embeddings type_vocab_size directionality
     pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type""")
+FLAVA = keys("""model_type image_config text_config multimodal_config image_codebook_config hidden_size
+    projection_dim layer_norm_eps init_codebook ce_ignore_index mim_weight mlm_weight mmm_image_weight
+    mmm_text_weight itm_weight global_contrastive_weight global_backprop_contrastive
+    skip_unmasked_multimodal_encoder return_loss tie_word_embeddings""")    # from init_codebook on: losses
+FLAVA_PART = keys("""model_type hidden_size image_size patch_size num_hidden_layers num_attention_heads
+    intermediate_size hidden_act layer_norm_eps vocab_size max_position_embeddings type_vocab_size""")
 BRIDGES = {                 # what lies beside a bridge alone
     "mapl": keys("model_type input_dim output_dim hidden_dim num_heads num_layers output_length"),
     "qformer": LAVIS,
@@ -151,6 +157,7 @@ ONLY = {
     "modality_type_vocab_size": {2},                                                    # ViLT's
     "with_coattention": {True}, "pooling_method": {"mul"},                              # ViLBERT's
     **dict.fromkeys(("predict_feature", "fast_mode", "in_batch_pairs"), {False}),
+    **dict.fromkeys(("use_cls_token", "mask_token", "qkv_bias"), {True}),               # FLAVA's
     "use_pooler": {True}, "tunable_prompt_length": {0}, "num_appended_retrieval_tokens": {1},
     "peft_type": {"ADAPTION_PROMPT"},
     "target_modules": {"self_attn"},

@@ -83,7 +83,7 @@ def clean_folder(out: Path, recipes: dict, sources: tuple[str, ...]) -> None:
             raise UserError(f"{out}/config.json: is not a run's, and a run would replace it; "
                             "give --out another folder.")
         recipe = recipes.get(str(settings.get("recipe")))
-        towers = {*recipe.trained} if recipe else set()
+        towers = {*recipe.trained} if recipe and not recipe.one_file else set()
         towers |= {"clip"} if "text" in towers else set()
         towers |= {"vit"} if settings.get("vit") == "random" else set()
     elif foreign := next((name for name in COMMON if (out / name).exists()), None):

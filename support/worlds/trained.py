@@ -1,7 +1,9 @@
 """worlds/trained.py: which data sets a run has met, and so what a table may call held-out."""
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +64,19 @@ def share_pictures(world: Files, other: Files, by_content: bool) -> bool:
     if sharded:                                         # two of them were compared by their bytes just now
         return by_content and sharded == 1 and not world.contents.isdisjoint(other.contents)
     ours, theirs = [*world.paths.values()], [*other.paths.values()]
+    if by_content and len(ours) + len(theirs) > MOST_COMPARED:
+        say_not_compared(world.name, other.name)
     if not by_content or len(ours) + len(theirs) > MOST_COMPARED:
         return False
     contents = name_contents(ours + theirs)
     return not {contents[path] for path in ours}.isdisjoint(contents[path] for path in theirs)
+
+
+@functools.cache
+def say_not_compared(*names: str) -> None:
+    """One line for two data sets that are too large to be compared by content."""
+    print(f"warning: {' and '.join(names)} have more than {MOST_COMPARED:,} pictures, so they are compared "
+          "by path and COCO's numbers alone; a copy under another name counts as held-out.", file=sys.stderr)
 
 
 def training_sets(settings: dict, follow_links: bool = False) -> list:

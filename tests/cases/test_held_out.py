@@ -21,6 +21,7 @@ from support.worlds import open_data, open_split
 from support.worlds.commands import main as show
 from support.worlds.pairs import contrastive_pair
 from support.formats import records, save_vlm
+from support.plumbing.folder import clean_folder
 from support.worlds.trained import earlier_sets, name_split, training_sets
 
 RUN = ["--bridge", "linear", "--steps", "1", "--batch", "2", "--dtype", "float32", "--device", "cpu",
@@ -319,3 +320,26 @@ def test_pillow_opens_the_formats_that_are_named_and_no_other(tmp_path, format, 
     else:
         with pytest.raises(UserError, match="not a picture that Pillow can read .*; give a PNG, JPEG or"):
             read_image(file)
+
+
+def test_sets_too_large_to_compare_by_content_are_said_so_once(tmp_path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for n in range(12):
+            Image.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / name / f"{name}{n}.png")
+            (tmp_path / name / f"{name}{n}.txt").write_text("a cat")
+    one, two = (open_data(f"folder:{tmp_path / name}:all") for name in ("one", "two"))
+    assert name_split(one, [two]) == "trained-on"
+    monkeypatch.setattr("support.worlds.trained.MOST_COMPARED", 5)
+    assert name_split(one, [two]) == name_split(one, [two]) == "held-out"
+    assert capsys.readouterr().err.count("are compared by path and COCO's numbers alone") == 1
+
+
+def test_a_folder_that_a_run_does_not_write_survives_the_next_run(tmp_path):
+    """cm3's decoder learns and lies in model.safetensors; a folder called decoder is not the run's."""
+    for recipe, stays in (("cm3", True), ("lm", False)):
+        out = tmp_path / recipe
+        (out / "decoder").mkdir(parents=True)
+        (out / "config.json").write_text(json.dumps({"settings": {"recipe": recipe}}))
+        clean_folder(out, train.RECIPES, ())
+        assert (out / "decoder").exists() == stays

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,7 @@ def make_task(kind: type) -> tuple[DpoTask, dict]:
     """A task between tiny towers, and three pairs: rows 0 to 2 are chosen, 3 to 5 rejected."""
     task, g = kind.__new__(kind), torch.Generator().manual_seed(0)
     task.module, task.reference = tiny_vlm("linear"), tiny_vlm("linear", seed=5)
+    task.given = SimpleNamespace(gather=lambda x: x)
     tokens = torch.randint(1, 61, (6, 7), generator=g)
     tokens[:, 0] = IMAGE
     labels = tokens.masked_fill(torch.arange(7) < 3, IGNORE)

@@ -1,12 +1,16 @@
 """FLAVA computes what transformers' does: states of three encoders, six losses, the rows that they read."""
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from conftest import check, golden
 from model import IGNORE, ViT, ViTConfig
 from papers.flava import Flava
+from support.formats.files import UserError
 from support.formats.flava import load_flava
 
 
@@ -78,3 +82,17 @@ def test_the_published_sizes_have_303_859_063_parameters():
         model = Flava(vit, 30522)
     poolers = 3 * (768 * 768 + 768)                     # three that the library builds and no loss reads
     assert sum(p.numel() for p in model.parameters()) + poolers == 303_859_063
+
+
+@pytest.mark.parametrize("part, key, value", [
+    (None, "a_new_key", 1), ("image_config", "qkv_bias", False),
+    ("multimodal_config", "use_cls_token", False),
+    ("text_config", "position_embedding_type", "relative_key"), ("text_config", "num_attention_heads", 2),
+    ("image_config", "num_channels", 1), ("multimodal_config", "hidden_act", "relu")])
+def test_no_key_of_its_config_is_ignored(part, key, value, tmp_path):
+    shutil.copytree(golden("flava")[0], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config[part] if part else config)[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"config.json.*{'heads' if 'heads' in key else key}"):
+        load_flava(tmp_path)
