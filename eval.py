@@ -9,7 +9,7 @@
     python eval.py targets RUN [RUN …]                 do questions look at what they ask about? (shapes)
     python eval.py claims all --seeds 3                one miniature experiment per claim of the papers
 
-RUN is a folder that train.py wrote. Each subcommand has its own --help.
+RUN is a folder that train.py wrote. Each subcommand, also demo (a page) and draw, has its own --help.
 Chapters 1 metrics · 2 texts · 3 captions and answers · 4 the table · 5 the command line
 """
 from __future__ import annotations
@@ -426,7 +426,7 @@ def judge_answer(q: data.QA, answer: str) -> tuple[str, str]:
 
 # The modules of support/lab stand above this file; it loads the one that is asked for, or else the table.
 SUBCOMMANDS = {name: f"support.lab.{name}" for name in
-               ("compare", "ask", "chat", "look", "targets", "claims", "draw")}
+               ("compare", "ask", "chat", "look", "targets", "claims", "draw", "demo")}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -336,6 +336,13 @@ def overlay_attention(picture: np.ndarray, weights, top: float | None = None, si
     return mixed.round().astype(np.uint8)
 
 
+def seen_picture(vlm: VLM, pixels: Tensor) -> np.ndarray:
+    """The picture (S, S, 3), 0 … 255, that the ViT sees in pixels (1, 3, S, S)."""
+    p = vlm.processor or PROCESSORS["clip"]
+    picture = pixels[0].float().cpu().movedim(0, -1) * torch.tensor(p.std) + torch.tensor(p.mean)
+    return (255 * picture).clip(0, 255).numpy()
+
+
 @torch.no_grad()
 def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, features: Tensor,
                    document: data.Document, out: Path) -> str:
@@ -345,9 +352,7 @@ def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, features: Ten
     """
     tokens = torch.tensor([document.tokens], device=features.device)
     words, patches = attention_to_patches(vlm, tokens, features)
-    p, prefix = vlm.processor or PROCESSORS["clip"], vlm.bridge.soft_tokens
-    picture = pixels[0].movedim(0, -1) * torch.tensor(p.std) + torch.tensor(p.mean)     # as the ViT sees it
-    picture = (255 * picture).clip(0, 255).numpy()
+    picture, prefix = seen_picture(vlm, pixels), vlm.bridge.soft_tokens
     gates = vlm.bridge.gates()
     gates = [None] * len(words) if gates is None else gates.abs().mean(-1)
     said = [ascii(tokenizer.decode([t])) for t in document.tokens[-words.shape[2]:]]

@@ -43,13 +43,13 @@ def what_it_reads(name: str, tokenizer: Tokenizer, facts: dict) -> str:
     """One sentence: what this model can read, and what not. facts: its config.json."""
     spec = facts.get("settings", {}).get("data")
     if not is_toy(tokenizer):
-        return f"{name} learned from the pictures of {spec}; others are new to it." if spec else ""
+        return f"{name}: trained on the pictures of {spec}; others are new to it." if spec else ""
     if not spec:
-        return (f"{name} is a toy of {tokenizer.vocab_size} tokens: it reads the words of the text that it "
-                "was trained on, in lower case, and no other words.")
+        return (f"{name}: a toy decoder of {tokenizer.vocab_size} tokens; it reads the words that it was "
+                "trained on, in lower case, and no others.")
     texts = [text for item in trained_items(facts)
              for text in (*item.captions, *(f"{q.question} {q.answer}" for q in item.qas))]
     words = sorted({word for text in texts for word in re.findall(r"\w+", text)})
     words = [word for word in words if not unread_words(tokenizer, word)]
-    return (f"{name} has a toy decoder: trained on {spec}, it reads these {len(words)} words and no others: "
+    return (f"{name}: a toy decoder, trained on {spec}; it reads these {len(words)} words and no others: "
             f"{', '.join(words)}.")

@@ -118,7 +118,7 @@ def test_it_says_what_a_toy_cannot_read(untrained_run, picture, monkeypatch, cap
     assert unread_words(shapes_tokenizer(), "is there an orange ring at the top left?") == []
     large = type("Large", (), {"vocab_size": 49152})()
     assert unread_words(large, "Where is the elephant?") == []
-    assert "learned from the pictures of emoji" in what_it_reads("r", large, {"settings": {"data": "emoji"}})
+    assert "trained on the pictures of emoji" in what_it_reads("r", large, {"settings": {"data": "emoji"}})
 
 
 @pytest.mark.parametrize("lines, flags, words", [
