@@ -61,7 +61,7 @@ from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
 from support.worlds import open_data, open_split, prompts, take_items, text, unread_settings
-from support.worlds.things import FROM_WORLDS, require_captions
+from support.worlds.things import FROM_WORLDS, require_captions, take_turns
 from support.worlds.trained import earlier_sets, name_split
 
 
@@ -510,8 +510,9 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
     given = Ingredients(
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
         generate_texts=generate_texts, take_items=take_items, trained=trained, **FROM_WORLDS,
-        open_held_out=lambda: open_split(world, world.held_out), worlds=[each for each, _ in sets],
-        name_split=lambda split: name_split(split, trained), part=ranks.part, gather=ranks.gather)
+        open_held_out=lambda: open_split(world, world.held_out), part=ranks.part, gather=ranks.gather,
+        name_split=lambda split: name_split(split, trained),
+        worlds=take_turns(sets) if recipe.task == "clip" else [world])
     if world.says_scenes:                               # its words have a tokenizer of their own
         given.tokenizer = text.shapes_tokenizer()
     LOADERS[recipe.task](given, s.lm, s.vit, s.init)

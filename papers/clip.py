@@ -19,7 +19,7 @@ import data
 from model import EncoderBlock, ViT, ViTConfig
 from papers.contrasts import clip_loss
 from papers.linear_probe import linear_probe
-from papers.naming import report_naming
+from papers.naming import item_of_turn, report_naming
 from papers.recipe import Ingredients, Numbers, Recipe, Task
 
 
@@ -137,23 +137,22 @@ class ClipTask(Task):
             # 25 % of the things, and every bridge fails on "where is …?".
             nn.init.normal_(vit.positions, std=0.5)
         text = TextTransformer(TextConfig(self.tokenizer.vocab_size, context=64, end=self.tokenizer.eos))
-        self.module = CLIP(vit, text, width=128).to(given.device)
+        self.module = (given.clip or CLIP(vit, text, width=128)).to(given.device)
         B = given.batch
         texts = 3 * B if self.world.says_scenes else B
         self.expect = f"(a uniform guess: (ln {texts} + ln {B})/2 = {math.log(texts * B) / 2:.2f})"
 
     def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
         """A ViT that was given is locked; all else learns, the temperature too."""
-        self.module.vit.requires_grad_(not self.locked)
+        self.module.requires_grad_(True).vit.requires_grad_(not self.locked)
 
     def batch(self, step: int) -> list[dict]:
         images, texts, negatives = [], [], []
         for i in self.given.indices(step):
-            world = self.given.worlds[i % len(self.given.worlds)]
-            image, text, wrong = self.given.contrastive_pair(world, i // len(self.given.worlds))
+            image, text, wrong = self.given.contrastive_pair(*item_of_turn(self.given.worlds, i))
             images.append(image)
             texts.append(text)
-            negatives += wrong if world.says_scenes else []         # of names the batch's own are enough
+            negatives += wrong if self.world.says_scenes else []    # of names the batch's own are enough
         pixels = data.to_pixels(images, self.module.vit.config.image_size, self.given.processor)
         return [dict(pixels=pixels, tokens=self.tokens(texts + negatives), set=0, weight=1.0, count=1)]
 

@@ -20,6 +20,13 @@ from papers.recipe import Task
 GATE = 0.80
 
 
+def item_of_turn(worlds: list, i: int) -> tuple:
+    """(data set, number there) of the i-th item, where the data sets take turns; one may have several."""
+    turn = i % len(worlds)
+    mine = [other is worlds[turn] for other in worlds]
+    return worlds[turn], i // len(worlds) * sum(mine) + sum(mine[:turn])
+
+
 @torch.no_grad()
 def report_naming(task: Task) -> dict[str, dict[str, float]]:
     """Print a line for the known and the held-out pictures of each data set of ClipTask, then the gate."""
@@ -29,7 +36,7 @@ def report_naming(task: Task) -> dict[str, dict[str, float]]:
         return torch.cat([kind(part.to(given.device)) for part in x.split(256)])        # (n, E), of length 1
 
     sets = [(world.name, known, *given.named_pictures(world, known))
-            for world in given.worlds for known in (True, False)]
+            for world in dict.fromkeys(given.worlds) for known in (True, False)]
     every = sorted({name for *_, names in sets for name in names})
     among, result = embed(clip.embed_texts, task.tokens(every)), {}             # (C, E)
     for world, known, pictures, names in sets:

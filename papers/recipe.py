@@ -97,7 +97,7 @@ class Ingredients:
     take_items: Callable | None = None                  # (world, count) → its first readable items
     trained: list | None = None     # the data sets that the parts have met, `world` first
     name_split: Callable[[Any], str] = lambda world: "held-out"     # or trained-on, if the run has met it
-    worlds: list = field(default_factory=list)          # all data sets of the run, `world` first
+    worlds: list = field(default_factory=list)          # all data sets, `world` first; one * 3 thrice
     part: tuple[int, int] = (0, 1)  # of a batch, which this process reads: its number, how many there are
     gather: Callable[[Tensor], Tensor] = lambda x: x    # rows (b, …) of all parts → (B, …), with gradients
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json

@@ -115,7 +115,10 @@ class WordTask:
         return {"named": float(np.mean([a == b for a, b in zip(words, read)]))}
 
     def report(self, out: Path) -> dict[str, dict]:
-        """The rate of new renderings, blind and chance; then the language model is asked about some."""
+        """The rate of new renderings, blind and chance; then the language model is asked about some.
+
+        words.png shows those, first SHOWN at equal distances, then some of those that were not read right.
+        """
         images, features, words, read = self.name_new(RENDERINGS)
         right = [a == b for a, b in zip(words, read)]
         blind = self.read(self.features(torch.zeros_like(self.pixels(images[:1])).to(self.given.device)))[0]
@@ -131,6 +134,7 @@ class WordTask:
         asked = shown + failed
         documents = [Document(self.tokenizer).chat(ASK) for _ in asked]
         told = self.given.generate_texts(self.module, documents, self.tokenizer, 40, features=features[asked])
+        self.given.save_grid(out / "words.png", [images[i] for i in asked], SHOWN)
         lines = [dict(shows=words[i], read=read[i], right=right[i], told=text)
                  for i, text in zip(asked, told)]
         for i, line in enumerate(lines):

@@ -106,8 +106,14 @@ def load_pair_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
 
 
 def load_clip_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
-    """A tokenizer, unless the world brought its own, and how the run is written; both towers are new."""
+    """A tokenizer, unless the world brought its own, and how the run is written.
+
+    Both towers are new, or go on from the run `init`.
+    """
     given.tokenizer = given.tokenizer or load_tokenizer(resolve_folder(lm))
+    if init:
+        opened = open_clip(init, given.device)
+        given.clip, given.tokenizer = opened.clip, opened.tokenizer
     given.save = functools.partial(save_clip_run, lm=lm)
 
 
@@ -180,6 +186,12 @@ def load_gligen_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
     load_answer_parts(given, lm, vit, init)
 
 
+def load_word_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
+    """An answer task's, and how the pictures of the report are written."""
+    load_answer_parts(given, lm, vit, init)
+    given.save_grid = save_grid
+
+
 def load_glide_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """The decoder that reads the texts, its tokenizer, and how the run is written."""
     given.tokenizer = load_words(lm)
@@ -198,7 +210,7 @@ LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": loa
            **dict.fromkeys(coca.TASKS, load_pair_parts),
            **dict.fromkeys((*simvlm.TASKS, *cm3.TASKS), load_new_parts),
            **dict.fromkeys({**dpo.TASKS, **short.TASKS}, load_answer_parts), "glide": load_glide_parts,
-           **dict.fromkeys(("fromage", "word"), load_answer_parts), "vlkd": load_vlkd_parts,
+           "fromage": load_answer_parts, "word": load_word_parts, "vlkd": load_vlkd_parts,
            "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,
            "dvae": load_picture_parts, "dalle": load_drawing_parts,

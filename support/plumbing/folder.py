@@ -17,7 +17,8 @@ STATE = "state.safetensors"
 # what a run writes beside config.json and the towers that it trained; the state goes first
 COMMON = ("model.safetensors", "first.png", "results.json", "pictures.json", "pictures.png")  # often not ours
 PRODUCTS = (STATE, "bridge.safetensors", "stage1.safetensors", "log.jsonl", "loss.png", "gates.png",
-            "samples.html", "retrieval.json", "preferences.json", "pictures.safetensors", *COMMON)
+            "samples.html", "retrieval.json", "preferences.json", "pictures.safetensors", "naming.json",
+            "words.json", "words.png", *COMMON)
 
 UNFINISHED = re.compile(r"\.[\w-]+\.(safetensors|jsonl?|png|html)\.\w{8}")      # of formats.files.atomically
 

@@ -102,6 +102,15 @@ def first_words(found: list[tuple[str, object]], most: int) -> tuple[list[str], 
     return [word for word, _ in pairs], [thing for _, thing in pairs]
 
 
+def take_turns(sets: list[tuple]) -> list:
+    """(data set, weight) pairs → the data sets in the order of their turns: emoji * 3 has three in a row."""
+    for world, weight in sets:
+        if weight != int(weight):
+            raise UserError(f"--data: {world.name} * {weight:g}: recipe clip gives a data set so many turns; "
+                            "give a whole number.")
+    return [world for world, weight in sets for _ in range(int(weight))]
+
+
 # what papers.recipe.Ingredients take of worlds, by the names of its fields
 FROM_WORLDS = dict(contrastive_pair=contrastive_pair, preference_pair=preference_pair,
                    named_pictures=named_pictures, one_word_things=one_word_things)

@@ -9,17 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import data
 import train
 from papers.clip import ClipTask
-from papers.naming import report_naming
+from papers.naming import item_of_turn, report_naming
 from papers.recipe import Ingredients
 from support.formats.files import UserError
 from support.worlds import open_data
 from support.worlds.text import shapes_tokenizer
-from support.worlds.things import FROM_WORLDS
+from support.worlds.things import FROM_WORLDS, take_turns
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 230), "black": (20, 20, 20)}
 
@@ -50,6 +51,22 @@ def test_a_run_on_two_folders_reports_the_known_and_the_held_out_of_each(tmp_pat
     assert "gate" in printed and "nearest to their own of 6 names" in printed
     config = json.loads((tmp_path / "run" / "clip" / "config.json").read_text())
     assert config["vision_config"]["hidden_size"] == 160
+    old = load_file(tmp_path / "run" / "vit" / "model.safetensors")
+    go_on = ["--init", str(tmp_path / "run"), *"--lr 1e-30 --steps 1 --batch 4 --threads 1".split()]
+    train.main(["--recipe", "clip", "--data", specs[0], *go_on, "--out", str(tmp_path / "more")])
+    new = load_file(tmp_path / "more" / "vit" / "model.safetensors")
+    assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
+
+
+def test_a_data_set_may_have_several_turns_in_a_row_and_shows_each_item_once():
+    a, b = object(), object()
+    drawn = [item_of_turn([a, a, a, b], i) for i in range(8)]
+    assert [n for world, n in drawn if world is a] == [*range(6)]
+    assert [n for world, n in drawn if world is b] == [0, 1]
+    world = SimpleNamespace(name="emoji")
+    assert take_turns([(world, 3.0), (world, 1.0)]) == [world] * 4
+    with pytest.raises(UserError, match="emoji . 0.5: recipe clip gives a data set so many turns"):
+        take_turns([(world, 0.5)])
 
 
 def test_what_is_named_and_found_is_counted_over_all_names(capsys):
@@ -61,11 +78,13 @@ def test_what_is_named_and_found_is_counted_over_all_names(capsys):
         def embed_texts(self, tokens):
             pictures = [np.full((8, 8, 3), t, np.uint8) for t in tokens]
             return self.embed_images(data.to_pixels(pictures, 8))
+    class World:
+        name = "greys"
     shown = {"a": 0, "b": 120, "c": 240}
     pictures = [np.full((8, 8, 3), grey, np.uint8) for grey in (0, 120, 121, 240)]
     clip = Clip()
     clip.vit = SimpleNamespace(config=SimpleNamespace(image_size=8))
-    given = SimpleNamespace(device="cpu", worlds=[SimpleNamespace(name="greys")], processor=None,
+    given = SimpleNamespace(device="cpu", worlds=[World()], processor=None,
                             named_pictures=lambda world, known: (pictures, ["a", "b", "c", "c"]) if known else
                             ([], []))
     task = SimpleNamespace(module=clip, given=given,
