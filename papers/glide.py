@@ -12,6 +12,7 @@ compares that guidance with one by CLIP's gradients.
     (G2)  L = ‖x_0 − x̂_0‖², c = ∅ in a fifth of the batch       = (1 − ᾱ_t)/ᾱ_t ‖ε − ε_θ‖²
     (G7)  y = LN(z) (1 + a) + b,   [a; b] = W silu(emb(t) + W' c_n)       in the place of each norm
     (G8)  softmax(q [k_c; k]ᵀ / √E) [v_c; v]                    q, k, v of y; k_c, v_c of the states c
+    (G9)  c_n = s_n + Σ_{m<8} V_m s_{n−m}                       s: the frozen decoder's states; V = 0 at first
 
 GLIDE's network is a U-Net of 2.3B for 64 pixels, its text transformer another 1.2B, and a second model makes
 256 pixels of 64. Here a ViT whose tokens are the cells draws 48 pixels, and the text is read by the frozen
@@ -19,6 +20,11 @@ decoder: c are its states before the last layer. A token of width 192 cannot car
 so the network forecasts x̂_0, from which ε_θ follows by (G1). GLIDE pads every text to 128 tokens, all of
 which are read; here padding is hidden. Its norms are GroupNorms, its fifth of empty texts came in a second
 training.
+
+What made the toy learn. Its decoder is frozen, and the state behind "the top left" does not always tell what
+shape was named before; (G9) learns that. The patches begin at the places that texts name (start_at_places in
+glide_task.py), and noisy times are drawn more often, t = T (1 − u²), for there the text decides. Without all
+three, 2,000 steps of 32 pictures found no place.
 
 The claim: guidance buys what the text says with variety (Fig. 6), and people prefer it to CLIP's (Elo +82.7
 against −73.2 for looks, +110.9 against +29.3 for the caption; zero-shot FID on COCO 12.24). In miniature: how
@@ -31,7 +37,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,12 +45,12 @@ from torch import Tensor, nn
 
 import data
 from model import Decoder, EncoderBlock, ViT, ViTConfig, merge_heads, split_heads, visible_to_bias
-from papers.ddpm import Diffusion, cosine_betas, guide
-from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task
-from papers.scene_reader import UNIT, count_found, read_scenes
+from papers.ddpm import Diffusion, guide
+from papers.recipe import Numbers, Recipe
 
 CONFIG = ViTConfig(image_size=48, patch=16, width=192, layers=4, heads=6, hidden=768, act="gelu", cls=False,
                    pre_norm=False, patch_bias=True)
+PHRASE = 8                      # tokens that the learned part of the text's reader puts together
 
 
 class TextBlock(EncoderBlock):
@@ -76,6 +81,8 @@ class Denoiser(ViT):
         D = config.width
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
         self.last = nn.Linear(text_width, D)                                    # W'
+        self.phrase = nn.Conv1d(text_width, text_width, PHRASE)
+        nn.init.zeros_(self.phrase.weight)
         self.pixels = nn.ConvTranspose2d(D, 3, config.patch, stride=config.patch)       # a token → its patch
         nn.init.normal_(self.positions, std=0.5)                                # see papers/clip.py
         nn.init.zeros_(self.pixels.weight)
@@ -85,6 +92,7 @@ class Denoiser(ViT):
 
     def forward(self, x: Tensor, t: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         c, rows = self.config, torch.arange(len(x), device=x.device)
+        states = states + self.phrase(F.pad(states.mT, (PHRASE - 1, 0))).mT     # (G9)
         f = torch.exp(-math.log(10_000) * torch.arange(c.width // 2, device=x.device) / (c.width // 2))
         waves = torch.cat(((t[:, None] * f).sin(), (t[:, None] * f).cos()), dim=-1)
         emb = self.time(waves) + self.last(states[rows, mask.sum(1) - 1])       # (B, Di)
@@ -133,54 +141,7 @@ class Painter:
         return [*((x.movedim(1, -1) + 1) * 127.5).round().byte().cpu().numpy()]
 
 
-class GlideTask(Task):
-    """Recipe `glide`: takes world, tokenizer, decoder, save_grid."""
-    expect = "(of a grey picture: the mean square of its pixels, about 0.8)"
-
-    def __init__(self, given: Ingredients):
-        self.given, self.world = given, given.world
-        self.processor = data.Processor(size=CONFIG.image_size, mean=3 * (0.5,), std=3 * (0.5,))
-        denoiser = Denoiser(CONFIG, given.decoder.config.width)
-        self.module = nn.ModuleDict({"denoiser": denoiser, "decoder": given.decoder}).to(given.device)
-        self.painter = Painter(denoiser, given.decoder, given.tokenizer, Diffusion(cosine_betas(1000)))
-
-    def batch(self, step: int) -> list[dict]:
-        B, rng = self.given.batch, np.random.default_rng((self.given.seed, 4, step))
-        items = [self.world.item(i) for i in range(step * B, (step + 1) * B)]
-        texts = ["" if rng.random() < 0.2 else str(rng.choice(item.captions)) for item in items]
-        tokens, mask = text_rows(self.given.tokenizer, texts)
-        pixels = data.to_pixels([item.image for item in items], processor=self.processor)
-        noise = torch.from_numpy(rng.standard_normal(pixels.shape, np.float32))
-        return [dict(pixels=pixels, tokens=tokens, mask=mask, t=torch.from_numpy(rng.integers(0, 1000, B)),
-                     noise=noise, set=0, weight=1.0, count=B)]
-
-    def loss(self, pixels: Tensor, tokens: Tensor, mask: Tensor, t: Tensor, noise: Tensor, **_) -> Tensor:
-        states = read_texts(self.module["decoder"], tokens, mask)
-        x0 = self.module["denoiser"](self.painter.diffusion.add_noise(pixels, t, noise), t, states, mask)
-        return (x0.float() - pixels).square().flatten(1).mean(1).sum()          # (G2)
-
-    def report(self, out: Path) -> dict[str, dict]:
-        """Pictures of held-out captions in pictures.png; how many of the named things are read in pictures.
-
-        chance: things found in the picture of the next caption.
-        """
-        g, scores, count = self.given, {}, min(self.given.eval_items, 100)
-        items = g.take_items(g.open_held_out(), count)
-        g.save_grid(out / "pictures.png", self.painter.draw([item.captions[0] for item in items[:16]]), 4)
-        for split in (self.world.seen, self.world.held_out) if self.world.says_scenes else ():
-            world = data.Shapes(split, g.seed)
-            scenes = [world.scene(world.rng(i)) for i in range(count)]
-            drawn = self.painter.draw([data.caption_scene(things) for things in scenes])
-            read = read_scenes(data.to_pixels(drawn, self.world.size, UNIT))
-            chance = count_found(scenes, read[1:] + read[:1])["things"]
-            scores[split] = count_found(scenes, read) | {"chance": chance}
-            text = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores[split].items())
-            print(f"reader   finds in pictures of {count} captions of {split}, %: {text}")
-        return {"pictures.json": scores} if scores else {}
-
-
-TASKS = {"glide": GlideTask}
 RECIPES = {"glide": Recipe(
     "GLIDE (2112.10741v3): a denoiser learns to draw from captions, the decoder that reads them is frozen",
     "DALL-E's 250M pairs", Numbers(1e-4, 2048, 2_500_000, 0.0, "constant", 0.0, 0.999, 0),
-    Numbers(2e-3, 32, 600, weight_decay=0.0, **MUON), trained=("denoiser",), task="glide")}
+    Numbers(1e-3, 32, 1500, weight_decay=0.0), trained=("denoiser",), task="glide")}

@@ -11,10 +11,11 @@ from PIL import Image
 import eval as evaluation
 import train
 from conftest import ROOT, stir, tiny_decoder
-from data import Shapes
+from data import COLUMNS, Shapes, caption_scene
 from model import ViTConfig
 from papers.ddpm import Diffusion, cosine_betas
-from papers.glide import Denoiser, GlideTask, Painter, read_texts, text_rows
+from papers.glide import CONFIG, Denoiser, Painter, read_texts, text_rows
+from papers.glide_task import GlideTask
 from papers.recipe import Ingredients
 from support.formats import load_decoder
 from support.formats.files import UserError
@@ -85,6 +86,38 @@ def test_the_loss_of_a_batch_is_a_function_of_the_step_and_a_fifth_has_no_text()
     assert 0.05 < empty < 0.4 and piece["pixels"].abs().max() <= 1
     grey = piece["pixels"].square().mean() * 40         # the head begins at 0: the first forecast is grey
     torch.testing.assert_close(task.loss(**piece), grey, atol=0, rtol=0.05)
+
+
+def test_a_patch_begins_by_reading_the_phrase_of_its_place_and_nothing_else_learned():
+    """Under noise alone the last word of its phrase gets most of a patch's attention; by chance one of 35."""
+    decoder, tokenizer, world = load_decoder(ROOT / "weights/decoder"), shapes_tokenizer(), Shapes("val")
+    torch.manual_seed(0)
+    task = GlideTask(Ingredients(torch.device("cpu"), 0, 4, 1, world, decoder=decoder, tokenizer=tokenizer))
+    denoiser, own = task.module["denoiser"], []
+    scenes = [world.scene(world.rng(i)) for i in range(20)]
+    tokens, mask = text_rows(tokenizer, [caption_scene(things) for things in scenes])
+    states = read_texts(decoder, tokens, mask)
+    handle = denoiser.blocks[0].attend.register_forward_pre_hook(
+        lambda _, args: own.append((args[0], args[1], args[3])))
+    with torch.no_grad():
+        y = denoiser(torch.randn(20, 3, 48, 48), torch.full((20,), 999), states, mask)
+        handle.remove()
+        (q, k, bias), = own
+        weights = (q @ k.mT / q.shape[-1]**0.5 + bias).softmax(-1).mean(1)      # (B, 9, n + 9)
+        ends = torch.isin(tokens, torch.tensor([tokenizer.encode(f" {word}")[0] for word in COLUMNS]))
+        found = [weights[b, thing.cell, place].item() for b, things in enumerate(scenes)
+                 for thing, place in zip(things, ends[b].nonzero()[:, 0])]
+        assert np.mean(found) > 0.6 and y.std((2, 3)).max() < 1e-6       # the head begins at 0
+        denoiser.phrase.weight[:, :, -2] = torch.eye(128)       # (G9): a state takes up the one before it
+        denoiser.phrase.bias.zero_()
+        moved = states + torch.nn.functional.pad(states, (0, 0, 1, 0))[:, :-1]
+        plain = Denoiser(CONFIG, 128)
+        plain.load_state_dict({**denoiser.state_dict(), "phrase.weight": torch.zeros(128, 128, 8)})
+        for network in (denoiser, plain):
+            network.pixels.weight.fill_(0.1)
+        a, b = (network(torch.ones(20, 3, 48, 48), torch.full((20,), 5), x, mask)
+                for network, x in ((denoiser, states), (plain, moved)))
+        torch.testing.assert_close(a, b)
 
 
 def test_a_run_draws_opens_again_and_draws_the_same(tmp_path):
