@@ -21,10 +21,11 @@ so the network forecasts x̂_0, from which ε_θ follows by (G1). GLIDE pads eve
 which are read; here padding is hidden. Its norms are GroupNorms, its fifth of empty texts came in a second
 training.
 
-What made the toy learn. Its decoder is frozen, and the state behind "the top left" does not always tell what
+What makes the toy learn. Its decoder is frozen, and the state behind "the top left" does not always tell what
 shape was named before; (G9) learns that. The patches begin at the places that texts name (start_at_places in
-glide_task.py), and noisy times are drawn more often, t = T (1 − u²), for there the text decides. Without all
-three, 2,000 steps of 32 pictures found no place.
+glide_task.py), and noisy times are drawn more often, t = T (1 − u²), for there the text decides. Of noise
+alone, the loss (0.107 without a text) was 0.102 after 2,000 steps without all three, and 0.065 after 350 with
+them.
 
 The claim: guidance buys what the text says with variety (Fig. 6), and people prefer it to CLIP's (Elo +82.7
 against −73.2 for looks, +110.9 against +29.3 for the caption; zero-shot FID on COCO 12.24). In miniature: how
