@@ -53,8 +53,7 @@ class Shards:
     """
     ending = ""
 
-    def __init__(self, path: Path, follow_links: bool):
-        self.path = path
+    def __init__(self, path: Path):
         self.files = [path] if path.is_file() else sorted(path.rglob(f"*{self.ending}"))
         if not self.files:
             raise UserError(f"{path}: holds no file {self.ending}{self.other_files(path)}.")
@@ -78,9 +77,10 @@ class Shards:
         self.contents, self.sizes = np.array(columns[1], np.uint64), np.array(columns[2], np.int64)
         self.words = np.array(columns[3], np.int64)
         self.splits, self.digest = np.array(columns[5], "U5"), digest.hexdigest()[:32]
-        new = np.array(columns[4], bool)                # whether a row begins an item
-        new[:1] = True
-        new[1:] |= (self.contents[1:] != self.contents[:-1]) | (self.places[1:, 0] != self.places[:-1, 0])
+        alone = np.array(columns[4], bool)
+        new = np.ones(len(alone), bool)                 # whether a row begins an item
+        new[1:] = (alone[1:] | alone[:-1] | (self.contents[1:] != self.contents[:-1])
+                   | (self.places[1:, 0] != self.places[:-1, 0]))
         starts = np.flatnonzero(new)
         self.items = np.stack((starts, np.append(starts, len(new))[1:]), 1)
 
@@ -132,9 +132,9 @@ class TarShards(Shards):
     """WebDataset's layout; a place is (shard, and offset and size of the picture and of each of NOTES)."""
     ending = ".tar"
 
-    def __init__(self, path: Path, follow_links: bool):
+    def __init__(self, path: Path):
         self.keys: list[str] = []
-        super().__init__(path, follow_links)
+        super().__init__(path)
 
     def other_files(self, path: Path) -> str:
         packed = next((file for file in path.rglob("*.t*gz")), None)
@@ -266,9 +266,9 @@ class ParquetShards(Shards):
     """
     ending = ".parquet"
 
-    def __init__(self, path: Path, follow_links: bool):
+    def __init__(self, path: Path):
         pyarrow_parquet()
-        super().__init__(path, follow_links)
+        super().__init__(path)
         self.blocks = np.zeros(len(self.places), int)   # row → its block
         self.bounds: list[tuple[int, int]] = []         # block → first row, last + 1
         self.loaded: collections.OrderedDict[int, list[tuple[dict, list[bytes]]]] = collections.OrderedDict()
@@ -428,8 +428,11 @@ SHARDED = {                     # kind: Shards, splits, held-out split of the ta
 
 @functools.lru_cache(maxsize=4)
 def open_shards(kind: str, path: Path, follow_links: bool, state: tuple) -> Shards:
-    """The shards of a path, found once in a process. state: of shards_state, so that a change is seen."""
-    return SHARDED[kind][0](path, follow_links)
+    """The shards of a path, found once in a process. state: of shards_state, so that a change is seen.
+
+    follow_links: whether links were followed, which a caller who does not must not profit from.
+    """
+    return SHARDED[kind][0](path)
 
 
 def shards_state(kind: str, path: Path) -> tuple:

@@ -25,7 +25,12 @@ class Items:
 
     def __getitem__(self, i: int) -> list[Record]:
         start, stop = self.shards.items[self.chosen[i]].tolist()
-        return [self.shards.record(n) for n in range(start, stop)]
+        try:
+            return [self.shards.record(n) for n in range(start, stop)]
+        except OSError as e:
+            file = self.shards.files[self.shards.places[start, 0]]
+            raise UserError(f"{file}: can no longer be read ({e.strerror or type(e).__name__}); put it back, "
+                            "then go on with --resume.") from None
 
 
 class ShardedFiles(Files):

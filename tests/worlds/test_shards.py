@@ -310,6 +310,14 @@ QUICK = ["--bridge", "linear", "--batch", "4", "--dtype", "float32", "--device",
          "--samples", "1", "--log-every", "1", "--save-every", "2"]
 
 
+def test_a_shard_that_vanishes_is_a_sentence(tmp_path):
+    world = open_data(f"{write_set('wds', tmp_path)}:all")
+    for file in tmp_path.glob("*.tar"):
+        file.unlink()
+    with pytest.raises(UserError, match=r".tar: can no longer be read .No such file.*; put it back"):
+        world.item(0)
+
+
 class Killed(Exception):
     """Stands for a kill."""
 
