@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import importlib
+import io
 import json
 import os
 import re
@@ -148,3 +149,37 @@ def test_its_equations_carry_the_tags_of_the_code(file):
     files = (ROOT / "model.py", ROOT / "bridges.py", *ROOT.glob("papers/*.py"))
     known = {tag for f in files for tag in TAG.findall(f.read_text(encoding="utf-8"))}
     assert set(TAG.findall(text(file))) <= known
+
+
+# ---- the syllabus ------------------------------------------------------------------------------------------
+
+def test_the_syllabus_has_a_row_and_a_figure_of_every_lesson():
+    page = (COURSE / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[.*?\]\((\w+\.ipynb)\) \| (\d+\.\d) \| .+ \| .+ \|$", page, re.M)
+    assert [file for file, _ in rows] == [p.name for p in LESSONS]
+    assert all(0 < float(minutes) < 30 for _, minutes in rows)
+    figures = re.findall(r'<img src="(figures/\w+\.png)" width="\d+"\s+alt="[^"]+">', page)
+    assert figures == [f"figures/{p.stem}.png" for p in LESSONS]
+    assert sorted(p.name for p in (COURSE / "figures").iterdir()) == [f"{p.stem}.png" for p in LESSONS]
+    assert sum((COURSE / figure).stat().st_size for figure in figures) < 300_000
+
+
+def test_each_figure_comes_from_one_cell_of_its_lesson(monkeypatch, capsys):
+    pytest.importorskip("nbclient", reason="pip install -r notebooks/requirements.txt")
+    monkeypatch.syspath_prepend(str(COURSE))
+    figures = importlib.import_module("figures")
+    assert [*figures.FIGURES] == [p.stem for p in LESSONS]
+    for lesson in figures.FIGURES:
+        stored = json.loads((COURSE / f"{lesson}.ipynb").read_text(encoding="utf-8"))["cells"]
+        assert len(figures.figure_cells(lesson, stored)) == 1, lesson
+    with pytest.raises(SystemExit, match="no lesson 10_none"):
+        figures.main(["10_none"])
+
+
+@pytest.mark.slow
+def test_the_first_figure_is_drawn_again(monkeypatch):
+    pytest.importorskip("nbclient", reason="pip install -r notebooks/requirements.txt")
+    from PIL import Image
+    monkeypatch.syspath_prepend(str(COURSE))
+    drawn = Image.open(io.BytesIO(importlib.import_module("figures").draw("0_map")))
+    assert drawn.size == Image.open(COURSE / "figures" / "0_map.png").size
