@@ -90,8 +90,11 @@ def training_sets(settings: dict, follow_links: bool = False) -> list:
     return sets + earlier_sets(settings.get("init", ""), settings.get("out", ""))
 
 
-def known_sets(facts: dict) -> list:
-    """The data sets that a model met, Unknown where they are not on this machine; facts: its config.json."""
+def known_sets(facts: dict, seen: frozenset[str] = frozenset()) -> list:
+    """The data sets that a model met, Unknown where they are not on this machine.
+
+    facts: its config.json; seen: folders of runs that began with it, which are not followed again.
+    """
     settings = facts.get("settings")
     if not isinstance(settings, dict) or not isinstance(settings.get("data"), str):
         return [Unknown("published", "its config.json does not say what it was trained on")]
@@ -101,14 +104,15 @@ def known_sets(facts: dict) -> list:
             sets += training_sets({**settings, "data": part, "init": ""})
         except (KeyError, UserError) as e:
             sets.append(Unknown(part.strip().partition(":")[0], str(e).rstrip(".")))
-    return sets + earlier_sets(settings.get("init", ""), settings.get("out", ""))
+    return sets + earlier_sets(settings.get("init", ""), settings.get("out", ""), seen)
 
 
-def earlier_sets(init: str, out: str = "") -> list:
+def earlier_sets(init: str, out: str = "", seen: frozenset[str] = frozenset()) -> list:
     """The data sets of the run in folder `init`; none if that is nothing, or the run itself (out)."""
-    if not init or os.path.realpath(init) == os.path.realpath(out):
+    folder = os.path.realpath(init or "")
+    if not init or folder in {os.path.realpath(out or ""), *seen}:
         return []
     try:
-        return known_sets(read_json(Path(init) / "config.json"))
+        return known_sets(read_json(Path(init) / "config.json"), seen | {folder})
     except UserError as e:
         return [Unknown("", str(e).rstrip("."))]

@@ -343,3 +343,12 @@ def test_a_folder_that_a_run_does_not_write_survives_the_next_run(tmp_path):
         (out / "config.json").write_text(json.dumps({"settings": {"recipe": recipe}}))
         clean_folder(out, train.RECIPES, ())
         assert (out / "decoder").exists() == stays
+
+
+def test_runs_that_name_each_other_as_their_start_end(tmp_path):
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / name).mkdir()
+        settings = {"data": "shapes", "seed": 0, "init": str(tmp_path / other), "out": str(tmp_path / name)}
+        (tmp_path / name / "config.json").write_text(json.dumps({"settings": settings}))
+    assert [world.name for world in earlier_sets(str(tmp_path / "one"))] == ["shapes", "shapes"]
+    assert [world.name for world in training_sets(settings)][0] == "shapes"
