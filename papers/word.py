@@ -9,8 +9,11 @@ it, and tells what it knows of the thing, though no step of training held more t
     e_w       (D,)       rows       row of the embedding table of the word w, one token with a blank before it
     s         ()         scale      mean over the run's words of (e_w − mean)²
 
-    (W1)  L = mean |f(x) − e_w|² / s                        1 is what the mean of all names gets
+    (W1)  L = mean |f(x) − e_w|² / s  −  mean log softmax_v(β cos(f(x), e_v))_w             β = 30
     (W2)  read(x) = argmax_v cos(f(x), e_v)                 over all V words of the vocabulary
+
+The first part is lesson 9's; 1 is what the mean of all names gets. Alone it writes a blend of the names that
+may be meant, and the nearest word to a blend is often a third one: the second part asks for (W2) itself.
 
 No decoder runs in the loss, so a minute trains it. Names of several tokens are left out.
 
@@ -30,6 +33,7 @@ from data import Document, to_pixels
 from papers.recipe import MUON, Numbers, Recipe
 
 ASK = "What is a<image>? Answer in one sentence."
+BETA = 30
 RENDERINGS = 4                                          # of each thing in the report
 SHOWN = 6                                               # things that are asked about, and as many failures
 
@@ -51,11 +55,12 @@ class WordTask:
             raise ValueError(f"of {self.world.name} this language model writes {len(self.words)} names as "
                              "one token, and recipe word needs two; give other data, or another --lm.")
         table = self.module.decoder.embed.weight.detach()
-        ids = torch.tensor([self.ids(word)[0] for word in self.things.words], device=table.device)
-        self.rows = table[ids].float()                  # (things, D)
+        self.token_ids = torch.tensor([self.ids(word)[0] for word in self.things.words], device=table.device)
+        self.table = F.normalize(table.float(), dim=-1)                         # (V, D)
+        self.rows = table[self.token_ids].float()       # (things, D)
         own = self.rows[[self.things.words.index(w) for w in self.words]]
         self.scale = (own - own.mean(0)).square().mean()
-        self.expect = "(1 is what the mean of all names gets)"
+        self.expect = f"(the mean of all names gets 1 + at most ln {len(table)} = {np.log(len(table)):.2f})"
         print(f"words    {len(self.words)} of {len(self.things.words)} things in {self.world.name}, each one "
               f"token of {len(table):,}")
 
@@ -85,8 +90,11 @@ class WordTask:
         return bridge.prefix(bridge.see(features))[:, 0].float()
 
     def loss(self, tokens: Tensor, features: Tensor, **_) -> Tensor:
-        error = self.soft(features) - self.rows[tokens]
-        return error.square().mean(-1).sum() / self.scale                       # (W1)
+        soft = self.soft(features)
+        near = BETA * F.normalize(soft, dim=-1) @ self.table.T                  # (B, V)
+        self.last = {"distance": (soft - self.rows[tokens]).square().mean() / self.scale,
+                     "words": F.cross_entropy(near, self.token_ids[tokens])}
+        return len(tokens) * sum(self.last.values())                            # (W1)
 
     def first_step(self, *_) -> None:
         """No document is trained on."""
@@ -96,8 +104,7 @@ class WordTask:
 
     def read(self, features: Tensor) -> list[str]:
         """(W2): the word that each picture is nearest to."""
-        words = F.normalize(self.module.decoder.embed.weight.float(), dim=-1)
-        nearest = (F.normalize(self.soft(features), dim=-1) @ words.T).argmax(-1)
+        nearest = (F.normalize(self.soft(features), dim=-1) @ self.table.T).argmax(-1)
         return [self.tokenizer.decode([n]).strip() for n in nearest.tolist()]
 
     @torch.no_grad()
@@ -146,5 +153,5 @@ class WordTask:
 
 RECIPES = {"word": Recipe(
     "a picture as a word: the bridge's one soft token becomes a row of the frozen embedding table",
-    "named pictures; no paper's recipe", None, Numbers(2e-3, 64, 250, **MUON), "mapl", task="word",
+    "named pictures; no paper's recipe", None, Numbers(2e-3, 32, 300, **MUON), "mapl", task="word",
     options=dict(reads=-2, constants=1, width=64, layers=1, heads=4), toy_data="emoji")}
