@@ -58,9 +58,10 @@ def where_it_looks(talk: Conversation, question: str) -> tuple[np.ndarray | None
     tokens = torch.tensor([talk.document(question).tokens], device=features.device)
     words, patches = attention_to_patches(vlm, tokens, features)                # (L, H, T', K), (K, N)
     weights = (words.mean((0, 1, 2)) @ patches).cpu()                           # (N,)
-    share = float(words.sum(-1).mean())
     picture = overlay_attention(seen_picture(vlm, talk.pixels), weights, side=CANVAS)
-    return picture, f"{100 * share:.0f} % of the attention of the question's words goes to the picture."
+    if not vlm.bridge.soft_tokens:
+        return picture, "The words read the picture in a softmax of its own, behind a gate."
+    return picture, f"{100 * float(words.sum(-1).mean()):.0f} % of the words' attention goes to the picture."
 
 
 def answer_all(speakers: list[Speaker], count: int, drawn, question: str) -> Iterator[list]:
