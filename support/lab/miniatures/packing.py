@@ -30,4 +30,6 @@ CLAIMS = {"packing": Claim(
     source="document 3, Unified-IO 2: almost four times; two examples to a row, inputs of many lengths",
     expect=(Expectation(Side("packed"), ">", Side("one per row"), paper="4, 1"),
             Expectation(Side("packed", WORK), ">", Side("one per row", WORK))),
-    columns=(SECOND, WORK))}
+    columns=(SECOND, WORK),
+    note="Looked at: the work. Padding is a twentieth of it, for captions and five questions differ little in "
+         "length; the paper's inputs are texts, pictures, sounds and films. The clock ran on a shared machine.")}
