@@ -108,7 +108,8 @@ CONFIG = {
     **these("bridge vit decoder vision_folder", TEXT),                                  # a run of train.py
     "bridge_options": OBJECT,
     "settings": Key((dict,), keys={         # what eval.py reads; --resume checks them all
-        "data": TEXT, **these("init out", Key((str,), null=True)), "seed": Key((int,), dict(least=0)), "share": number(above=0, most=100),
+        "data": TEXT, **these("init out", Key((str,), null=True)),
+        "seed": Key((int,), dict(least=0)), "share": number(above=0, most=100),
         "follow_links": FLAG}),
     **these("trained_parameters training_examples seconds", number(null=True, least=0)),
     **these("n_visual_tokens shared_emb_dim", size(null=True)),
