@@ -42,7 +42,8 @@ CLAIMS = {
         source="document 3, on discrete spaces and on text in Chameleon's pictures, without numbers",
         expect=(Expectation(Side("VQ", LARGE), ">", Side("VQ", SMALL)),),
         columns=(SMALL, LARGE, ERROR),
-        note="300 steps of 16 pictures are a fifth of the recipe's; what is lost then is lost of both sizes."),
+        note="300 steps of 16 pictures are a fifth of the recipe's; what is lost then is lost of both "
+             "sizes."),
     "chameleon": Claim(
         says="Without a norm of queries and keys the scores of attention grow; the z-loss holds log Z.",
         source="Chameleon, §2.3.1: without QK-norm the 7B diverges after a fifth of an epoch",

@@ -31,5 +31,6 @@ CLAIMS = {"packing": Claim(
     expect=(Expectation(Side("packed"), ">", Side("one per row"), paper="4, 1"),
             Expectation(Side("packed", WORK), ">", Side("one per row", WORK))),
     columns=(SECOND, WORK),
-    note="Looked at: the work. Padding is a twentieth of it, for captions and five questions differ little in "
-         "length; the paper's inputs are texts, pictures, sounds and films. The clock ran on a shared machine.")}
+    note="Looked at: the work. Padding is a twentieth of it, for captions and five questions differ little "
+         "in length; the paper's inputs are texts, pictures, sounds and films. The clock ran on a shared "
+         "machine.")}
