@@ -46,8 +46,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import CAPTION, COLORS, SHAPES, Document, Item, collate, to_pixels, training_document
-from model import IGNORE, IMAGE, VLM
+from data import CAPTION, COLORS, SHAPES, Document, Item, collate, training_document
+from model import IGNORE, VLM
 from papers.recipe import Numbers, Recipe, Task
 
 PAIR = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b")

@@ -13,7 +13,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from support.formats.files import UserError, atomically

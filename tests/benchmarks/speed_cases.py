@@ -5,7 +5,6 @@ a number that both sides must agree on.
 """
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
