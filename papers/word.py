@@ -45,7 +45,7 @@ class WordTask:
     """
     def __init__(self, *given):
         super().__init__(*given)
-        g, t = self.given, self.tokenizer
+        g = self.given
         if self.visual_tokens != 1 or not self.module.bridge.soft_tokens:
             raise ValueError(f"recipe word trains a bridge that writes one soft token, and {g.bridge.name} "
                              f"writes {self.visual_tokens}; give --option constants=1 with mapl.")

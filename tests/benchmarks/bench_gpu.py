@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-from limits import Products, bandwidth, describe_limits, peak, synchronize      # noqa: E402  (after the path)
+from limits import Products, bandwidth, describe_limits, peak, timed            # noqa: E402  (after the path)
 from model import (IGNORE, IMAGE, NO_BRIDGE, VLM, Cache, Context, Decoder, DecoderConfig, ViT,    # noqa: E402
                    ViTConfig, rope_frequencies)
 from papers import make_bridge                                                  # noqa: E402
@@ -111,19 +111,11 @@ def time_step(a, vlm: VLM, parameters: list, optimizer, B: int) -> dict:
         torch.cuda.reset_peak_memory_stats()
     with Products() as products:
         step()
-    seconds = statistics.median(seconds_of(a, step) for _ in range(3))
+    seconds = statistics.median(timed(a.device, step) for _ in range(3))
     positions = B * (TEXT - 1 + vlm.vit.config.side**2)
     memory = torch.cuda.max_memory_allocated() / 1e9 if a.device == "cuda" else float("nan")
     return dict(batch=B, seconds=seconds, tokens_per_s=positions / seconds, gb=memory,
                 mfu=products.flops / seconds / peak(a.dtype, a.device))
-
-
-def seconds_of(a, run) -> float:
-    synchronize(a.device)
-    start = time.perf_counter()
-    run()
-    synchronize(a.device)
-    return time.perf_counter() - start
 
 
 def part_decode(a, size: str) -> dict:
@@ -144,13 +136,13 @@ def part_decode(a, size: str) -> dict:
         run()
     for _ in range(5):
         for way, run in ways.items():
-            seconds[way].append(seconds_of(a, run))
+            seconds[way].append(timed(a.device, run))
     if a.device == "cuda":                              # last: it changes the layers
         for layer in decoder.layers:
             layer.compile(dynamic=True)
         torch._dynamo.config.recompile_limit = 64
-        first = seconds_of(a, ways["plain"])
-        seconds["compiled"] = [seconds_of(a, ways["plain"]) for _ in range(3)]
+        first = timed(a.device, ways["plain"])
+        seconds["compiled"] = [timed(a.device, ways["plain"]) for _ in range(3)]
         print(f"    the first compiled call took {first:.0f} s")
     tied = decoder.lm_head is None
     weights = sum(p.nbytes for n, p in decoder.named_parameters() if tied or "embed" not in n)

@@ -34,18 +34,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import speed_cases                                                              # noqa: E402  (after the path)
 from bench_loading import status                                                # noqa: E402
-from limits import Products, bandwidth, describe_limits, peak, synchronize      # noqa: E402
+from limits import Products, bandwidth, describe_limits, peak, timed            # noqa: E402
 from speed_cases import CASES, DECODING, NEW, NO_MODEL, SIZES                   # noqa: E402
 
 SIDES = ("ours", "theirs")
-
-
-def timed(a, run) -> float:
-    synchronize(a.device)
-    start = time.perf_counter()
-    run()
-    synchronize(a.device)
-    return time.perf_counter() - start
 
 
 def resident(word: str) -> float:
@@ -88,16 +80,16 @@ def measure(a, case: str, folder, flags: list[str]) -> dict:
     runs, first, seconds = {}, {}, {side: [] for side in SIDES}
     for side in reversed(SIDES):
         runs[side] = CASES[case](a, folder, side)
-        start = time.perf_counter()
+        start = time.monotonic()
         first[side] = runs[side]()                      # warms up, and both must say the same
         if a.compile:
-            print(f"{case}, {side}: the first call took {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"{case}, {side}: the first call took {time.monotonic() - start:.0f} s", flush=True)
     off = abs(first["ours"] - first["theirs"]) / max(1e-6, abs(first["theirs"]))
     if off >= (2e-2 if a.dtype != torch.float32 else 2e-4):
         raise SystemExit(f"{case}: ours {first['ours']}, theirs {first['theirs']}")
     for n in range(a.rounds):
         for side in SIDES[::-1 if n % 2 else 1]:
-            seconds[side].append(timed(a, runs[side]))
+            seconds[side].append(timed(a.device, runs[side]))
     ratios = sorted(theirs / ours for ours, theirs in zip(*seconds.values()))
     low, high = (statistics.quantiles(ratios, n=4)[i] for i in (0, 2)) if len(ratios) > 1 else ratios * 2
     row = dict(case=case, ratio=statistics.median(ratios), low=low, high=high)

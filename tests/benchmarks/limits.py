@@ -78,6 +78,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def timed(device: str, run) -> float:
+    """Seconds of a call."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 @functools.cache
 def product_seconds(batch: int, m: int, k: int, n: int, dtype: torch.dtype, device: str,
                     repeats: int = 5) -> float:
@@ -85,14 +94,7 @@ def product_seconds(batch: int, m: int, k: int, n: int, dtype: torch.dtype, devi
     a = torch.randn(batch, m, k, device=device).to(dtype)
     b = torch.randn(batch, n, k, device=device).to(dtype).mT            # as a linear layer holds its weight
     a, b = (a[0], b[0]) if batch == 1 else (a, b)
-    fastest = float("inf")
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        fastest = min(fastest, time.perf_counter() - start)
-    return fastest
+    return min(timed(device, lambda: a @ b) for _ in range(repeats + 1))
 
 
 def peak(dtype: torch.dtype, device: str = "cpu") -> float:
@@ -104,15 +106,9 @@ def peak(dtype: torch.dtype, device: str = "cpu") -> float:
 def bandwidth(device: str = "cpu", repeats: int = 5) -> tuple[float, float]:
     """Bytes a second of reading (a sum), and of copying (read and written)."""
     x = torch.ones(MEGABYTES * 2**20 // 4, device=device)
-    y, seconds = torch.empty_like(x), {}
-    for name, move in (("read", x.sum), ("copy", lambda: y.copy_(x))):
-        for _ in range(repeats + 1):
-            synchronize(device)
-            start = time.perf_counter()
-            move()
-            synchronize(device)
-            seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
-    return x.nbytes / seconds["read"], 2 * x.nbytes / seconds["copy"]
+    y = torch.empty_like(x)
+    read, copy = (min(timed(device, move) for _ in range(repeats + 1)) for move in (x.sum, lambda: y.copy_(x)))
+    return x.nbytes / read, 2 * x.nbytes / copy
 
 
 def describe_limits(dtypes: list[torch.dtype], device: str = "cpu") -> str:
