@@ -97,10 +97,13 @@ class Ingredients:
     take_items: Callable | None = None                  # (world, count) → its first readable items
     trained: list | None = None     # the data sets that the parts have met, `world` first
     name_split: Callable[[Any], str] = lambda world: "held-out"     # or trained-on, if the run has met it
-    worlds: list = field(default_factory=list)          # all data sets, `world` first; one * 3 thrice
+    worlds: list = field(default_factory=list)          # all data sets; one * 3 thrice; none: `world` alone
     part: tuple[int, int] = (0, 1)  # of a batch, which this process reads: its number, how many there are
     gather: Callable[[Tensor], Tensor] = lambda x: x    # rows (b, …) of all parts → (B, …), with gradients
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
+
+    def __post_init__(self):
+        self.worlds = self.worlds or [self.world]
 
     def indices(self, step: int) -> list[int]:
         """The numbers of the items of this step that this process reads."""
