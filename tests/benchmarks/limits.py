@@ -107,7 +107,8 @@ def bandwidth(device: str = "cpu", repeats: int = 5) -> tuple[float, float]:
     """Bytes a second of reading (a sum), and of copying (read and written)."""
     x = torch.ones(MEGABYTES * 2**20 // 4, device=device)
     y = torch.empty_like(x)
-    read, copy = (min(timed(device, move) for _ in range(repeats + 1)) for move in (x.sum, lambda: y.copy_(x)))
+    read, copy = (min(timed(device, move) for _ in range(repeats + 1))
+                  for move in (x.sum, lambda: y.copy_(x)))
     return x.nbytes / read, 2 * x.nbytes / copy
 
 
