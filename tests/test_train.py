@@ -127,7 +127,7 @@ def test_accumulation_equals_one_large_batch_with_answers_of_unequal_length(tmp_
     (["--bridge", "flamingo", "--option", "resampler_heads=100000"], ["resampler_heads is 100000", "1,000"]),
     (["--recipe", "lava-1"], ['unknown recipe "lava-1"', 'did you mean "llava-1"']),
     (["--recipe", "llava-2"], ["starts from a run of llava-1", "--init none"]),
-    (["--recipe", "clip", "--data", "shapes + shapes"], ["recipe clip learns from one data set"]),
+    (["--recipe", "blip2-1", "--data", "shapes + shapes"], ["recipe blip2-1 learns from one data set"]),
     (["--bridge", "flamingo", "--scale", "paper"], ["batch of flamingo is not in our sources", "--batch"]),
     (["--scale", "papre"], ['unknown scale "papre"', "paper"]),
     (["--template", "vicunia"], ['unknown template "vicunia"', 'did you mean "vicuna"']),
