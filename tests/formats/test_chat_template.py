@@ -156,7 +156,7 @@ def test_named_templates_and_wrong_ones(tmp_path):
 def test_without_jinja2_a_known_template_is_written_and_another_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     known = json.loads((GOLDEN / "smollm2-tokenizer" / "tokenizer_config.json").read_text())["chat_template"]
-    t = published(tmp_path / "known", known, ("<|im_start|>", "<|im_end|>"))
+    t = published(tmp_path / "known", known, ("<s>", "</s>", "<|im_start|>", "<|im_end|>"))
     assert spelled(t, USER) == TEMPLATES["smollm2"].text(USER)
     t = published(tmp_path / "other", "{{ messages }}")
     assert t.stop == (257,) and Document(t).add("x").tokens                 # it can still be read and trained
