@@ -60,7 +60,7 @@ from support.plumbing.packing import pack_documents, require_room
 from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
-from support.worlds import open_data, open_split, prompts, take_items, text, unread_settings
+from support.worlds import open_data, open_split, reader, take_items, text, unread_settings
 from support.worlds.things import FROM_WORLDS, require_captions, take_turns
 from support.worlds.trained import earlier_sets, name_split
 
@@ -98,7 +98,7 @@ RECIPES = {
         Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999),
         Numbers(2e-3, 64, 1000, **MUON), "flamingo",
         options=dict(reads=-2, every=1, latents=16, depth=2, heads=4, head_width=32)),
-    **papers.RECIPES, **prompts.RECIPES,
+    **papers.RECIPES, **reader.RECIPES,
 }
 
 
@@ -496,9 +496,9 @@ class AnswerTask(Task):
 
 # Ingredients: what is loaded for a task ---------------------------------------------------------------------
 
-TASKS = {"answer": AnswerTask, **prompts.TASKS, **papers.TASKS,
+TASKS = {"answer": AnswerTask, **reader.TASKS, **papers.TASKS,
          **{name: type(name, (change, AnswerTask), {}) for name, change in papers.ANSWER_TASKS.items()}}
-PER_TOKEN = ("answer", *prompts.TASKS)                  # tasks whose loss is a mean over tokens
+PER_TOKEN = ("answer", *reader.TASKS)                  # tasks whose loss is a mean over tokens
 
 
 def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stored: torch.dtype) -> Task:

@@ -19,7 +19,8 @@ UNREAD = {                          # task → the settings of the command line 
     **dict.fromkeys(("coca", "coca-1"), CLIP - {"vit"}),
     **dict.fromkeys(("simvlm", "simvlm-causal", "simvlm-pairs", "simvlm-linear"), CLIP),
     **dict.fromkeys(("dalle", *CHAMELEON_TASKS), (CLIP | TEXT) - {"init", "examples"}),
-    "clip": CLIP - {"init"}, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"}, "lm-prompts": TEXT | {"init"},
+    "clip": CLIP - {"init"}, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"},
+    **dict.fromkeys(("lm-prompts", "lm-reader"), TEXT | {"init"}),
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
     "word": (ANSWERS | {"augment", "accumulate", "checkpoint", "compile"}) - {"bridge"},
     "gligen": {"pack", "cache", "captions"}, "glide": CLIP - {"frozen"},

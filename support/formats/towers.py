@@ -206,7 +206,8 @@ def load_glide_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> N
 
 # task of a recipe → what loads its ingredients
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
-           "clip-text": load_clip_text_parts, "lm": load_text_parts, "lm-prompts": load_prompt_parts,
+           "clip-text": load_clip_text_parts, "lm": load_text_parts,
+           **dict.fromkeys(("lm-prompts", "lm-reader"), load_prompt_parts),
            **dict.fromkeys(coca.TASKS, load_pair_parts),
            **dict.fromkeys((*simvlm.TASKS, *cm3.TASKS), load_new_parts),
            **dict.fromkeys({**dpo.TASKS, **short.TASKS}, load_answer_parts), "glide": load_glide_parts,

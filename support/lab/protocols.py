@@ -22,6 +22,7 @@ from support.formats.files import UserError
 from support.formats.tokenizers import Tokenizer
 from support.worlds import CONVERSATIONS
 from support.worlds.files import MissingPicture
+from support.worlds.forms import true_and_false
 
 
 @dataclass(frozen=True)
@@ -187,36 +188,8 @@ def yes_no_pairs(items: list[data.Item], seed: int = 0) -> Iterator[tuple[int, d
                           if q.kind == "existence"})
     for n, item in enumerate(items):
         rng, q = few_shot_generator(seed, item), item.qas[n % len(item.qas)]
-        form, yes, no = true_and_false(q, item, asked_pairs, rng)
-        for words, truth in ((yes, "Yes"), (no, "No")):
-            words = data.with_article(words) if q.kind in ("existence", "color") else words
-            yield n, data.QA(q.kind, form.format(words), truth)
-
-
-def true_and_false(q: data.QA, item: data.Item, asked_pairs: list[str],
-                   rng: np.random.Generator) -> tuple[str, str, str]:
-    """A sentence with a gap, the words that make it true of the picture, and words that make it false."""
-    def pick(options: list[str]) -> str:
-        return options[int(rng.integers(len(options)))]
-
-    things = re.findall(r"(?:small|large) ((\w+) (\w+)) at the (\w+ \w+)", item.about)
-    pairs, words = [pair for pair, *_ in things], q.question[:-1].split()
-    if q.kind == "existence":                   # about the pairs that the other pictures are asked about
-        own = " ".join(words[3:])
-        yes = own if q.answer == "yes" else pick([p for p in pairs if p in asked_pairs] or pairs)
-        every = [f"{c} {s}" for c in data.COLORS for s in data.SHAPES]        # of very few items, any pair
-        no = own if q.answer == "no" else pick([p for p in asked_pairs if p not in pairs] or
-                                               [p for p in every if p not in pairs])
-        return "is there {}?", yes, no
-    if q.kind == "color":
-        shape = next(s for _, c, s, place in things
-                     if c == q.answer and (s == words[-1] or q.question.endswith(f"at the {place}?")))
-        absent = [p for p in (f"{c} {shape}" for c in data.COLORS) if p not in pairs]
-        return "is there {}?", f"{q.answer} {shape}", pick(absent)
-    no = pick([a for a in (data.NUMBERS if q.kind == "count" else data.PLACES) if a != q.answer])
-    if q.kind == "count":
-        return f"is the number of {' '.join(words[2:-2])} {{}}?", q.answer, no
-    return f"is {' '.join(words[2:])} at the {{}}?", q.answer, no
+        for sentence, truth in zip(true_and_false(q, item, asked_pairs, rng), ("Yes", "No")):
+            yield n, data.QA(q.kind, sentence, truth)
 
 
 @torch.no_grad()

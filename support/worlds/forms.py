@@ -4,12 +4,13 @@ The forms change what training sees. The oracle belongs to the plain world alone
 """
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 
 from data import (CAPTION, COLORS, Item, KINDS, NUMBERS, PLACES, QA, QUESTION, SHAPES, Shapes, Thing,
-                  choose)
+                  choose, with_article)
 from support.formats.chat import alpaca_prompt
 
 
@@ -136,3 +137,32 @@ class ShapesPhrases(Shapes):
     photo."
     """
     name, says_scenes = "shapes-phrases", False
+
+
+def true_and_false(q: QA, item: Item, asked_pairs: list[str], rng: np.random.Generator) -> tuple[str, str]:
+    """MME's two questions about what q asks of a picture of `shapes`: its answers are yes, and no.
+
+    asked_pairs: "red ring", …: the pairs that the questions about other pictures name.
+    """
+    def pick(options: list[str]) -> str:
+        return options[int(rng.integers(len(options)))]
+
+    things = re.findall(r"(?:small|large) ((\w+) (\w+)) at the (\w+ \w+)", item.about)
+    pairs, words = [pair for pair, *_ in things], q.question[:-1].split()
+    if q.kind == "existence":
+        own = " ".join(words[3:])
+        yes = own if q.answer == "yes" else pick([p for p in pairs if p in asked_pairs] or pairs)
+        every = [f"{c} {s}" for c in COLORS for s in SHAPES]            # of very few items, any pair
+        no = own if q.answer == "no" else pick([p for p in asked_pairs if p not in pairs] or
+                                               [p for p in every if p not in pairs])
+        return f"is there {with_article(yes)}?", f"is there {with_article(no)}?"
+    if q.kind == "color":
+        shape = next(s for _, c, s, place in things
+                     if c == q.answer and (s == words[-1] or q.question.endswith(f"at the {place}?")))
+        absent = pick([p for p in (f"{c} {shape}" for c in COLORS) if p not in pairs])
+        return f"is there {with_article(f'{q.answer} {shape}')}?", f"is there {with_article(absent)}?"
+    no = pick([a for a in (NUMBERS if q.kind == "count" else PLACES) if a != q.answer])
+    form = f"is {' '.join(words[2:])} at the {{}}?"
+    if q.kind == "count":
+        form = f"is the number of {' '.join(words[2:-2])} {{}}?"
+    return form.format(q.answer), form.format(no)

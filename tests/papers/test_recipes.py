@@ -38,7 +38,7 @@ ABLATIONS |= {"visualbert-late", "visualbert-words", "vilbert-equal", "vilt-unal
 ABLATIONS |= {"albef-fused", "albef-easy", "albef-untaught", "coca-1"}
 FIRST_STAGES = [pytest.param(name, marks=pytest.mark.slow) if name in ABLATIONS else name
                 for name, r in train.RECIPES.items()            # tests/worlds/test_prompts.py, test_word.py:
-                if not r.start and name not in (*ALL_BRIDGES, "lm-prompts", "word")]
+                if not r.start and name not in (*ALL_BRIDGES, "lm-prompts", "lm-reader", "word")]
 
 
 def losses(out: Path) -> list[float]:
