@@ -55,6 +55,10 @@ class Chat:
                 if line.split()[0] == "/quit":
                     return
                 self.obey(line) if line.startswith("/") else self.answer(line)
+            except KeyboardInterrupt:                   # before the first word, or in a command
+                if not self.typed:
+                    raise
+                print(" (stopped)")
             except Exception as e:
                 if not self.typed or mistake(e) is None:
                     raise
