@@ -448,8 +448,8 @@ class Decoder(nn.Module):
             near = past + T <= window or visible.flip(-1).cumsum(-1).flip(-1) <= window     # keys from s to t
             bias = visible_to_bias(visible & near, dtype)[:, None]
         positions = bridge.rope_positions(positions, visual)
-        theta = rope_frequencies(self.config, x.device, positions).repeat(2)            # (E,)
-        angle, m = positions[:, None, :, None] * theta, getattr(self.config.rope_scaling, "cos_sin_factor", 1)
+        scaling, theta = self.config.rope_scaling, rope_frequencies(self.config, x.device, positions)
+        angle, m = positions[:, None, :, None] * theta.repeat(2), scaling.cos_sin_factor if scaling else 1
         cos, sin = ((m * f(angle)).to(dtype) for f in (torch.cos, torch.sin))           # (B or 1, 1, T, E)
         return Context(cos, sin, bias, bias is None and T > 1, cache, bridge)
 

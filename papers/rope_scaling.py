@@ -23,8 +23,13 @@ import torch
 from torch import Tensor
 
 
+class RopeScaling:
+    """Called with θ and positions it gives the new θ; cos and sin are multiplied by cos_sin_factor."""
+    cos_sin_factor: ClassVar[float] = 1.0
+
+
 @dataclass(frozen=True)
-class LinearScaling:
+class LinearScaling(RopeScaling):
     """All positions move closer together (2306.15595v2, Eq. 4).
 
     (P1)  θ_i ← θ_i / s
@@ -37,7 +42,7 @@ class LinearScaling:
 
 
 @dataclass(frozen=True)
-class DynamicScaling:
+class DynamicScaling(RopeScaling):
     """A base that grows with the text once this is longer than L; a shorter text is read as ever.
 
     (P3)  base ← base · g^(E/(E−2)),   g = max(1, s T/L − (s − 1));   so θ_i ← θ_i g^(−i/(E/2−1))
@@ -58,7 +63,7 @@ class DynamicScaling:
 
 
 @dataclass(frozen=True)
-class YarnScaling:
+class YarnScaling(RopeScaling):
     """YaRN (2309.00071v2, §3): slow pairs are interpolated, fast ones stay, and all scores grow.
 
     (P4)  θ_i ← (1 − γ_i) θ_i + γ_i θ_i / s,   γ_i = clamp( (i − a) / (b − a), 0, 1 )
@@ -102,7 +107,7 @@ class YarnScaling:
 
 
 @dataclass(frozen=True)
-class Llama3Scaling:
+class Llama3Scaling(RopeScaling):
     """Llama 3.1: slow pairs are interpolated, fast ones stay (the rule stands in its published code only).
 
     (P2)  θ_i ← κ θ_i + (1 − κ) θ_i / s,   κ = clamp( (L/λ_i − low) / (high − low), 0, 1 )
