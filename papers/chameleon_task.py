@@ -14,7 +14,7 @@ import data
 from model import IGNORE, DecoderConfig
 from papers.chameleon import Z_WEIGHT, Chameleon, Only, QKLayerNorm, chameleon_loss, z_loss
 from papers.recipe import Ingredients, Task
-from papers.scene_reader import UNIT, count_found, draw_scenes, read_scenes
+from papers.scene_reader import UNIT, count_by_chance, count_found, draw_scenes, read_scenes
 
 
 class ChameleonTask(Task):
@@ -106,7 +106,7 @@ class ChameleonTask(Task):
         read = read_scenes(self.draw([data.caption_scene(things) for things in scenes]))
         asked = [(i, q) for i in range(n) for q in world.item(i).qas]
         answers = self.answer(pixels[[i for i, _ in asked]], [q.question for _, q in asked])
-        shares = {"drawn": count_found(scenes, read), "chance": count_found(scenes, [*read[1:], read[0]])}
+        shares = {"drawn": count_found(scenes, read), "chance": count_by_chance(scenes, read)}
         right = {"right": sum(a == q.answer for a, (_, q) in zip(answers, asked)) / len(asked),
                  "chance": sum(b.answer == q.answer for (_, q), (_, b) in
                                zip(asked, asked[4:] + asked[:4])) / len(asked)}

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import data
 from model import Cache, Decoder, DecoderConfig, sample
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task
-from papers.scene_reader import count_found, draw_scenes, read_scenes
+from papers.scene_reader import count_by_chance, count_found, draw_scenes, read_scenes
 
 
 def dalle_loss(text: Tensor, image: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class DalleTask(Task):
                     f"best of {self.candidates} by CLIP": choose_by_clip(self.given.clip, texts, samples)}
             read = {name: read_scenes(pictures) for name, pictures in rows.items()}
             shares = {name: count_found(scenes, found) for name, found in read.items()}
-            shares["chance"] = count_found(scenes, [*read["greedy"][1:], read["greedy"][0]])
+            shares["chance"] = count_by_chance(scenes, read["greedy"])
             found = "  ".join(f"{name}: {100 * s['pictures']:.0f} %" for name, s in shares.items())
             print(f"drawn    {len(scenes)} captions of {split}, all named pairs are found in  {found}")
             result[split] = shares

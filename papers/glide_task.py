@@ -13,7 +13,7 @@ from model import Decoder
 from papers.ddpm import Diffusion, cosine_betas
 from papers.glide import CONFIG, Denoiser, Painter, read_texts, text_rows
 from papers.recipe import Ingredients, Task
-from papers.scene_reader import UNIT, count_found, read_scenes
+from papers.scene_reader import UNIT, count_by_chance, count_found, read_scenes
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ class GlideTask(Task):
             scenes = [world.scene(world.rng(i)) for i in range(count)]
             drawn = self.painter.draw([data.caption_scene(things) for things in scenes])
             read = read_scenes(data.to_pixels(drawn, self.world.size, UNIT))
-            chance = count_found(scenes, read[1:] + read[:1])["things"]
+            chance = count_by_chance(scenes, read)["things"]
             scores[split] = count_found(scenes, read) | {"chance": chance}
             text = "  ".join(f"{name} {100 * value:.1f}" for name, value in scores[split].items())
             print(f"reader   finds in pictures of {count} captions of {split}, %: {text}")

@@ -67,6 +67,11 @@ def count_found(named: list[list[Thing]], read: list[list[Thing]]) -> dict[str, 
             "exact": sum(set(a) == set(b) for a, b in zip(named, read)) / len(named)}
 
 
+def count_by_chance(named: list[list[Thing]], read: list[list[Thing]]) -> dict[str, float]:
+    """The same of what is read in the next picture, which was painted after other words."""
+    return count_found(named, [*read[1:], *read[:1]])
+
+
 def draw_scenes(world: data.Shapes, first: int, count: int,
                 examples: int = 0) -> tuple[list[list[Thing]], Tensor]:
     """The things of scenes first … first + count − 1 and their pictures (count, 3, 48, 48) in 0 … 1.

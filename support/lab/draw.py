@@ -19,7 +19,7 @@ import numpy as np
 from data import Shapes, caption_scene, to_pixels
 from eval import align
 from papers.dalle import choose_by_clip
-from papers.scene_reader import UNIT, count_found, draw_scenes, read_scenes
+from papers.scene_reader import UNIT, count_by_chance, count_found, draw_scenes, read_scenes
 from support.formats.drawing_runs import READS, Drawer, drawing_recipe, load_drawer, to_arrays
 from support.formats.files import UserError, atomically, read_json
 from support.formats.glide import save_grid
@@ -45,7 +45,7 @@ def count_drawings(draw: Drawer, split: str, count: int, seed: int) -> dict[str,
     """What the reader finds in pictures of the first captions of a split; chance: in the next one's."""
     scenes, _ = draw_scenes(Shapes(split), 0, count)
     read = read_scenes(to_pixels(draw([caption_scene(things) for things in scenes], seed), Shapes.size, UNIT))
-    chance = count_found(scenes, [*read[1:], read[0]])
+    chance = count_by_chance(scenes, read)
     return {**count_found(scenes, read), "chance": chance["pictures"], "chance, things": chance["things"]}
 
 
