@@ -106,8 +106,9 @@ class ShardedFiles(Files):
 
     @property
     def words(self) -> int:
-        return sum(int(self.shards.words[start:stop].sum())
-                   for start, stop in self.shards.items[self.items.chosen].tolist())
+        starts, stops = self.shards.items[self.items.chosen].T
+        before = np.append(0, self.shards.words.cumsum())       # words of the rows before each
+        return int((before[stops] - before[starts]).sum())
 
     @functools.cached_property
     def contents(self) -> set[int]:
