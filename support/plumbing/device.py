@@ -8,6 +8,8 @@ import torch
 
 from support.formats.files import UserError
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 def pick_device(name: str) -> torch.device:
     """auto | cpu | cuda | cuda:N | mps → that device; a UserError if this machine does not have it."""
@@ -34,10 +36,19 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, "this GPU has no bfloat16"
     if device.type != "cpu":
         return torch.float32, f"nobody has tried bfloat16 on {device.type}"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    if "avx512_bf16" in flags or "amx_bf16" in flags:
+    return cpu_dtype(CPUINFO.read_text() if CPUINFO.exists() else "")
+
+
+def cpu_dtype(cpuinfo: str) -> tuple[torch.dtype, str]:
+    """The same for a CPU that Linux describes so.
+
+    Flags alone do not say what is fast: an Intel Xeon with avx512_bf16 and without AMX multiplied 2,048 x
+    2,048 matrices at 94 GFLOP/s in bfloat16 and at 172 in float32.
+    """
+    if "amx_bf16" in cpuinfo or "avx512_bf16" in cpuinfo and "AuthenticAMD" in cpuinfo:
         return torch.bfloat16, "this CPU has bfloat16 instructions: about 2x faster here"
+    if "avx512_bf16" in cpuinfo:
+        return torch.float32, "this CPU has bfloat16 instructions, but float32 is faster here"
     return torch.float32, "this CPU has no bfloat16 instructions"
 
 

@@ -134,7 +134,7 @@ class ReaderText(PromptText):
             self.show(d, bags, things, self.way_to_show(rng) if mixed else how, rng)
             if rng.random() < 0.15:
                 d.turn(CAPTION, caption_scene(sorted(things, key=lambda t: t.cell)))
-            for _ in range(int(rng.integers(1, 3))):
+            for _ in range(int(rng.integers(1, 4))):
                 q = self.ask(things, rng)
                 d.turn(QUESTION.format(q.question), q.answer)
         return d, bags

@@ -13,7 +13,7 @@ from papers import make_bridge
 from support.formats.files import UserError
 from support.plumbing.cli import (check_settings, make_parser, parse_flags, parse_options, parse_weighted,
                                   run_cli, setting)
-from support.plumbing.device import frozen_dtype, pick_device, pick_dtype
+from support.plumbing.device import cpu_dtype, frozen_dtype, pick_device, pick_dtype
 from train import Settings
 
 
@@ -127,6 +127,15 @@ def test_a_mistake_exits_with_2_and_a_bug_shows_its_traceback(capsys):
         assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="a library's"):
         run_cli(bug)
+
+
+@pytest.mark.parametrize("cpuinfo, dtype, reason", [
+    ("GenuineIntel avx512_bf16 amx_bf16", torch.bfloat16, "2x faster"),
+    ("AuthenticAMD avx512_bf16", torch.bfloat16, "2x faster"),
+    ("GenuineIntel avx512_bf16", torch.float32, "float32 is faster"),
+    ("AuthenticAMD avx512f", torch.float32, "no bfloat16"), ("", torch.float32, "no bfloat16")])
+def test_bfloat16_is_taken_where_it_is_faster(cpuinfo, dtype, reason):
+    assert cpu_dtype(cpuinfo)[0] == dtype and reason in cpu_dtype(cpuinfo)[1]
 
 
 def test_apples_gpu_is_taken_and_said_to_be_untested(monkeypatch, capsys):
