@@ -156,5 +156,5 @@ def require_captions(world, index: int = 0) -> Item:
     item = world.item(index, turns=1)
     if not item.captions or item.image is None:
         raise UserError(f"{world.name}: item {item.id} is no picture with a caption; "
-                        "stage clip needs a data set with captions, and so does blip2-1.")
+                        "this recipe learns from pairs of both and needs a data set that has them.")
     return item

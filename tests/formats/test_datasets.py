@@ -614,7 +614,7 @@ def test_stage_clip_gets_other_pictures_captions_as_false_ones(tmp_path):
     assert (
         image.shape == (28, 40, 3) and text in world.items[0][0].captions and not wrong
     )  # there is no other
-    with pytest.raises(UserError, match="stage clip needs a data set with captions"):
+    with pytest.raises(UserError, match="needs a data set that has them"):
         contrastive_pair(open_data(f"vqav2:{SETS / 'vqav2'}"), 0)
 
 
