@@ -61,7 +61,8 @@ from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
 from support.worlds import open_data, open_split, reader, take_items, text, unread_settings
-from support.worlds.things import FROM_WORLDS, require_captions, take_turns
+from support.worlds.pairs import require_captions
+from support.worlds.things import FROM_WORLDS, take_turns
 from support.worlds.trained import earlier_sets, name_split
 
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import data
 from model import Cache, Decoder, DecoderConfig, sample
-from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task
+from papers.recipe import Ingredients, Numbers, Recipe, Task
 from papers.scene_reader import count_by_chance, count_found, draw_scenes, read_scenes
 
 
@@ -136,7 +136,7 @@ def choose_by_clip(clip, texts: list[str], samples: tuple[Tensor, ...]) -> Tenso
 RECIPES = {"dalle-2": Recipe(
     "DALL-E stage 2 (2102.12092v2 §2.2): a decoder learns words and the codes of a picture as one stream",
     "250M pairs", Numbers(4.5e-4, 1024, 430_000, 5000, weight_decay=4.5e-2, beta2=0.96, clip=4),
-    Numbers(2e-3, 16, 200, **MUON), trained=("decoder", "rows", "columns"), task="dalle", start="vq",
+    Numbers(1.5e-3, 16, 4000), trained=("decoder", "rows", "columns"), task="dalle", start="vq",
     one_file=True)}
 
 

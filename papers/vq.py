@@ -25,7 +25,7 @@ Paper and published code: taming-transformers (and diffusers after it) puts β o
 is the last layer of the painter; λ is at most 1e4, times 0.8, and 0 for the first 250,001 steps. VQ-GAN's
 L_rec is |x̂ − x| + LPIPS, a distance in the features of a VGG network. The toy has neither a perceptual nor a
 GAN term, for `shapes` has no texture that they could sharpen. Nor has it convolutions: one linear map of each
-patch of 4 × 4 pixels is its encoder and one its painter, so that the codes are what learns: in 20 seconds,
+patch of 4 × 4 pixels is its encoder and one its painter, so that the codes are what learns: in 40 seconds,
 where the networks of papers/vq_nets.py need minutes.
 
 In the toy a code that nobody takes begins again, for the first half of the steps, at some z of the batch
@@ -107,7 +107,7 @@ def adaptive_weight(rec: Tensor, gan: Tensor, step: int, start: int = 250_001) -
 RECIPES = {"vq": Recipe(
     "VQ-GAN (2012.09841v3 §3.1) without perceptual and GAN terms: encoder, codes, painter learn",
     "ImageNet", Numbers(4.5e-6, None, 600000, 0, "constant", 0.0, 0.9, 0),
-    Numbers(3e-3, 16, 1500, weight_decay=0.0), task="vq",
+    Numbers(3e-3, 16, 3000, weight_decay=0.0), task="vq",
     trained=("encoder", "painter", "quant", "post_quant", "codes"))}
 
 

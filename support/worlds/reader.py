@@ -21,8 +21,8 @@ from support.worlds.forms import ShapesChoices, true_and_false
 from support.worlds.prompts import PromptText
 from support.worlds.text import EMPTY, STYLES, ShapesText, TextTask, describe_scene, measure_reading
 
-SHARES = {"scene": 0.26, "pages": 0.2, "pica": 0.14, "word": 0.12, "choices": 0.08, "yes_no": 0.05,
-          "steps": 0.09, "instruction": 0.02, "caption": 0.02, "socratic": 0.02}        # of the documents
+SHARES = {"scene": 0.14, "pages": 0.16, "pica": 0.06, "word": 0.2, "choices": 0.2, "yes_no": 0.08,
+          "steps": 0.12, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}      # of the documents
 REASON = "\nQuestion: {} Reason:"                       # asks for the way to the answer, then the answer
 ASKED = (*KINDS, "count", "position", "shape")          # kinds, each as likely as it stands here
 SLOTS = 17                                              # the longest picture: so many positions
@@ -188,7 +188,7 @@ class ReaderText(PromptText):
 
     def choices_document(self, rng: np.random.Generator) -> tuple[Document, list]:
         d, bags, things = self.scene_to_ask_about(rng)
-        form = str(rng.choice(["QCM-A", "QCM-LEA", "QCM-ALE"], p=[0.6, 0.25, 0.15]))
+        form = str(rng.choice(["QCM-A", "QCM-LEA", "QCM-ALE"], p=[0.7, 0.2, 0.1]))
         for _ in range(int(rng.integers(1, 4))):
             prompt, answer = scienceqa_text(letter_question(self.ask(things, rng), things, rng), form)
             d.turn(f"\n{prompt}", answer)

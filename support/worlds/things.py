@@ -12,7 +12,7 @@ from support.worlds import augmented, new_renderings, take_items
 from support.worlds.augment import augment, may_mirror
 from support.worlds.emoji import Emoji
 from support.worlds.files import Files
-from support.worlds.pairs import contrastive_pair, preference_pair, require_captions
+from support.worlds.pairs import contrastive_pair, preference_pair
 
 
 @functools.singledispatch

@@ -26,11 +26,16 @@ from support.plumbing.device import pick_dtype                                  
 from support.plumbing.ranks import Ranks                                        # noqa: E402
 
 
-def seconds_of_a_step(argv: list[str], steps: int, epoch: int) -> float:
-    """Median seconds of a step after the first pass over the `epoch` steps' worth of examples."""
+def make_task(argv: list[str]) -> tuple[train.AnswerTask, train.Settings]:
+    """What `python train.py` with these flags trains; they name a bridge."""
     s = train.with_recipe(train.settings_from(argv)[0], argv[argv.index("--bridge") + 1])
     sets = [(train.open_data(s.data, s.seed), 1.0)]
-    task = train.load_task(s, train.RECIPES[s.recipe], Ranks("cpu"), sets, torch.float32)
+    return train.load_task(s, train.RECIPES[s.recipe], Ranks("cpu"), sets, torch.float32), s
+
+
+def seconds_of_a_step(argv: list[str], steps: int, epoch: int) -> float:
+    """Median seconds of a step after the first pass over the `epoch` steps' worth of examples."""
+    task, s = make_task(argv)
     trained = [(n, p) for n, p in task.module.named_parameters() if p.requires_grad]
     optimizers, times = train.make_optimizers(task.module, trained, s, train.RECIPES[s.recipe].toy), []
     dtype, _ = pick_dtype("auto", torch.device("cpu"))
