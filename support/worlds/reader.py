@@ -23,6 +23,7 @@ from support.worlds.text import EMPTY, STYLES, ShapesText, TextTask, describe_sc
 
 SHARES = {"scene": 0.14, "pages": 0.16, "pica": 0.06, "word": 0.2, "choices": 0.2, "yes_no": 0.08,
           "steps": 0.12, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}      # of the documents
+DRILLS = 0.5                                            # of the scenes of the new forms have a thing or two
 REASON = "\nQuestion: {} Reason:"                       # asks for the way to the answer, then the answer
 ASKED = (*KINDS, "count", "position", "shape")          # kinds, each as likely as it stands here
 SLOTS = 17                                              # the longest picture: so many positions
@@ -113,6 +114,11 @@ class ReaderText(PromptText):
         slots = [self.bag(t) for t in held] + [[EMPTY] * 5] * (n - len(held))
         return [slots[i] for i in rng.permutation(n)]
 
+    def scene(self, rng: np.random.Generator) -> list[Thing]:
+        """As the world draws it, or its first thing or two: what a new form asks for is learned there first."""
+        things = self.world.scene(rng)
+        return things[:int(rng.integers(1, 3))] if rng.random() < DRILLS else things
+
     def way_to_show(self, rng: np.random.Generator) -> str:
         pictures = rng.random() < self.bags
         return str(choose(["things", "grid", "bare grid", "slots"] if pictures else [*STYLES], rng))
@@ -141,20 +147,21 @@ class ReaderText(PromptText):
 
     def word_document(self, rng: np.random.Generator) -> tuple[Document, list]:
         word = str(choose(made_up_words(held_out=False), rng))
-        return self.word_prompt(rng, word, int(rng.integers(3, 8)), self.way_to_show(rng))[:2]
+        return self.word_prompt(rng, word, int(rng.integers(3, 8)), self.way_to_show(rng), self.scene)[:2]
 
     def word_prompt(self, rng: np.random.Generator, word: str, examples: int, how: str,
-                    ends: bool = True) -> tuple[Document, list, str]:
+                    scene: Callable, ends: bool = True) -> tuple[Document, list, str]:
         """Examples in which `word` stands for a colour or a shape, then a question that needs it; its answer.
 
-        The first example cannot be known and is not learned. ends=False: without the last answer.
+        The first example cannot be known and is not learned. scene(rng) → things; ends=False: without the
+        last answer.
         """
         kind = str(choose(["color", "shape"], rng))
         value = str(choose([*(COLORS if kind == "color" else SHAPES)], rng))
         d, bags = Document(self.tokenizer), []
         for n in range(examples + 1):
             meant = n < 2 or rng.random() < (0.7 if n == examples else 0.5)     # is this one about the word?
-            things, q = self.word_question(kind, value, word, meant, n == examples, rng)
+            things, q = self.word_question(kind, value, word, meant, n == examples, rng, scene)
             self.show(d, bags, things, how, rng)
             d.add(QUESTION.format(q.question))
             if n == examples and not ends:
@@ -163,10 +170,10 @@ class ReaderText(PromptText):
         return d, bags, q.answer
 
     def word_question(self, kind: str, value: str, word: str, meant: bool, last: bool,
-                      rng: np.random.Generator) -> tuple[list[Thing], QA]:
+                      rng: np.random.Generator, scene: Callable) -> tuple[list[Thing], QA]:
         """A scene and a question whose answer is the word, if it is meant; the last may also ask with it."""
         while True:
-            things = self.world.scene(rng)
+            things = scene(rng)
             if meant and not any(getattr(t, kind) == value for t in things):
                 i = int(rng.integers(len(things)))
                 things[i] = replace(things[i], **{kind: value})
@@ -182,7 +189,7 @@ class ReaderText(PromptText):
                 return things, replace(q, answer=word if meant else q.answer)
 
     def scene_to_ask_about(self, rng: np.random.Generator) -> tuple[Document, list, list[Thing]]:
-        d, bags, things = Document(self.tokenizer), [], self.world.scene(rng)
+        d, bags, things = Document(self.tokenizer), [], self.scene(rng)
         self.show(d, bags, things, self.way_to_show(rng), rng)
         return d, bags, things
 
@@ -273,7 +280,8 @@ def measure_reader(decoder: Decoder, tokenizer: Tokenizer, generate_texts: Calla
     for shots in (0, 3, 4, 8):
         name = "page" if shots == 3 else f"{shots} shots"
         found[name] = right([behind(shots, rng, style) for rng, style in rngs()])
-    prompts = [text.word_prompt(rng, str(choose(words, rng)), 4, style, ends=False) for rng, style in rngs()]
+    prompts = [text.word_prompt(rng, str(choose(words, rng)), 4, style, text.world.scene, ends=False)
+               for rng, style in rngs()]
     found["made-up word"] = right([(d, answer) for d, _, answer in prompts])
     letters, pairs, steps, at_once = [], [], [], []
     for rng, style in rngs():
