@@ -78,7 +78,8 @@ class ReaderText(PromptText):
 
     pages         two to nine scenes, each before its own questions: words, or bags in the place of pictures
     word          examples in which a made-up word stands for a colour or a shape, then questions with it
-    choices       ScienceQA's problems, the letter alone, or reasons before or behind it
+    choices       ScienceQA's problems, the letter alone, or reasons before or behind it; some contexts hold
+                  the answer
     yes_no        MME's pairs: a true sentence and a false one, "Please answer yes or no."
     steps         questions of two steps, answered at once ("Answer:") or with the way there ("Reason:")
     instruction   Alpaca's form, the scene as its input
@@ -115,7 +116,7 @@ class ReaderText(PromptText):
         return [slots[i] for i in rng.permutation(n)]
 
     def scene(self, rng: np.random.Generator) -> list[Thing]:
-        """As the world draws it, or its first thing or two: what a new form asks for is learned there first."""
+        """As the world draws it, or its first thing or two: a new form is learned there first."""
         things = self.world.scene(rng)
         return things[:int(rng.integers(1, 3))] if rng.random() < DRILLS else things
 
@@ -195,10 +196,17 @@ class ReaderText(PromptText):
 
     def choices_document(self, rng: np.random.Generator) -> tuple[Document, list]:
         d, bags, things = self.scene_to_ask_about(rng)
-        form = str(rng.choice(["QCM-A", "QCM-LEA", "QCM-ALE"], p=[0.7, 0.2, 0.1]))
-        for _ in range(int(rng.integers(1, 4))):
-            prompt, answer = scienceqa_text(letter_question(self.ask(things, rng), things, rng), form)
-            d.turn(f"\n{prompt}", answer)
+        form = str(rng.choice(["QCM-A", "QCM-LEA", "QCM-ALE"], p=[0.8, 0.12, 0.08]))
+        for _ in range(int(rng.integers(2, 5))):
+            q = letter_question(self.ask(things, rng), things, rng)
+            if rng.random() < DRILLS:                   # the context says the answer, its letter is asked for
+                q = replace(q, hint=q.answer)
+            prompt, answer = scienceqa_text(q, form)
+            if form == "QCM-A" and rng.random() < 0.8:  # of "The answer is B." the letter alone is learned
+                *words, letter = answer.split(" ")
+                d.add(f"\n{prompt} {' '.join(words)}").add(f" {letter}", learn=True).end()
+            else:
+                d.turn(f"\n{prompt}", answer)
         return d, bags
 
     def yes_no_document(self, rng: np.random.Generator) -> tuple[Document, list]:

@@ -118,11 +118,11 @@ def test_the_right_letter_and_true_and_false_sentences():
     for text, bags, _ in documents("choices", 40):
         for things, questions in blocks(text, bags):
             for question, said in questions:
-                question, options = re.match(r"(.*?)\?\nContext: N/A\nOptions: (.*)\nAnswer",
-                                             f"{question}{said}", re.S).groups()
+                question, hint, options = re.match(r"(.*?)\?\nContext: (.*?)\nOptions: (.*)\nAnswer",
+                                                   f"{question}{said}", re.S).groups()
                 letter = re.search(r"The answer is ([A-D])\.", said)[1]
                 choices = dict(re.findall(r"\((\w)\) ([\w ]+?)(?= \(|$)", options))
-                assert choices[letter] == truth(question, things)
+                assert choices[letter] == truth(question, things) and hint in ("N/A", choices[letter])
     for text, bags, _ in documents("yes_no", 40):
         for things, questions in blocks(text, bags):
             said = [answer.split("\n")[0].strip() for _, answer in questions]
