@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Block, Bridge, Context, Decoder, DecoderConfig
-from papers.recipe import MUON, Numbers, Recipe
+from papers.recipe import Numbers, Recipe
 
 Z_WEIGHT = 1e-5                 # document 3's 10e-5 is 1e-4
 
@@ -115,7 +115,7 @@ RECIPES = {
     name: Recipe(
         f"Chameleon (2405.09818v1): a decoder learns to read and to write pictures as words; {what}",
         "9.2T tokens of text, pairs and documents",
-        Numbers(1e-4, 2048, 600_000, 4000, "linear", 0.1, 0.95), Numbers(3e-3, 8, 300, **MUON),
+        Numbers(1e-4, 2048, 600_000, 4000, "linear", 0.1, 0.95), Numbers(1.5e-3, 16, 3500),
         trained=("embed", "layers", "norm"), task=name.removesuffix("-2"), start="vq")
     for name, what in (("chameleon-2", "QK-norm, z-loss"), ("chameleon-no-qk", "without QK-norm"),
                        ("chameleon-no-z", "without z-loss"), ("chameleon-z", "z-loss of weight 0.01"))}
