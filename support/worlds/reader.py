@@ -21,8 +21,8 @@ from support.worlds.forms import ShapesChoices, true_and_false
 from support.worlds.prompts import PromptText
 from support.worlds.text import EMPTY, STYLES, ShapesText, TextTask, describe_scene, measure_reading
 
-SHARES = {"scene": 0.14, "pages": 0.16, "pica": 0.06, "word": 0.2, "choices": 0.2, "yes_no": 0.08,
-          "steps": 0.12, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}      # of the documents
+SHARES = {"scene": 0.14, "pages": 0.14, "pica": 0.05, "word": 0.2, "letters": 0.1, "choices": 0.16,
+          "yes_no": 0.07, "steps": 0.1, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}   # of texts
 DRILLS = 0.5                                            # of the scenes of the new forms have a thing or two
 REASON = "\nQuestion: {} Reason:"                       # asks for the way to the answer, then the answer
 ASKED = (*KINDS, "count", "position", "shape")          # kinds, each as likely as it stands here
@@ -80,6 +80,7 @@ class ReaderText(PromptText):
     word          examples in which a made-up word stands for a colour or a shape, then questions with it
     choices       ScienceQA's problems, the letter alone, or reasons before or behind it; some contexts hold
                   the answer
+    letters       the same without a scene: the question names the answer, "which letter is red?"
     yes_no        MME's pairs: a true sentence and a false one, "Please answer yes or no."
     steps         questions of two steps, answered at once ("Answer:") or with the way there ("Reason:")
     instruction   Alpaca's form, the scene as its input
@@ -201,13 +202,26 @@ class ReaderText(PromptText):
             q = letter_question(self.ask(things, rng), things, rng)
             if rng.random() < DRILLS:                   # the context says the answer, its letter is asked for
                 q = replace(q, hint=q.answer)
-            prompt, answer = scienceqa_text(q, form)
-            if form == "QCM-A" and rng.random() < 0.8:  # of "The answer is B." the letter alone is learned
-                *words, letter = answer.split(" ")
-                d.add(f"\n{prompt} {' '.join(words)}").add(f" {letter}", learn=True).end()
+            if form == "QCM-A" and rng.random() < 0.8:
+                self.ask_for_letter(d, q)
             else:
+                prompt, answer = scienceqa_text(q, form)
                 d.turn(f"\n{prompt}", answer)
         return d, bags
+
+    def ask_for_letter(self, d: Document, q: QA) -> None:
+        """Of "The answer is B." the letter alone is learned."""
+        prompt, answer = scienceqa_text(q, "QCM-A")
+        words, letter = answer.rsplit(" ", 1)
+        d.add(f"\n{prompt} {words}").add(f" {letter}", learn=True).end()
+
+    def letters_document(self, rng: np.random.Generator) -> tuple[Document, list]:
+        d, things = Document(self.tokenizer), self.world.scene(rng)
+        for _ in range(int(rng.integers(2, 6))):
+            q = self.ask(things, rng)
+            q = letter_question(replace(q, question=f"which letter is {q.answer}?"), things, rng)
+            self.ask_for_letter(d, q)
+        return d, []
 
     def yes_no_document(self, rng: np.random.Generator) -> tuple[Document, list]:
         d, bags, things = self.scene_to_ask_about(rng)

@@ -123,6 +123,10 @@ def test_the_right_letter_and_true_and_false_sentences():
                 letter = re.search(r"The answer is ([A-D])\.", said)[1]
                 choices = dict(re.findall(r"\((\w)\) ([\w ]+?)(?= \(|$)", options))
                 assert choices[letter] == truth(question, things) and hint in ("N/A", choices[letter])
+    for text, _, _ in documents("letters", 20):
+        asked = re.findall(r"letter is (.*?)\?\nContext: N/A\nOptions: (.*?)\nAnswer: The answer is (.)\.",
+                           text)
+        assert asked and all(f"({letter}) {answer}" in options for answer, options, letter in asked)
     for text, bags, _ in documents("yes_no", 40):
         for things, questions in blocks(text, bags):
             said = [answer.split("\n")[0].strip() for _, answer in questions]
