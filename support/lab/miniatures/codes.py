@@ -23,7 +23,7 @@ def measure_stability(arm: TrainedArm) -> dict[str, float]:
     return dict(read_json(arm.run / "results.json")["stability"])
 
 
-CODES = ("--recipe", "vq", "--eval-items", "400")
+CODES = ("--recipe", "vq", "--steps", "3000", "--batch", "16", "--eval-items", "400")
 
 
 def chameleon(recipe: str) -> Arm:
