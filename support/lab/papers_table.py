@@ -1,9 +1,10 @@
 """lab/papers_table.py: what the papers' miniatures found, as a table of papers/README.md.
 
     python eval.py claims papers                        writes support/results/papers.txt
+    python eval.py claims vilt coca … --out support/results/pretraining.txt
     python -m support.lab.papers_table                  writes the table again
 
-A row per measured paper, in the order of the first table there.
+A row per measured paper of the two reports, in the order of the first table there.
 """
 from __future__ import annotations
 
@@ -13,16 +14,22 @@ from pathlib import Path
 from support.formats.files import atomically
 from support.lab.claims import PAPER_COLUMNS, PAPERS_REPORT
 
-PAGE, REPORT = Path(__file__).parents[2] / "papers/README.md", Path(__file__).parents[2] / PAPERS_REPORT
+ROOT = Path(__file__).parents[2]
+PAGE, REPORTS = ROOT / "papers/README.md", (ROOT / PAPERS_REPORT, ROOT / "support/results/pretraining.txt")
 BEGIN, END = "<!-- python -m support.lab.papers_table: from here -->", "<!-- to here -->"
 
 
-def measured(report: str) -> dict[str, list[str]]:
-    """{claim: its cells under PAPER_COLUMNS} of the summary of a report."""
+def measured(reports: str) -> dict[str, list[str]]:
+    """{claim: its cells under PAPER_COLUMNS} of the summaries of reports, one behind the other."""
     head = re.escape("  ".join(PAPER_COLUMNS).strip()).replace(r"\ \ ", " +")
-    table = re.split(rf"^ +{head}\n", report, flags=re.MULTILINE)[1].split("\n\n")[0]
-    rows = [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
+    _, *tables = re.split(rf"^ +{head}\n", reports, flags=re.MULTILINE)
+    rows = [re.split(r" {2,}", line.strip()) for table in tables
+            for line in table.split("\n\n")[0].splitlines()]
     return {row[0]: row for row in rows}
+
+
+def read_reports() -> str:
+    return "".join(report.read_text(encoding="utf-8") for report in REPORTS)
 
 
 def count_verdicts(verdicts: str) -> str:
@@ -53,6 +60,6 @@ def papers_page(page: str, report: str) -> str:
 
 
 if __name__ == "__main__":
-    text = papers_page(PAGE.read_text(encoding="utf-8"), REPORT.read_text(encoding="utf-8"))
+    text = papers_page(PAGE.read_text(encoding="utf-8"), read_reports())
     with atomically(PAGE) as tmp:
         tmp.write_text(text, encoding="utf-8")

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.lab.papers_table import PAGE, REPORT, count_verdicts, measured, papers_page, papers_rows
+from support.lab.papers_table import PAGE, count_verdicts, measured, papers_page, papers_rows, read_reports
 
 SUMMARY = """python eval.py claims papers: seeds 0 to 2
 
@@ -24,6 +24,8 @@ def test_a_row_for_each_measured_paper():
                         "1 opposite |",
                         "| [prompt_tuning.py](prompt_tuning.py) | 1 | 0 | 85 % | - | 0.0 | one seed |"]
     page = f"{BEFORE}{PAGE.read_text(encoding='utf-8').split('|')[0]}"
+    assert papers_rows(BEFORE, SUMMARY + SUMMARY.replace("clipcap", "new"))[2:] == [
+        *rows[2:], rows[2].replace("clipcap", "new")]
     again = papers_page(papers_page(page, SUMMARY), SUMMARY)
     assert again == papers_page(page, SUMMARY) and all(row in again for row in rows)
 
@@ -35,7 +37,7 @@ def test_verdicts_are_counted(verdicts, count):
 
 
 def test_the_table_of_the_page_is_the_reports():
-    page, report = PAGE.read_text(encoding="utf-8"), REPORT.read_text(encoding="utf-8")
+    page, report = PAGE.read_text(encoding="utf-8"), read_reports()
     assert page == papers_page(page, report), "write the table again: python -m support.lab.papers_table"
     named = [name for name in measured(report) if (PAGE.parent / f"{name.replace('-', '_')}.py").exists()]
     assert len(papers_rows(page, report)) - 2 == len(named) > 3     # a second claim is in the report alone
