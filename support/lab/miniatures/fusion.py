@@ -62,8 +62,8 @@ CLAIMS = {
             Expectation(Side("ALBEF"), ">", Side("ALBEF, no teacher")),
         ),
         columns=(WORDS, PAIRS, FOUND, NAMED),
-        note="150 steps are a third of the recipe's: every arm still judges pairs as by chance, so that pairs "
-             "do not say what helps. Fused at once, words are learned faster so far."),
+        note="150 steps are a third of the recipe's: every arm still judges pairs as by chance, so they do "
+             "not say what helps. Fused at once, words are learned faster so far."),
     "flava": Claim(
         says="The contrast over all processes beats that of each; masked and matched pairs help; pictures "
              "and texts alone do not, unless the encoders were trained alone before.",
