@@ -40,8 +40,8 @@ CLAIMS = {
             Expectation(Side("SimVLM"), "≥", Side("SimVLM, pairs alone")),
         ),
         columns=(TEXT, CHANCE),
-        note="After 300 steps, half of the recipe's, linear patches alone are read. The other arms guess, and "
-             "rather wrong: a held-out picture's own text has a pair that no training showed."),
+        note="After 300 steps, half of the recipe's, linear patches alone are read. The other arms guess, "
+             "and rather wrong: a held-out picture's own text has a pair that no training showed."),
     "cm3": Claim(
         says="A causal decoder fills gaps from both sides, once spans were moved to the end.",
         source="CM3, §3: infilled pictures and entities, no number for this",
