@@ -55,7 +55,7 @@ class Chat:
                 if line.split()[0] == "/quit":
                     return
                 self.obey(line) if line.startswith("/") else self.answer(line)
-            except KeyboardInterrupt:                   # before the first word, or in a command
+            except KeyboardInterrupt:                   # it stops the answer or the command, nothing else
                 if not self.typed:
                     raise
                 print(" (stopped)")
@@ -82,21 +82,16 @@ class Chat:
                 yield line
 
     def answer(self, question: str) -> None:
-        """Print an answer while it is written; Ctrl-C stops it and nothing else."""
-        talk, end = self.conversation, ""
+        """Print an answer while it is written."""
+        talk = self.conversation
         if words := unread_words(talk.speaker.tokenizer, question):
             note(f"{self.name} cannot read {', '.join(map(repr, words))}: "
                  "a toy decoder knows the words of its training alone; /help lists them.")
-        try:
-            with contextlib.closing(talk.answer(question)) as pieces:
-                for piece in pieces:
-                    print(CONTROL.sub("", piece), end="", flush=True)
-        except KeyboardInterrupt:
-            if not self.typed:
-                raise
-            end = " (stopped)"
-        print(end)
-        if talk.cut and not end:
+        with contextlib.closing(talk.answer(question)) as pieces:
+            for piece in pieces:
+                print(CONTROL.sub("", piece), end="", flush=True)
+        print()
+        if talk.cut:
             note(f"the answer was cut at {talk.length:,} tokens; --max-new-tokens allows more, up to the "
                  f"{talk.speaker.decoder.config.context:,} that {self.name} reads.")
 

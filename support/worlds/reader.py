@@ -23,7 +23,7 @@ from support.worlds.text import EMPTY, STYLES, ShapesText, TextTask, describe_sc
 
 SHARES = {"scene": 0.14, "pages": 0.14, "pica": 0.05, "word": 0.2, "letters": 0.1, "choices": 0.16,
           "yes_no": 0.07, "steps": 0.1, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}   # of texts
-DRILLS = 0.5                                            # of the scenes of the new forms have a thing or two
+DRILLS = 0.5                # of the new forms' scenes have one or two things, of contexts the answer
 REASON = "\nQuestion: {} Reason:"                       # asks for the way to the answer, then the answer
 ASKED = (*KINDS, "count", "position", "shape")          # kinds, each as likely as it stands here
 SLOTS = 17                                              # the longest picture: so many positions
