@@ -22,7 +22,7 @@ def measure_results(arm: TrainedArm) -> dict[str, float]:
 
 
 def albef(recipe: str) -> Arm:
-    return Arm(("--recipe", recipe, "--steps", "150", "--eval-items", "200"), measures=("aligned",))
+    return Arm(("--recipe", recipe, "--steps", "500", "--eval-items", "200"), measures=("aligned",))
 
 
 def flava(recipe: str, steps: int) -> Arm:

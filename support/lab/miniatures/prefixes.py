@@ -20,7 +20,7 @@ def measure_results(arm: TrainedArm) -> dict[str, float]:
 
 
 def arm(recipe: str, measure: str) -> Arm:
-    return Arm(("--recipe", recipe, "--eval-items", "200"), measures=(measure,))
+    return Arm(("--recipe", recipe, "--steps", "600", "--eval-items", "200"), measures=(measure,))
 
 
 ARMS = {"SimVLM": arm("simvlm", "own text"), "SimVLM, causal": arm("simvlm-causal", "own text"),
