@@ -40,6 +40,7 @@ from support.formats.vlm import open_run
 from support.lab.answerers import measure_answerer
 from support.lab.attention import gate_history
 from support.lab import claims_list, miniatures
+from support.lab.claims_figures import draw_claims, seed_values
 from support.lab.claims_list import CIDER, COMMON, MEAN, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
 from support.plumbing.flags import Parser, number
@@ -259,24 +260,23 @@ def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> dict[tuple[
 
 # The verdicts ----------------------------------------------------------------------------------------------
 
+T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)      # 95 % of Student's t, 1 to 9 d.f.
+
+
 def judge(left: list[float], right: list[float], relation: str = ">") -> str:
-    """The verdict on "left > right", numbers of several seeds each: shown, opposite, not shown, or one seed.
+    """The verdict on "left > right", a number of each seed on both sides: shown, opposite, not shown.
 
-    With d = difference of the means and e = its standard error √(s²_left / n_left + s²_right / n_right):
-    shown where d > 2 e, opposite where d < −2 e, else not shown. "≥" (no worse): shown unless it is opposite.
-    Three seeds make 2 e a weak test (about one false alarm in ten): read the size of d beside it.
+    A one-sided t test at 5 %, paired by seed: two arms of a seed see the same data in the same order. With
+    the differences d_i of n seeds, their mean d and their standard deviation s:
+    shown where d > t s / √n, t = T95 of n − 1 degrees of freedom; opposite where d < −t s / √n; else not
+    shown. "≥" (no worse): shown unless it is opposite. One seed shows nothing: "one seed".
     """
-    if min(len(left), len(right)) < 2:
+    d = np.subtract(left, right)
+    if len(d) < 2:
         return "one seed"
-    variance = np.var(left, ddof=1) / len(left) + np.var(right, ddof=1) / len(right)
-    d, e = mean(left) - mean(right), math.sqrt(variance)
-    return "opposite" if d < -2 * e else "shown" if d > 2 * e or relation == "≥" else "not shown"
-
-
-def arm_values(results: dict[tuple[str, int], dict], seeds: int, arm: str, number: Number) -> list[float]:
-    """What the seeds of an arm measured, in the number's unit; nothing where the arm does not measure it."""
-    measured = [m for s in range(seeds) for m in results[arm, s].values() if isinstance(m, dict)]
-    return [number.scale * m[number.name] for m in measured if number.name in m]
+    least = T95[min(len(d) - 2, len(T95) - 1)] * d.std(ddof=1) / math.sqrt(len(d))
+    mean_d = d.mean()
+    return "opposite" if mean_d < -least else "shown" if mean_d > least or relation == "≥" else "not shown"
 
 
 def claim_report(name: str, claim: Claim, results: dict[tuple[str, int], dict],
@@ -284,12 +284,12 @@ def claim_report(name: str, claim: Claim, results: dict[tuple[str, int], dict],
     """The claim, its table (mean ± standard deviation over seeds) and its verdicts as text; the verdicts."""
     rows, verdicts = [["", *(number.name for number in claim.columns)]], []
     for arm in (arm for arm, seed in results if seed == 0 and arm in claim.arms):
-        found = [arm_values(results, seeds, arm, number) for number in claim.columns]
+        found = [seed_values(results, seeds, arm, number) for number in claim.columns]
         rows.append([arm, *(f"{mean(v):.3g} ± {np.std(v, ddof=seeds > 1):.2g}" if v else "" for v in found)])
     lines = [f"    {line}" for line in align(rows).splitlines()]
 
     def side_values(side: Side) -> list[float]:
-        return arm_values(results, seeds, side.arm, side.number or claim.columns[0])
+        return seed_values(results, seeds, side.arm, side.number or claim.columns[0])
     for e in claim.expect:
         left, right = side_values(e.left), side_values(e.right)
         verdicts.append(judge(left, right, e.relation))
@@ -307,7 +307,7 @@ def paper_row(claim: Claim, results: dict[tuple[str, int], dict], seeds: int) ->
     arm = claim.arms[0]
 
     def shown(number: Number) -> str:
-        values = arm_values(results, seeds, arm, number)
+        values = seed_values(results, seeds, arm, number)
         return f"{mean(values):.3g} {number.unit}" if values else "-"
 
     def blind(number: Number) -> Number:
@@ -345,7 +345,7 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
             "Mean ± standard deviation over seeds: accuracy in %, CIDEr, loss in nats per learned token; "
             f"{setup.count} held-out pictures.\n"
             "The documents' numbers are of other data and models: compare the direction. The verdicts are "
-            "computed (support/lab/claims.py, judge).")
+            "computed by a t test paired by seed (support/lab/claims.py, judge).")
     summary = [f"    {name:12s}{', '.join(verdicts)}" for name, (_, verdicts) in reports.items()
                if name not in miniatures.CLAIMS]
     rows = {name: [name, str(seeds[name]), *paper_row(claims[name], results, seeds[name])]
@@ -358,6 +358,9 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
     text = "\n".join([head, "", *summary, "", *(f"{text}\n" for text, _ in reports.values())])
     with atomically(Path(setup.report)) as tmp:
         tmp.write_text(text, encoding="utf-8")
+    with contextlib.suppress(UserError):                # without matplotlib there are no figures
+        draw_claims({name: claims[name] for name in names}, results, seeds, setup,
+                    {name: verdicts for name, (_, verdicts) in reports.items()})
     return text
 
 

@@ -4,6 +4,7 @@ it needs say what they promise."""
 from __future__ import annotations
 
 import functools
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from support.lab.answerers import ANSWERERS, add_answerer_flags
 from support.lab.papers_table import measured
 from support.plumbing.flags import Parser
 from support.lab.claims import (ARMS, CLAIMS, MEASUREMENTS, Setup, arm_flags, arm_folder, claim_report,
-                                few_shot_accuracy, judge, needed_arms, run_claims, stage)
+                                few_shot_accuracy, judge, needed_arms, run_claims, stage, T95)
+from support.lab.claims_figures import papers_number
 from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Side
 from model import VLM
 from support.formats.files import UserError, read_json, write_json
@@ -36,13 +38,24 @@ from support.formats.vision import load_vit
 WEIGHTS = Path(evaluation.__file__).parent / "weights"
 
 
-def test_a_verdict_is_two_standard_errors_of_the_difference():
+def test_a_verdict_is_a_t_test_paired_by_seed():
     assert judge([1.0, 1.1, 1.2], [0.0, 0.1, 0.2]) == "shown"
     assert judge([0.0, 0.1, 0.2], [1.0, 1.1, 1.2]) == "opposite"
     assert judge([0.0, 1.0, 2.0], [0.1, 0.9, 1.7]) == "not shown"
-    # d = 2, s² = 1 on both sides: e = √(2/3) = 0.816; below: d = 1.9, s² = 0.98, e = √0.98 = 0.99 (two seeds)
-    assert judge([2.0, 3.0, 4.0], [0.0, 1.0, 2.0]) == "shown"
-    assert judge([2.2, 3.6], [0.3, 1.7]) == "not shown"
+    # d = 0.5, 1.5, 2.5: mean 1.5, s = 1, t s / √3 = 2.920 / 1.732 = 1.686; of four, 2.353 / 2 · 1.155 = 1.36
+    assert judge([1.5, 2.5, 3.5], [1.0, 1.0, 1.0]) == "not shown"
+    assert judge([1.5, 2.5, 3.5, 2.5], [1.0, 1.0, 1.0, 0.0]) == "shown"
+    # seeds apart by far more than the arms: only the pairs show it
+    assert judge([10.2, 20.3, 30.1], [10.0, 20.0, 30.0]) == "shown"
+
+
+def test_the_quantiles_are_those_of_students_t():
+    """∫ of the density up to T95 is 0.95, by the trapezoid rule on [−60, T95]; the tail below is < 0.006."""
+    for df, t in enumerate(T95, 1):
+        x = np.linspace(-20000 if df == 1 else -2000, t, 4_000_001)
+        density = (1 + x * x / df) ** (-(df + 1) / 2)
+        density *= math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        assert abs(np.trapezoid(density, x) - 0.95) < 3e-4, df
 
 
 def test_no_worse_is_shown_unless_it_is_clearly_worse():
@@ -166,6 +179,7 @@ def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
 
 def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypatch):
     """Two seeds of the paper's own arm and of the other: a third, of one arm alone, is not counted."""
+    pytest.importorskip("matplotlib")
     own = Arm(("--captions", "1"), measures=("captions", "blind"))
     arms = {"own": own, "other": replace(own, measures=("captions",))}
     claim = Claim("It is.", "nowhere", (Expectation(Side("own"), ">", Side("other"), "2, 1"),), (CIDER,))
@@ -182,6 +196,20 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
     text = run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
     assert measured(text) == {"paper": ["paper", "2", "1,234", "2.1 CIDEr", "0.25 CIDEr", "1.0", "shown"]}
     assert "4 runs, 4 minutes" in text and "shown      own > other: 2.1 against 1.05" in text
+    page = (tmp_path / "claims/papers.md").read_text(encoding="utf-8")
+    assert "| [paper](#paper) | shown |" in page and "![paper](paper.png)" in page
+    assert "- shown: own > other (document: 2, 1)" in page
+    assert (tmp_path / "claims/paper.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_papers_number_is_drawn_where_it_has_our_unit():
+    def of(paper: str, number=MEAN) -> list:
+        e = Expectation(Side("a"), ">", Side("b"), paper)
+        return [papers_number(Claim("", "", (e,), (number,)), side, number) for side in (e.left, e.right)]
+    assert of("90.92, 85.81") == [90.92, 85.81] and of("VQAv2 46.86, 20.61") == [46.86, 20.61]
+    for paper in ("", "its curve is higher", "CIDEr 113.08, 92.38", "BLEU on E2E 69.7, 62.2; from memory"):
+        assert of(paper) == [None, None]
+    assert of("90.92, 85.81", LOSS) == [None, None]
 
 
 def test_an_unknown_claim_names_the_nearest():

@@ -1,0 +1,121 @@
+"""lab/claims_figures.py: a picture of each claim, and a page that shows them beside the verdicts.
+
+On the left the training losses of its arms, on the right what was measured of them, each seed a dot.
+"""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from support.formats.files import UserError, atomically
+from support.lab.claims_list import Claim, Expectation, Number, Side
+from support.plumbing.log import read_log
+
+if TYPE_CHECKING:
+    from support.lab.claims import Setup
+
+Results = dict[tuple[str, int], dict]           # {(arm, seed): what lab/claims.py: run_arm returns}
+
+
+def draw_claims(claims: dict[str, Claim], results: Results, seeds: dict[str, int], setup: Setup,
+                verdicts: dict[str, list[str]]) -> None:
+    """FOLDER/NAME.png of each claim and FOLDER/REPORT.md, in the folder `claims` beside the report.
+
+    Needs matplotlib.
+    """
+    try:
+        from matplotlib import figure as plots          # not pyplot: no window, no state shared with a caller
+    except ImportError:
+        raise UserError("figures are drawn by matplotlib, which is not installed; "
+                        "pip install matplotlib.") from None
+    report = Path(setup.report)
+    folder = report.parent / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {report.stem}: a figure for each claim", "",
+             f"Made with [{report.name}](../{report.name}), whose text says more. Left: training loss, mean "
+             "and range over seeds. Right: a dot for each seed, a bar at their mean, a diamond where the "
+             "paper has a number of the same unit.", "", "| claim | verdicts |", "|---|---|"]
+    lines += [f"| [{name}](#{name}) | {', '.join(verdicts[name])} |" for name in claims]
+    for name, claim in claims.items():
+        figure = plots.Figure((10, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+        arms = [arm for arm, seed in results if seed == 0 and arm in claim.arms]
+        colors = {arm: f"C{n % 10}" for n, arm in enumerate(arms)}
+        draw_losses(left, {arm: logs(results, arm, seeds[name]) for arm in arms}, colors)
+        draw_numbers(right, claim, results, seeds[name], colors)
+        with atomically(folder / f"{name}.png") as tmp:
+            figure.savefig(tmp, format="png", dpi=70)
+        lines += ["", f"## {name}", "", f"{claim.says} ({claim.source})", "", f"![{name}]({name}.png)", ""]
+        lines += [f"- {verdict}: {e.left} {e.relation} {e.right}" + f" (document: {e.paper})" * bool(e.paper)
+                  for e, verdict in zip(claim.expect, verdicts[name])]
+    with atomically(folder / f"{report.stem}.md") as tmp:
+        tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def logs(results: Results, arm: str, seeds: int) -> list[list[dict]]:
+    """The logged losses of an arm's seeds; nothing of an answerer, which does not train."""
+    flags = [results[arm, seed]["flags"] for seed in range(seeds)]
+    runs = [Path(f[f.index("--out") + 1]) for f in flags if "--out" in f]
+    return [log for run in runs if (log := [x for x in read_log(run / "log.jsonl") if "ema" in x])]
+
+
+def draw_losses(axis, curves: dict[str, list[list[dict]]], colors: dict[str, str]) -> None:
+    """The running means, over the steps that all seeds of an arm have logged."""
+    for arm, runs in curves.items():
+        if not runs:
+            continue
+        count = min(map(len, runs))
+        steps = [x["step"] for x in runs[0][:count]]
+        losses = np.array([[x["ema"] for x in run[:count]] for run in runs])        # (seeds, lines)
+        axis.plot(steps, losses.mean(0), color=colors[arm], label=arm)
+        axis.fill_between(steps, losses.min(0), losses.max(0), color=colors[arm], alpha=0.2, linewidth=0)
+    if any(curves.values()):
+        axis.set(xlabel="step", ylabel="training loss, running mean", yscale="log")
+    else:
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "nothing is trained", ha="center", va="center")
+
+
+def draw_numbers(axis, claim: Claim, results: Results, seeds: int, colors: dict[str, str]) -> None:
+    """What the expectations compare, a column for each side; of one unit, the paper's numbers beside it."""
+    sides = list(dict.fromkeys(side for e in claim.expect for side in (e.left, e.right)))
+    numbers = [side.number or claim.columns[0] for side in sides]
+    values = [seed_values(results, seeds, side.arm, number) for side, number in zip(sides, numbers)]
+    units = list(dict.fromkeys(number.unit for number in numbers))
+    for n, (side, number, found) in enumerate(zip(sides, numbers, values)):
+        largest = max((abs(v) for other, vs in zip(numbers, values) if other.unit == number.unit for v in vs),
+                      default=0.0) or 1.0
+        scale = 1 if len(units) == 1 else 100 / largest         # several units: each in % of its largest
+        shown = [scale * v for v in found]
+        axis.plot([n] * len(shown), shown, "o", color=colors[side.arm], alpha=0.6)
+        axis.hlines(np.mean(shown), n - 0.3, n + 0.3, color=colors[side.arm]) if shown else None
+        if len(units) == 1 and (paper := papers_number(claim, side, number)) is not None:
+            axis.plot([n], [paper], "D", color="0.35", fillstyle="none")
+    labels = [str(side) if side.number else side.arm for side in sides]
+    axis.set_xticks(range(len(sides)), [re.sub(r": |, ", "\n", label) for label in labels],
+                    fontsize=7 if len(sides) < 6 else 5)
+    axis.set(ylabel=f"{numbers[0].name} ({units[0]})" if len(units) == 1 else "% of the largest of its unit",
+             xlim=(-0.6, len(sides) - 0.4))
+
+
+def papers_number(claim: Claim, side: Side, number: Number) -> float | None:
+    """The document's number for a side: of "VQAv2 46.86, 20.61" one of the two; None where it has none."""
+    for e in claim.expect:
+        pair = re.fullmatch(r"[^\d]*(?:VQAv2 |CIDEr )?([\d.]+), [^\d]*([\d.]+)", e.paper)
+        if pair and side in (e.left, e.right) and on_scale(e, number):
+            return float(pair[1 if side == e.left else 2])
+    return None
+
+
+def on_scale(e: Expectation, number: Number) -> bool:
+    """Accuracies stand beside accuracies. A paper's CIDEr and losses are of other words than ours."""
+    return number.unit == "%" and "CIDEr" not in e.paper and "BLEU" not in e.paper
+
+
+def seed_values(results: Results, seeds: int, arm: str, number: Number) -> list[float]:
+    """What the seeds of an arm measured, in the number's unit; nothing where the arm does not measure it."""
+    measured = [m for s in range(seeds) for m in results[arm, s].values() if isinstance(m, dict)]
+    return [number.scale * m[number.name] for m in measured if number.name in m]
