@@ -130,6 +130,8 @@ def test_accumulation_equals_one_large_batch_with_answers_of_unequal_length(tmp_
     (["--recipe", "blip2-1", "--data", "shapes + shapes"], ["recipe blip2-1 learns from one data set"]),
     (["--bridge", "flamingo", "--scale", "paper"], ["batch of flamingo is not in our sources", "--batch"]),
     (["--scale", "papre"], ['unknown scale "papre"', "paper"]),
+    (["--steps", "20", "--warmup", "50"], ["warm-up of 50 steps", "run's 20", "--warmup"]),
+    (["--recipe", "mapl", "--scale", "paper", "--steps", "20"], ["warm-up of 1500 steps", "run's 20"]),
     (["--template", "vicunia"], ['unknown template "vicunia"', 'did you mean "vicuna"']),
     (["--data", "shapes + shapes * two"], ['weight "two"', "SPEC * 0.2"]),
     (["--batc", "3"], ['unknown argument "--batc"', 'did you mean "--batch"']),

@@ -65,6 +65,9 @@ def fill_settings(s, name: str, recipes: dict):
     if s.batch is None:
         raise UserError(f"the paper's batch of {name} is not in our sources; "
                         "give --batch beside --scale paper.")
+    if 1 <= s.warmup > s.steps:
+        raise UserError(f"the warm-up of {s.warmup:g} steps is longer than the run's {s.steps}, which would "
+                        "never reach its learning rate; give --warmup a share, 0.03 say, or more --steps.")
 
     def folder(recipe: str) -> str:
         return f"{s.out}/{recipe}" if s.out and system else f"out/{recipe}-{re.split('[: ]', s.data)[0]}"

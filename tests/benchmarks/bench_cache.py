@@ -82,8 +82,8 @@ def main(lm: str | None) -> None:
             argv = ["--bridge", bridge, *large, "--examples", "16", "--batch", "16"]
             rows.append(compare(f"{bridge} (toy), bundled decoder + ViT-B/16, batch 16", argv, 4, 1, 3))
         for bridge in ("mapl", "linear") if lm else ():
-            argv = ["--bridge", bridge, *large, "--scale", "paper", "--lm", lm, "--examples", "8", "--batch",
-                    "8"]
+            argv = ["--bridge", bridge, *large, "--scale", "paper", "--warmup", "0", "--lm", lm,
+                    "--examples", "8", "--batch", "8"]
             rows.append(compare(f"{bridge} (published size), SmolLM2-135M + ViT-B/16, batch 8", argv, 2, 1,
                                 2))
     print(json.dumps(rows))
