@@ -21,8 +21,13 @@ from support.worlds.forms import ShapesChoices, true_and_false
 from support.worlds.prompts import PromptText
 from support.worlds.text import EMPTY, STYLES, ShapesText, TextTask, describe_scene, measure_reading
 
-SHARES = {"scene": 0.14, "pages": 0.14, "pica": 0.05, "word": 0.2, "letters": 0.1, "choices": 0.16,
-          "yes_no": 0.07, "steps": 0.1, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}   # of texts
+STAGES = (                  # up to this share of the training, so many of the texts have these forms
+    (0.5, {"scene": 0.14, "pages": 0.14, "pica": 0.05, "word": 0.2, "letters": 0.1, "choices": 0.16,
+           "yes_no": 0.07, "steps": 0.1, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}),
+    (0.57, {"scene": 0.1, "pages": 0.06, "pica": 0.01, "word": 0.06, "letters": 0.25, "choices": 0.12,
+            "yes_no": 0.15, "steps": 0.25}),            # which letter stands before a word comes first
+    (1.0, {"scene": 0.08, "pages": 0.06, "pica": 0.01, "word": 0.05, "letters": 0.06, "choices": 0.32,
+           "yes_no": 0.14, "steps": 0.28}))
 DRILLS = 0.5                # of the new forms' scenes have one or two things, of contexts the answer
 REASON = "\nQuestion: {} Reason:"                       # asks for the way to the answer, then the answer
 ASKED = (*KINDS, "count", "position", "shape")          # kinds, each as likely as it stands here
@@ -52,25 +57,26 @@ def name_thing(things: list[Thing], rng: np.random.Generator) -> tuple[Thing, st
 
 
 def two_step_question(things: list[Thing], rng: np.random.Generator) -> QA | None:
-    """Where a thing is, then what stands beside it; `solution` says both steps.
+    """Where a thing is, then what stands beside it; `solution` says where, and asks each thing of the scene:
 
-    how many things are left of the ring?            the ring is at the top right; a red cross at the top left
-    which color is the thing below the red cross?    the red cross is at the top left; a blue ring at the …
+    how many things are left of the ring?  the ring is at the top right; left of it red cross top left yes, …
+    which color is the thing below the red cross?  the red cross is at the top left; below it red cross top …
     """
     named, direction = name_thing(things, rng), str(choose([*WHERE], rng))
     if named is None:
         return None
     (t, words), (there, step) = named, WHERE[direction]
     if rng.random() < 0.5:
-        found = sorted((o for o in things if there(t, o)), key=lambda o: o.cell)
+        found = [o for o in things if there(t, o)]
         question, answer = f"how many things are {direction} the {words}?", NUMBERS[len(found)]
     else:
         found = [o for o in things if o.cell == t.cell + step and there(t, o)]
         if not found:
             return None
         question, answer = f"which color is the thing {direction} the {words}?", found[0].color
-    seen = ", ".join(f"{o.color} {o.shape} {o.place}" for o in found) or "zero objects"
-    return QA("two steps", question, answer, solution=f"the {words} is at the {t.place}; {seen}")
+    each = ", ".join(f"{o.color} {o.shape} {o.place} {'yes' if o in found else 'no'}" for o in things)
+    solution = f"the {words} is at the {t.place}; {direction} it {each}"
+    return QA("two steps", question, answer, solution=solution)
 
 
 class ReaderText(PromptText):
@@ -88,7 +94,8 @@ class ReaderText(PromptText):
 
     def document(self, index: int, progress: float = 1.0) -> tuple[Document, list[list[int]]]:
         rng = np.random.default_rng((self.world.seed, 3, index))
-        form = str(rng.choice([*SHARES], p=[*SHARES.values()]))
+        shares = next(shares for until, shares in STAGES if progress <= until)
+        form = str(rng.choice([*shares], p=[*shares.values()]))
         if form == "scene":
             return ShapesText.document(self, index, 1.0)
         found = getattr(self, f"{form}_document")(rng)
@@ -99,9 +106,9 @@ class ReaderText(PromptText):
     def show(self, d: Document, bags: list, things: list[Thing], how: str, rng: np.random.Generator) -> None:
         """Append a scene as words in one of STYLES, or as bags, one form for a picture of any bridge."""
         if how in STYLES:
-            d.add(describe_scene([things[i] for i in rng.permutation(len(things))], how))
+            d.add(describe_scene(things, how))
             return
-        new = {"things": lambda: [self.bag(things[i]) for i in rng.permutation(len(things))],
+        new = {"things": lambda: [self.bag(t) for t in things],
                "grid": lambda: self.grid_bags(things, name_empty=True),
                "bare grid": lambda: self.grid_bags(things, name_empty=False),
                "slots": lambda: self.slot_bags(things, rng)}[how]()
@@ -191,8 +198,10 @@ class ReaderText(PromptText):
                 return things, replace(q, answer=word if meant else q.answer)
 
     def scene_to_ask_about(self, rng: np.random.Generator) -> tuple[Document, list, list[Thing]]:
-        d, bags, things = Document(self.tokenizer), [], self.scene(rng)
-        self.show(d, bags, things, self.way_to_show(rng), rng)
+        d, bags, things, how = Document(self.tokenizer), [], self.scene(rng), self.way_to_show(rng)
+        if how in ("grid", "bare grid", "slots"):       # the order in which a text goes through them
+            things.sort(key=lambda t: t.cell)
+        self.show(d, bags, things, how, rng)
         return d, bags, things
 
     def choices_document(self, rng: np.random.Generator) -> tuple[Document, list]:
@@ -226,7 +235,8 @@ class ReaderText(PromptText):
     def yes_no_document(self, rng: np.random.Generator) -> tuple[Document, list]:
         d, bags, things = self.scene_to_ask_about(rng)
         for _ in range(int(rng.integers(1, 4))):
-            pair = yes_no_questions(self.ask(things, rng, KINDS), things, self.world, rng)
+            q = self.ask(things, rng, (*KINDS, "count", "count", "position"))           # the two that are hard
+            pair = yes_no_questions(q, things, self.world, rng)
             for n in rng.permutation(2):
                 d.turn(QUESTION.format(pair[n]), ("yes", "no")[n])
         return d, bags
@@ -329,6 +339,9 @@ GATE = {"page": 0.95, "made-up word": 0.8, "letters": 0.95, "yes and no": 0.9, "
 class ReaderTask(TextTask):
     """Recipe `lm-reader`: the decoder of recipe `lm` reads on (ReaderText)."""
     documents = ReaderText
+
+    def progress(self, step: int) -> float:
+        return step / self.given.steps
 
     def check(self) -> dict[str, float]:
         return measure_reader(self.decoder, self.tokenizer, self.given.generate_texts, 40)

@@ -229,11 +229,15 @@ class TextTask(Task):
                                count=int((labels != IGNORE).sum())))
         return pieces
 
+    def progress(self, step: int) -> float:
+        """How far the training is, 0 … 1: what its documents depend on."""
+        return 1.0 if self.continued else step / self.given.steps
+
     def batches_of_block(self, block: int) -> list[list[tuple]]:
         """BLOCK batches of (document, bags); drills come first, once."""
         g = self.given
         n = g.batch * BLOCK
-        progress = 1.0 if self.continued else block * BLOCK / g.steps
+        progress = self.progress(block * BLOCK)
         documents = [self.text.document(block * n + i, progress) for i in range(n)]
         documents.sort(key=lambda pair: len(pair[0].tokens))
         order = np.random.default_rng((g.seed, 2, block)).permutation(BLOCK)

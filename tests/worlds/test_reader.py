@@ -151,15 +151,27 @@ def test_two_steps_are_counted_by_looking():
         side = {"left of": lambda r, c: c < column, "right of": lambda r, c: c > column,
                 "above": lambda r, c: r < row, "below": lambda r, c: r > row}[direction]
         found = [o for o in things if side(*divmod(o.cell, 3))]
-        assert q.solution.startswith(f"the {name} is at the {t.place}; ")
+        place, each = q.solution.split(f"; {direction} it ")
+        assert place == f"the {name} is at the {t.place}"
+        yes = [o for o in things if f"{o.color} {o.shape} {o.place} yes" in each.split(", ")]
+        assert each.count(", ") == len(things) - 1 == each.count("yes") + each.count("no") - 1
         if q.question.startswith("how many"):
-            assert q.answer == NUMBERS[len(found)]
-            assert all(f"{o.color} {o.shape} {o.place}" in q.solution for o in found)
+            assert q.answer == NUMBERS[len(found)] and yes == found
         else:
             near = [o for o in found if abs(o.cell // 3 - row) + abs(o.cell % 3 - column) == 1]
-            assert q.answer in {o.color for o in near}
+            assert len(yes) == 1 and yes[0] in near and q.answer == yes[0].color
         kinds.add((q.question.split()[0], direction))
     assert len(kinds) == 8
+
+
+def test_every_form_is_drawn_as_often_as_its_stage_says():
+    text = ReaderText(TOKENIZER)
+    for until, shares in reader.STAGES:
+        assert abs(sum(shares.values()) - 1) < 1e-9
+        assert all(hasattr(text, f"{form}_document") for form in {*shares} - {"scene"})
+    drawn = [text.document(i, 0.55)[0] for i in range(300)]
+    letters = sum("which letter is" in TOKENIZER.decode(d.tokens) for d in drawn)
+    assert abs(letters / 300 - 0.25) < 0.08                 # three standard errors
 
 
 def test_what_the_gate_asks_is_new_and_a_reader_who_knows_passes_it():
