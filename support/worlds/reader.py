@@ -235,7 +235,7 @@ class ReaderText(PromptText):
     def yes_no_document(self, rng: np.random.Generator) -> tuple[Document, list]:
         d, bags, things = self.scene_to_ask_about(rng)
         for _ in range(int(rng.integers(1, 4))):
-            q = self.ask(things, rng, (*KINDS, "count", "count", "position"))           # the two that are hard
+            q = self.ask(things, rng, (*KINDS, "count", "count", "position"))       # harder: these two
             pair = yes_no_questions(q, things, self.world, rng)
             for n in rng.permutation(2):
                 d.turn(QUESTION.format(pair[n]), ("yes", "no")[n])
