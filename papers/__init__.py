@@ -9,10 +9,10 @@ import inspect
 from bridges import BRIDGES, ZeroInit, ZeroInitV2
 from model import Bridge, DecoderConfig
 from papers import (albef, albef_task, blip2_stage1, chameleon, chameleon_task, clip, clipcap, cm3, coca,
-                    cogvlm, contrasts, dalle, ddpm, dpo, dvae, flava, flava_task, fromage, frozen, glide,
-                    glide_task, gligen, idefics, kosmos1, limber, llama_adapter, llava_data, magic, magma,
-                    minigpt4, mllama, pica, ppo, prompt_tuning, short, simvlm, socratic, systems, unified_io2,
-                    unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq, word)
+                    coca_task, cogvlm, contrasts, dalle, ddpm, dpo, dvae, flava, flava_task, fromage,
+                    frozen, glide, glide_task, gligen, idefics, kosmos1, limber, llama_adapter, llava_data,
+                    magic, magma, minigpt4, mllama, pica, ppo, prompt_tuning, short, simvlm, socratic,
+                    systems, unified_io2, unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq, word)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -48,8 +48,8 @@ ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen":
                 **short.TASKS, "word": word.WordTask}
 # task of a recipe that changes none of the answer task → its class
 TASKS = {"stage1": blip2_stage1.Stage1Task,
-         **{name: task for module in (clip, limber, visualbert, vilbert, vilt, albef_task, coca, simvlm, cm3,
-                                      vq, dvae, dalle, chameleon_task, glide_task, flava_task)
+         **{name: task for module in (clip, limber, visualbert, vilbert, vilt, albef_task, coca_task, simvlm,
+                                      cm3, vq, dvae, dalle, chameleon_task, glide_task, flava_task)
             for name, task in module.TASKS.items()}}
 VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
 

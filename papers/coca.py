@@ -38,10 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import IGNORE, Attend, EncoderBlock, ViT, causal_mask, merge_heads, split_heads, visible_to_bias
-from papers.choices import ChoiceTask
-from papers.clip import ClipTask, TextConfig, TextTransformer, text_tokens
+from papers.clip import PAPER, TextConfig, TextTransformer
 from papers.contrasts import clip_loss, mean_count
-from papers.recipe import Ingredients, Numbers, Recipe
+from papers.recipe import Numbers, Recipe
 
 
 class Pooler(nn.Module):
@@ -161,40 +160,13 @@ class CoCa(nn.Module):
         return y[:, 1:]
 
 
+PARTS = tuple("text pool contrast_pool image_projection text_projection blocks cross norm head".split())
 RECIPES = {name: Recipe(
     f"CoCa (2205.01917v2 §3.2): contrast + 2 · caption; the ViT is bundled and stays; {queries} read it",
     "JFT-3B and ALIGN, half a batch each", Numbers(8e-4, 65536, 500_000, 0.02, "linear", 0.01, 0.999),
-    Numbers(1.5e-3, 32, 300, weight_decay=0.05), task=name, one_file=True, trained=tuple(
-        "text pool contrast_pool image_projection text_projection blocks cross norm head".split()))
+    Numbers(1.5e-3, 32, 300, weight_decay=0.05), task=name, one_file=True, trained=PARTS)
     for name, queries in (("coca", "16 queries"), ("coca-1", "one query"))}
-
-
-class CocaTask(ChoiceTask, ClipTask):
-    """Recipe `coca`: (P8). Takes what recipe `clip-text` does; false texts are contrasted, too."""
-    queries = 16
-
-    def __init__(self, given: Ingredients):
-        self.given, self.world, self.tokenizer, self.locked = given, given.world, given.tokenizer, True
-        V, self.image_size = given.tokenizer.vocab_size, given.vit.config.image_size
-        text, n = LowerHalf(TextConfig(V + 1, context=64), pad=V), self.queries
-        self.module = CoCa(given.vit, text, joint=128, layers=2, queries=n, pool_heads=4).to(given.device)
-        guess = math.log(given.batch) + math.log(3) / 2
-        self.expect = f"(uniform guesses: contrast {guess:.2f} + 2 · captions {math.log(V):.2f})"
-
-    def tokens(self, texts: list[str]) -> Tensor:
-        t, context = self.tokenizer, self.module.text.config.context
-        return text_tokens(texts, t, context, (t.bos,), pad=t.vocab_size)
-
-    def loss(self, pixels: Tensor, tokens: Tensor, **_) -> Tensor:
-        self.last = self.module.losses(pixels, tokens, self.given.gather)
-        return self.last["contrast"] + 2 * self.last["caption"]                 #               (P8)
-
-    def scores(self, pixels: Tensor, texts: list[str]) -> dict[str, Tensor]:
-        """Of n texts for one picture: their cosines, and their likelihoods as captions."""
-        tokens = self.tokens(texts).to(pixels.device)
-        (u, G), (w, h) = self.module.see(pixels), self.module.read(tokens)
-        words = self.module.word_losses(tokens, h, G.expand(len(h), -1, -1))
-        return {"by contrast": w @ u[0], "as caption": -words.sum(1)}
-
-
-TASKS = {"coca": CocaTask, "coca-1": type("coca-1", (CocaTask,), {"queries": 1})}
+RECIPES |= {f"coca-{loss}": Recipe(
+    f"CLIP (2103.00020v1 §2.3, Fig. 2): {loss} alone teaches a new ViT, in CoCa's parts",
+    "400M pairs", PAPER, Numbers(1.5e-3, 32, 1500, weight_decay=0.05), task=f"coca-{loss}", one_file=True,
+    trained=("vit", *PARTS)) for loss in ("contrast", "caption")}

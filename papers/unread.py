@@ -16,7 +16,7 @@ UNREAD = {                          # task → the settings of the command line 
     **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),
     "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     **dict.fromkeys(PAIR_TASKS, PAIRS), **dict.fromkeys(FLAVA_TASKS, PAIRS | {"vit"}),
-    **dict.fromkeys(("coca", "coca-1"), CLIP - {"vit"}),
+    **dict.fromkeys(("coca", "coca-1", "coca-contrast", "coca-caption"), CLIP - {"vit"}),
     **dict.fromkeys(("simvlm", "simvlm-causal", "simvlm-pairs", "simvlm-linear"), CLIP),
     **dict.fromkeys(("dalle", *CHAMELEON_TASKS), (CLIP | TEXT) - {"init", "examples"}),
     "clip": CLIP - {"init"}, "clip-text": CLIP - {"vit"}, "lm": TEXT | {"lm"},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data import Processor, to_pixels
 from model import Bridge, Decoder, VLM, ViT, ViTConfig
-from papers import chameleon_task, cm3, coca, dpo, flava_task, short, simvlm
+from papers import chameleon_task, cm3, coca_task, dpo, flava_task, short, simvlm
 from papers.clip import CLIP, text_tokens
 from papers.gligen_task import take_place
 from papers.recipe import Ingredients, Task
@@ -208,7 +208,7 @@ def load_glide_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> N
 LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": load_clip_parts,
            "clip-text": load_clip_text_parts, "lm": load_text_parts,
            **dict.fromkeys(("lm-prompts", "lm-reader"), load_prompt_parts),
-           **dict.fromkeys(coca.TASKS, load_pair_parts),
+           **dict.fromkeys(coca_task.TASKS, load_pair_parts),
            **dict.fromkeys((*simvlm.TASKS, *cm3.TASKS), load_new_parts),
            **dict.fromkeys({**dpo.TASKS, **short.TASKS}, load_answer_parts), "glide": load_glide_parts,
            "fromage": load_answer_parts, "word": load_word_parts, "vlkd": load_vlkd_parts,

@@ -10,7 +10,8 @@ from conftest import golden, stir
 from data import Shapes
 from model import ViT, ViTConfig
 from papers.clip import TextConfig
-from papers.coca import CoCa, CocaTask, LowerHalf
+from papers.coca import CoCa, LowerHalf
+from papers.coca_task import TASKS, CocaTask
 from papers.recipe import Ingredients
 from support.formats.coca import empty_coca, load_coca
 from support.formats.files import Json, UserError
@@ -159,3 +160,19 @@ def test_the_task_frames_its_texts_and_scores_them():
     assert [*scores] == ["by contrast", "as caption", "chance"] and abs(scores["chance"] - 1 / 3) < 1e-6
     task.after_step()
     assert {"scale", "contrast", "caption"} <= task.metrics().keys()
+
+
+@pytest.mark.parametrize("loss, score", [("contrast", "by contrast"), ("caption", "as caption")])
+def test_one_loss_alone_teaches_a_new_vit_and_is_asked_its_own_way(loss, score):
+    vit = ViT(ViTConfig(image_size=48, width=32, layers=1, heads=2, hidden=32))
+    given = Ingredients(torch.device("cpu"), seed=0, batch=2, steps=1, world=Shapes("train"), vit=vit,
+                        tokenizer=shapes_tokenizer(), contrastive_pair=contrastive_pair,
+                        open_held_out=lambda: Shapes("test"))
+    task = TASKS[f"coca-{loss}"](given)
+    task.freeze((), torch.float32)
+    assert not torch.equal(task.module.vit.patch.weight, vit.patch.weight)      # not the bundled one
+    found = task.loss(**task.batch(0)[0])
+    torch.testing.assert_close(found, task.last[loss])
+    found.backward()
+    assert task.module.vit.patch.weight.grad.abs().sum() > 0
+    assert [*task.check(4)] == [score, "chance"]
