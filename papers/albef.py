@@ -94,8 +94,8 @@ class Towers(nn.Module):
         return text                                                             # H
 
     def embed(self, picture: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        return (F.normalize(self.image_projection(picture[:, 0]), dim=-1),
-                F.normalize(self.text_projection(text[:, 0]), dim=-1))
+        return (F.normalize(self.image_projection(picture[:, 0]).float(), dim=-1),
+                F.normalize(self.text_projection(text[:, 0]).float(), dim=-1))
 
     def word_logits(self, picture: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """(B, T, V)."""

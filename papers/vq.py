@@ -67,12 +67,13 @@ class VQ(nn.Module):
         self.quant, self.post_quant = conv1(c.latent, c.width), conv1(c.width, c.latent)
 
     def prequant(self, pixels: Tensor) -> Tensor:
-        return self.quant(self.encoder(pixels))                                 # z (B, E, s, s)
+        return self.quant(self.encoder(pixels)).float()                         # z (B, E, s, s)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """(B, E, s, s) → (B, s, s) int64."""
-        flat = z.movedim(1, -1)
-        return (self.codes.square().sum(1) - 2 * flat @ self.codes.T).argmin(-1)                # (V1)
+        """(B, E, s, s) → (B, s, s) int64. In float32: a difference of squares loses bfloat16's few digits."""
+        flat = z.movedim(1, -1).float()
+        with torch.autocast(z.device.type, enabled=False):
+            return (self.codes.square().sum(1) - 2 * flat @ self.codes.T).argmin(-1)            # (V1)
 
     def look_up(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.codes).movedim(-1, 1)                      # e_q (B, E, s, s)

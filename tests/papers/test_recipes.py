@@ -68,6 +68,14 @@ def test_a_miniature_run_of_each_first_stage(name, tmp_path):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("name", FIRST_STAGES)
+def test_a_step_of_each_first_stage_in_bfloat16(name, tmp_path):
+    """As a machine whose processor is fast in bfloat16 trains: what a step keeps for the next is float32."""
+    run("--recipe", name, "--steps", 2, "--warmup", "0", out=tmp_path,
+        more=["--dtype", "bfloat16", "--batch", "4", "--eval-items", "2"])
+    assert np.isfinite(losses(tmp_path)).all() and len(losses(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("system", [pytest.param(name, marks=[pytest.mark.slow] * (name != "llava"))
                                     for name in train.SYSTEMS])
 def test_a_system_runs_through_its_stages_and_each_starts_from_the_last(system, tmp_path):
