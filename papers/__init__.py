@@ -23,7 +23,7 @@ from papers.gligen_task import GligenTask
 from papers.idefics import Idefics
 from papers.kosmos1 import Kosmos1
 from papers.limber import Limber
-from papers.llama_adapter import ZeroInitV1
+from papers.llama_adapter import OneSoftmax, ZeroInitV1
 from papers.magma import Magma
 from papers.minigpt4 import MiniGPT4, MiniGPT4Llama2
 from papers.prompt_tuning import PrefixTuning, PromptTuning
@@ -51,7 +51,7 @@ TASKS = {"stage1": blip2_stage1.Stage1Task,
          **{name: task for module in (clip, limber, visualbert, vilbert, vilt, albef_task, coca_task, simvlm,
                                       cm3, vq, dvae, dalle, chameleon_task, glide_task, flava_task)
             for name, task in module.TASKS.items()}}
-VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2}}           # --option version=1
+VERSIONS = {"zero_init": {0: ZeroInit, 1: ZeroInitV1, 2: ZeroInitV2, 3: OneSoftmax}}
 
 
 def arguments(kind: type[Bridge]) -> dict[str, str]:
@@ -70,7 +70,8 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, /, 
     if name not in ALL_BRIDGES:
         raise ValueError(f'unknown bridge "{name}"; {nearest(name, ALL_BRIDGES)}')
     versions = VERSIONS.get(name, {})
-    version = options.get("version", max(versions, default=None))
+    usual = next((v for v, kind in versions.items() if kind is ALL_BRIDGES[name]), None)
+    version = options.get("version", usual)
     if versions and version not in [*versions]:
         *first, last = versions
         raise ValueError(f"{name} has version {', '.join(map(str, first))} and {last}, not {version!r}.")

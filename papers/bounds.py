@@ -20,7 +20,7 @@ OPTIONS = {             # an option of a bridge → its bounds; every other whol
     **dict.fromkeys(("queries", "latents", "vocab", "times"), dict(least=0, most=2**20)),       # 0: has none
     "middle": dict(least=0, most=1000),
     "reads": dict(least=-1000, most=1000),              # a layer of the ViT, negative from the last one
-    "version": dict(least=0, most=2),
+    "version": dict(least=0, most=3),
     "dropout": dict(least=0, below=1),
     "pairs": dict(least=0, most=1),                     # a share
     **dict.fromkeys(("distance", "contrast"), dict(least=0, most=1000)),                # weights of losses

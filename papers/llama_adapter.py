@@ -2,16 +2,19 @@
 question can steer it.
 
 The chapter in bridges.py has the prompts and their gates (`ZeroInit`, version 0: text alone) and the image of
-the second version (`ZeroInitV2`). This file has the image of the first; `make_bridge("zero_init", …,
-version=0 | 1 | 2)` builds each.
+the second version (`ZeroInitV2`). This file has the image of the first, and attention without zero-init;
+`make_bridge("zero_init", …, version=0 | 1 | 2 | 3)` builds each.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bridges import ZeroInit, image_of_each_row
-from model import DecoderConfig, ImagePositions
+from bridges import ZeroInit, ZeroInitV2, image_of_each_row
+from model import DecoderConfig, ImagePositions, causal_mask, split_heads, visible_to_bias
 
 
 class ZeroInitV1(ZeroInit):
@@ -41,3 +44,50 @@ class ZeroInitV1(ZeroInit):
     def see(self, features: Tensor, where: ImagePositions | None = None) -> Tensor:
         image = self.up(F.silu(self.down(features[:, :1])))                     # (ΣM, 1, D)   (Z4)
         return image_of_each_row(image, where)
+
+
+class OneSoftmax(ZeroInitV2):
+    """Attention without zero-init: prompts and words share one softmax, and nothing gates it.
+
+    (Z5)  y = softmax([q k(P_l + I)ᵀ ; q kᵀ] / √E) [v(P_l + I) ; v]             in the place of (Z1) and (Z2)
+
+    The paper's ablation "rand-init attention" (§4.2, ScienceQA 40.77 against 83.85) does not say what it
+    replaces the zero gates by. One reading is gates that start at random (gate_init="random"), the other this
+    one: what the gates were added to. From the first step on, prompts drawn at random take part in it.
+    """
+
+    def __init__(self, decoder: DecoderConfig, vision_width: int, prompts: int = 10, adapted: int = 30,
+                 width: int = 768, depth: int = 8, heads: int = 16, mlp: int = 4):
+        super().__init__(decoder, vision_width, prompts, adapted, width=width, depth=depth, heads=heads,
+                         mlp=mlp)
+        self.gate = None
+        self.kv_heads, self.kv_width = decoder.kv_heads, decoder.kv_heads * decoder.head_width
+
+    def see(self, features: Tensor, where: ImagePositions | None = None) -> dict:
+        return {"image": super().see(features, where)}
+
+    def beside(self, *_) -> None:
+        return None
+
+    def around(self, layer: int, part: str, f: Callable[..., Tensor], visual: dict | None, *x) -> Tensor:
+        if visual is None or layer < self.first or part not in ("qkv", "attend"):
+            return f(*x)
+        if part == "qkv":                               # the layer's own projections, without RoPE
+            p = self.prompts[layer - self.first] + visual["image"]              # (B, Q, D)
+            visual["kv"] = f(p)[..., -2 * self.kv_width:].chunk(2, dim=-1)
+            return f(*x)
+        q, k, v, bias, causal = x                                               # (B, H, T|S, E), the mask
+        K, V = (split_heads(y, self.kv_heads).repeat_interleave(k.shape[1] // self.kv_heads, dim=1)
+                for y in visual["kv"])                                          # (B, H, Q, E)
+        if causal:
+            bias = visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype)
+        if bias is not None:
+            bias = F.pad(bias, (K.shape[2], 0))                                 # every word sees the prompts
+        return f(q, torch.cat((K, k), dim=2), torch.cat((V, v), dim=2), bias, False)            # (Z5)
+
+    def gates(self) -> None:
+        return None
+
+    @property
+    def gated_layers(self) -> list[int]:
+        return []

@@ -20,7 +20,7 @@ from papers.llama_adapter import ZeroInitV1
 from conftest import SMALL, TINY, TINY_VIT, check, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
 from eval import generate_ids
 from model import (Bridge, Cache, Context, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM,
-                   ViTConfig, next_token_loss, rope_frequencies)
+                   ViTConfig, merge_heads, next_token_loss, rope_frequencies, split_heads)
 from support.formats.adapter import VISUAL_NAMES
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, write_tensors
@@ -411,6 +411,30 @@ def test_the_papers_concatenation_with_two_softmaxes_is_our_added_term(tanh):
     assert (mine - attention(x, None, l, Context(cos, sin, causal=True, bridge=Bridge()))).abs().max() > 1e-2
 
 
+def test_without_zero_init_prompts_and_words_share_one_softmax():
+    """(Z5) against its own sum, and an equality that needs both: with the gate of (Z2) at the odds of the
+    prompts, y = (Z_p y_p + Z_w y_w) / (Z_p + Z_w), where Z are the sums of exp(scores)."""
+    decoder, l = tiny_decoder(), 3
+    options = dict(prompts=4, adapted=2, width=16, depth=2, heads=2)
+    bridge = stir(make_bridge("zero_init", TINY, 20, version=3, **options))
+    attention, x = decoder.layers[l].attention, torch.randn(1, 5, 32, generator=G())
+    cos, sin = torch.ones(1, 1, 5, 8), torch.zeros(1, 1, 5, 8)                  # RoPE does not turn
+    with torch.no_grad():
+        visual = bridge.see(images(1))
+        assert (visual["image"] - bridge.see(images(1, 1))["image"]).abs().max() > 1e-2
+        found = attention(x, visual, l, Context(cos, sin, causal=True, bridge=bridge))
+        q, k, v = (split_heads(f(x), n) for f, n in ((attention.q, 4), (attention.k, attention.kv_heads),
+                                                     (attention.v, attention.kv_heads)))
+        k, v = attention.widen(k), attention.widen(v)
+        pk, pv = attention.project(bridge.prompts[l - bridge.first] + visual["image"])
+        own, words = (q @ y.transpose(-2, -1) / math.sqrt(8) for y in (pk, k))
+        own, words = own.exp(), words.exp().tril()
+        total = own.sum(-1, keepdim=True) + words.sum(-1, keepdim=True)
+        expected = attention.o(merge_heads((own @ pv + words @ v) / total))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)       # float32, another order
+    assert bridge.gates() is None and "gate" not in dict(bridge.named_parameters())
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_one_vector_for_the_image_cannot_be_steered_by_the_question_and_one_per_prompt_can(version):
     """Version 1 adds the same I to every prompt: q·k(I) is equal for all of them and cancels in the softmax,
@@ -725,7 +749,8 @@ def test_a_wrong_number_of_images_is_said_in_words():
 # 1e-4 below: float32 through four layers whose matrices have other shapes, on logits of order 1 to 10
 
 VARIANTS = [*[(name, {}) for name in SMALL], ("zero_init", dict(version=0)), ("zero_init", dict(version=1)),
-            ("flamingo", dict(see_all=True)), ("flamingo", dict(every=1, first=0, times=2)),
+            ("zero_init", dict(version=3)), ("flamingo", dict(see_all=True)),
+            ("flamingo", dict(every=1, first=0, times=2)),
             ("idefics", dict(latents=0, qk_norm=False, vector_gates=True)),
             ("cogvlm", dict(full_mask=True, every=2)), ("cogvlm", dict(bias=True, mlp=False)),
             ("visualgpt", dict(mix="sigmoid", tau=0.0)), ("vcgpt", dict(fuse="inside")),
@@ -918,7 +943,7 @@ def test_a_bridge_owns_all_of_its_parameters_and_the_decoder_none():
         ("zero_init", dict(adapted=5), "topmost 5 layers, but the decoder has 4"),
         ("zero_init", dict(adapted=0), "adapted=1..4"),
         ("zero_init", dict(adapted=2, gate_per="heads"), '"head" or "layer", not "heads"'),
-        ("zero_init", dict(adapted=2, version=3), "0, 1 and 2, not 3"),
+        ("zero_init", dict(adapted=2, version=4), "0, 1, 2 and 3, not 4"),
         ("mapl", dict(width=10, heads=3), "10.*3"),
         ("qformer", dict(width=10, heads=3), "10.*3"),
         ("zero_init", dict(adapted=2, width=10, heads=3), "10.*3"),
