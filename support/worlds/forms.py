@@ -93,7 +93,8 @@ class ShapesChoices(Shapes):
 class ShapesReasons(Shapes):
     """Reasoning, then the answer: "a large blue ring at the middle center: blue".
 
-    The reasoning is the picture's caption; training gets `turns` questions a picture.
+    The reasoning is a question's solution, or else the picture's caption; training gets `turns` questions a
+    picture.
     """
     name, says_scenes, form = "shapes-reasons", False, "{0}: {1}"
 
@@ -102,7 +103,8 @@ class ShapesReasons(Shapes):
         rng = np.random.default_rng((self.seed, self.splits.index(self.split), index, 1))
         if turns is None:
             return item
-        qas = [replace(q, answer=self.form.format(item.captions[0], q.answer)) for q in item.qas]
+        written = (self.form.format(q.solution or item.captions[0], q.answer) for q in item.qas)
+        qas = [replace(q, answer=text) for q, text in zip(item.qas, written)]
         return replace(item, qas=[qas[i] for i in rng.permutation(len(qas))[:turns]])
 
 

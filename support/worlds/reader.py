@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from data import (CAPTION, COLORS, KINDS, NUMBERS, QA, QUESTION, SHAPES, Document, Item, Shapes, Thing,
-                  caption_scene, choose, place_phrase, unique)
+from data import (CAPTION, COLORS, KINDS, QA, QUESTION, SHAPES, Document, Item, Shapes, Thing,
+                  caption_scene, choose, place_phrase)
 from model import Decoder
 from papers.recipe import Numbers, Recipe
 from support.formats.benchmarks import scienceqa_text
@@ -19,6 +19,7 @@ from support.formats.tokenizers import Tokenizer
 from support.worlds import prompts
 from support.worlds.forms import ShapesChoices, true_and_false
 from support.worlds.prompts import PromptText
+from support.worlds.steps import two_step_question
 from support.worlds.text import EMPTY, STYLES, ShapesText, TextTask, describe_scene, measure_reading
 
 STAGES = (                  # up to this share of the training, so many of the texts have these forms
@@ -35,48 +36,11 @@ SLOTS = 17                                              # the longest picture: s
 CONSONANTS, VOWELS = "bdfgklmnprtvz", "aeiou"
 MADE_UP = [word for a in CONSONANTS for b in VOWELS for c in CONSONANTS
            if a != c and (word := a + b + c) not in ("red", "top")]
-WHERE = {                           # direction → whether o stands there of t, and the step to the next cell
-    "left of": (lambda t, o: o.cell % 3 < t.cell % 3, -1),
-    "right of": (lambda t, o: o.cell % 3 > t.cell % 3, 1),
-    "above": (lambda t, o: o.cell // 3 < t.cell // 3, -3),
-    "below": (lambda t, o: o.cell // 3 > t.cell // 3, 3)}
 
 
 def made_up_words(held_out: bool) -> list[str]:
     """The words of training, or every fifth, which no training meets."""
     return [w for n, w in enumerate(MADE_UP) if (n % 5 == 0) == held_out]
-
-
-def name_thing(things: list[Thing], rng: np.random.Generator) -> tuple[Thing, str] | None:
-    """A thing, and words that are true of it alone: its shape, its pair or its colour."""
-    forms = {"{0.shape}": lambda o: o.shape, "{0.color} {0.shape}": lambda o: o.pair,
-             "{0.color} object": lambda o: o.color}
-    form = str(choose([*forms], rng))
-    t = choose(unique(things, things, forms[form]), rng)
-    return t and (t, form.format(t))
-
-
-def two_step_question(things: list[Thing], rng: np.random.Generator) -> QA | None:
-    """Where a thing is, then what stands beside it; `solution` says where, and asks each thing of the scene:
-
-    how many things are left of the ring?  the ring is at the top right; left of it red cross top left yes, …
-    which color is the thing below the red cross?  the red cross is at the top left; below it red cross top …
-    """
-    named, direction = name_thing(things, rng), str(choose([*WHERE], rng))
-    if named is None:
-        return None
-    (t, words), (there, step) = named, WHERE[direction]
-    if rng.random() < 0.5:
-        found = [o for o in things if there(t, o)]
-        question, answer = f"how many things are {direction} the {words}?", NUMBERS[len(found)]
-    else:
-        found = [o for o in things if o.cell == t.cell + step and there(t, o)]
-        if not found:
-            return None
-        question, answer = f"which color is the thing {direction} the {words}?", found[0].color
-    each = ", ".join(f"{o.color} {o.shape} {o.place} {'yes' if o in found else 'no'}" for o in things)
-    solution = f"the {words} is at the {t.place}; {direction} it {each}"
-    return QA("two steps", question, answer, solution=solution)
 
 
 class ReaderText(PromptText):

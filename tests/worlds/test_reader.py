@@ -11,7 +11,8 @@ from data import COLORS, NUMBERS, PLACES, SHAPES, Shapes, Thing
 from model import IGNORE, IMAGE
 from support.formats.files import read_json
 from support.worlds import reader
-from support.worlds.reader import MADE_UP, ReaderText, made_up_words, measure_reader, two_step_question
+from support.worlds.reader import MADE_UP, ReaderText, made_up_words, measure_reader
+from support.worlds.steps import ShapesSteps, ShapesStepsAnswers, two_step_question
 from support.worlds.text import EMPTY, shapes_tokenizer
 
 TOKENIZER = shapes_tokenizer()
@@ -162,6 +163,21 @@ def test_two_steps_are_counted_by_looking():
             assert len(yes) == 1 and yes[0] in near and q.answer == yes[0].color
         kinds.add((q.question.split()[0], direction))
     assert len(kinds) == 8
+
+
+def test_pictures_are_asked_in_two_steps_before_the_answer_or_behind_it():
+    asked = 0
+    for i in range(40):
+        first, after, plain = (kind("test").item(i, turns) for kind, turns in (
+            (ShapesSteps, 2), (ShapesStepsAnswers, 2), (ShapesSteps, None)))
+        assert (first.image == Shapes("test").item(i).image).all()
+        for q, r in zip(first.qas, after.qas, strict=True):
+            steps, answer = q.answer.split(": ")
+            assert q.solution == steps and r.answer == f"{answer}: {steps}" and answer == q.answers[0]
+            assert all(place in PLACES for place in re.findall(r"(\w+ \w+) (?:yes|no)", steps))
+            asked += 1
+        assert all(q.answer == q.answers[0] for q in plain.qas)
+    assert asked > 60
 
 
 def test_every_form_is_drawn_as_often_as_its_stage_says():
