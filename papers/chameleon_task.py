@@ -119,6 +119,40 @@ class ChameleonTask(Task):
         return {"results.json": {"drawing": shares, "answers": right, "stability": held}}
 
 
+class ModalityTask(ChameleonTask):
+    """Fine-tuning on captions that are answered by a picture or by words, as the request says (§3).
+
+    Where the modalities are unbalanced, the paper says, a model learns a prior of writing the commoner one.
+    `pictures`: the share of the requests that ask for one.
+    """
+    pictures, wanted = 0.5, {True: "\nPicture:", False: "\nWords:"}
+
+    def document(self, ids: list[int], item: data.Item, draws: bool) -> data.Document:
+        """The caption, what is wanted of it, then its picture, or its words in another order."""
+        number = int(item.id.split("-")[1])
+        draws = (number * 0.6180339887) % 1 < self.pictures                     # spread evenly
+        d = data.Document(self.words).add(item.captions[0] + self.wanted[draws])
+        return d.ids(ids, learn=True).end() if draws else d.add(" " + item.captions[1], learn=True).end()
+
+    @torch.no_grad()
+    def report(self, out: Path) -> dict[str, dict]:
+        """Mean P(<boi>), the first token of a picture, behind held-out captions and each request, or none."""
+        world, found = data.Shapes(self.world.held_out, self.given.seed), {}
+        captions = [world.item(i).captions[0] for i in range(self.given.eval_items)]
+        asks = {"asked for a picture": self.wanted[True], "asked for words": self.wanted[False],
+                "not said": "\n"}
+        for name, request in asks.items():
+            prompts = [data.Document(self.words).add(caption + request) for caption in captions]
+            tokens, _, mask = data.collate(prompts, left=True)
+            logits = self.module(tokens.to(self.given.device), mask.to(self.given.device))[:, -1]
+            found[name] = logits.float().softmax(-1)[:, self.boi].mean().item()
+        print("mean probability that a picture follows: "
+              + ",  ".join(f"{name} {100 * p:.1f} %" for name, p in found.items()))
+        return {"results.json": found}
+
+
 CHANGES = {"chameleon": {}, "chameleon-no-qk": {"qk_norm": torch.nn.Identity},
            "chameleon-no-z": {"z_weight": 0.0}, "chameleon-z": {"z_weight": 1000 * Z_WEIGHT}}
-TASKS = {name: type(name, (ChameleonTask,), change) for name, change in CHANGES.items()}
+TASKS = {name: type(name, (ChameleonTask,), change) for name, change in CHANGES.items()} | {
+    "chameleon-even": ModalityTask,
+    "chameleon-words": type("chameleon-words", (ModalityTask,), {"pictures": 0.05})}

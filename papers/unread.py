@@ -10,7 +10,8 @@ TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "check
 PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
 PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
               "vilt-unaligned", "albef", "albef-fused", "albef-easy", "albef-untaught")     # papers/masked.py
-CHAMELEON_TASKS = ("chameleon", "chameleon-no-qk", "chameleon-no-z", "chameleon-z")
+CHAMELEON_TASKS = ("chameleon", "chameleon-no-qk", "chameleon-no-z", "chameleon-z",
+                   "chameleon-even", "chameleon-words")
 FLAVA_TASKS = ("flava-2", "flava-pairs", "flava-contrast", "flava-local")
 UNREAD = {                          # task → the settings of the command line that it does not read
     **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),

@@ -14,7 +14,7 @@ from conftest import TINY, check, golden, stir
 from model import Decoder
 from papers.chameleon import (SIZE_34B, SIZE_7B, Z_WEIGHT, Chameleon, Only, QKLayerNorm, chameleon_loss,
                               z_loss)
-from papers.chameleon_task import ChameleonTask
+from papers.chameleon_task import TASKS, ChameleonTask
 from papers.recipe import Ingredients
 from papers.vq import VQ, vq_loss
 from papers.vq_nets import VQConfig
@@ -158,3 +158,20 @@ def test_inside_a_picture_codes_alone_and_outside_words_alone(task):
     assert (codes >= task.first).all() and (words < task.words.vocab_size).all()
     report = task.report(None)["results.json"]
     assert 0 <= report["answers"]["right"] <= 1 and set(report["drawing"]) == {"drawn", "chance"}
+
+
+@pytest.mark.parametrize("name, least, most", [("chameleon-even", 90, 110), ("chameleon-words", 6, 14)])
+def test_a_request_says_what_follows_and_its_share_is_the_recipes(task, name, least, most, tmp_path, capsys):
+    tuned, found = TASKS[name](task.given), 0
+    for step in range(50):
+        for tokens, labels in zip(*(tuned.batch(step)[0][key] for key in ("tokens", "labels"))):
+            text = tuned.words.decode([t for t in tokens.tolist() if t < tuned.boi])
+            learned = labels[labels != -100]
+            drawn = bool(learned[0] == tuned.boi)
+            assert ("\nPicture:" in text) == drawn and ("\nWords:" in text) != drawn
+            assert len(learned) == 12 if drawn else (learned < tuned.boi).all()     # 9 codes and 3 marks
+            found += drawn
+    assert least <= found <= most                       # of 200
+    result = tuned.report(tmp_path)["results.json"]
+    assert [*result] == ["asked for a picture", "asked for words", "not said"]
+    assert all(0 < p < 1 for p in result.values()) and "not said" in capsys.readouterr().out

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from support.lab.claims import TrainedArm
 
 SMALL, LARGE, ERROR = Number("small things found"), Number("large things found"), Number("error", "a pixel")
+ASKED, WORDS, UNSAID = Number("asked for a picture"), Number("asked for words"), Number("not said")
 LOG_Z, SCORE = Number("log Z", "nats"), Number("score", "the largest")
 
 
@@ -30,12 +31,20 @@ def chameleon(recipe: str) -> Arm:
     return Arm(("--recipe", recipe, "--steps", "40", "--batch", "8"), start="VQ", measures=("stability",))
 
 
+def tuned(recipe: str) -> Arm:
+    """Behind a caption a picture or words are asked for; how likely is a picture?"""
+    flags = ("--recipe", recipe, "--batch", "16", "--eval-items", "200")
+    return Arm(flags, start="VQ", measures=("modality",))
+
+
 ARMS = {"VQ": Arm(CODES, measures=("painted",)),
         "Chameleon": chameleon("chameleon-2"), "Chameleon, no QK-norm": chameleon("chameleon-no-qk"),
         "Chameleon, no z-loss": chameleon("chameleon-no-z"),
-        "Chameleon, z-loss 0.01": chameleon("chameleon-z")}
-MEASUREMENTS = {"painted": measure_results, "stability": measure_stability}
-MEASURED = {"painted": {SMALL.name, LARGE.name, ERROR.name}, "stability": {LOG_Z.name, SCORE.name}}
+        "Chameleon, z-loss 0.01": chameleon("chameleon-z"),
+        "half pictures": tuned("chameleon-even"), "1 picture in 20": tuned("chameleon-words")}
+MEASUREMENTS = {"painted": measure_results, "modality": measure_results, "stability": measure_stability}
+MEASURED = {"painted": {SMALL.name, LARGE.name, ERROR.name}, "stability": {LOG_Z.name, SCORE.name},
+            "modality": {ASKED.name, WORDS.name, UNSAID.name}}
 CLAIMS = {
     "vq": Claim(
         says="Codes lose what is small.",
@@ -51,4 +60,12 @@ CLAIMS = {
             Expectation(Side("Chameleon, no z-loss", LOG_Z), ">", Side("Chameleon, z-loss 0.01", LOG_Z)),
         ),
         columns=(SCORE, LOG_Z)),
+    "modality": Claim(
+        says="Fine-tuning with few pictures teaches a prior against them, whatever is asked.",
+        source="document 3; Chameleon, §3, on balancing modalities, without numbers",
+        expect=(
+            Expectation(Side("half pictures", UNSAID), ">", Side("1 picture in 20", UNSAID)),
+            Expectation(Side("half pictures", ASKED), ">", Side("1 picture in 20", ASKED)),
+        ),
+        columns=(ASKED, WORDS, UNSAID)),
 }
