@@ -23,13 +23,15 @@ from support.worlds.steps import two_step_question
 from support.worlds.text import EMPTY, STYLES, ShapesText, TextTask, describe_scene, measure_reading
 
 STAGES = (                  # up to this share of the training, so many of the texts have these forms
-    (0.5, {"scene": 0.14, "pages": 0.14, "pica": 0.05, "word": 0.2, "letters": 0.1, "choices": 0.16,
-           "yes_no": 0.07, "steps": 0.1, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}),
-    (0.57, {"scene": 0.1, "pages": 0.06, "pica": 0.01, "word": 0.06, "letters": 0.25, "choices": 0.12,
-            "yes_no": 0.15, "steps": 0.25}),            # which letter stands before a word comes first
-    (1.0, {"scene": 0.08, "pages": 0.06, "pica": 0.01, "word": 0.05, "letters": 0.06, "choices": 0.32,
-           "yes_no": 0.14, "steps": 0.28}))
-DRILLS = 0.5                # of the new forms' scenes have one or two things, of contexts the answer
+    (0.51, {"scene": 0.14, "pages": 0.14, "pica": 0.05, "word": 0.2, "letters": 0.1, "choices": 0.16,
+            "yes_no": 0.07, "steps": 0.1, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}),
+    (0.58, {"scene": 0.1, "pages": 0.06, "pica": 0.01, "word": 0.06, "letters": 0.25, "choices": 0.12,
+            "yes_no": 0.15, "steps": 0.25}),            # which letter stands before a word comes first, …
+    (0.7, {"scene": 0.08, "pages": 0.06, "pica": 0.01, "word": 0.05, "letters": 0.06, "choices": 0.32,
+           "yes_no": 0.14, "steps": 0.28}),             # … then the letter of an answer
+    (1.0, {"scene": 0.08, "pages": 0.06, "pica": 0.02, "word": 0.1, "letters": 0.02, "choices": 0.34,
+           "yes_no": 0.1, "steps": 0.26, "instruction": 0.005, "caption": 0.0075, "socratic": 0.0075}))
+DRILLS = 0.25               # of the new forms' scenes have one or two things, of contexts the answer
 REASON = "\nQuestion: {} Reason:"                       # asks for the way to the answer, then the answer
 ASKED = (*KINDS, "count", "position", "shape")          # kinds, each as likely as it stands here
 SLOTS = 17                                              # the longest picture: so many positions
@@ -172,7 +174,8 @@ class ReaderText(PromptText):
         d, bags, things = self.scene_to_ask_about(rng)
         form = str(rng.choice(["QCM-A", "QCM-LEA", "QCM-ALE"], p=[0.8, 0.12, 0.08]))
         for _ in range(int(rng.integers(2, 5))):
-            q = letter_question(self.ask(things, rng), things, rng)
+            q = self.ask(things, rng, (*ASKED, "count", "position"))
+            q = letter_question(q, things, rng)
             if rng.random() < DRILLS:                   # the context says the answer, its letter is asked for
                 q = replace(q, hint=q.answer)
             if form == "QCM-A" and rng.random() < 0.8:
