@@ -64,10 +64,10 @@ class ShapesPlaces(Shapes):
 class ShapesChoices(Shapes):
     """Multiple choice in ScienceQA's form, for training `turns` questions a picture.
 
-    The lecture says how to find the answer, the solution describes the picture:
+    The lecture says how to find the answer, the solution describes the picture and says the answer in words:
     Question: what color is the ring? Context: N/A Options: (A) red (B) blue (C) cyan (D) white
     Answer: Look at each place. There is a small red square at the top left and a large blue ring at the
-    middle center. The answer is B.
+    middle center: blue. The answer is B.
     """
     name, says_scenes = "shapes-choices", False
     options = {"existence": ("yes", "no"), "count": NUMBERS, "color": tuple(COLORS), "shape": SHAPES,
@@ -87,7 +87,7 @@ class ShapesChoices(Shapes):
         options = [q.answer, *(others[i] for i in rng.permutation(len(others))[:3])]
         options = tuple(options[i] for i in rng.permutation(len(options)))
         return replace(q, choices=options, correct=options.index(q.answer), lecture="Look at each place.",
-                       solution=f"There is {item.captions[0]}.")
+                       solution=f"There is {item.captions[0]}: {q.answer}.")
 
 
 class ShapesReasons(Shapes):
