@@ -22,14 +22,14 @@ def measure_words_and_pairs(arm: TrainedArm) -> dict[str, float]:
     return dict(read_json(arm.run / "results.json"))
 
 
-def stream(recipe: str) -> Arm:
-    return Arm(("--recipe", recipe, "--eval-items", "200"), measures=("words and pairs",))
+def stream(recipe: str, steps: str = "1000") -> Arm:
+    return Arm(("--recipe", recipe, "--steps", steps, "--eval-items", "200"), measures=("words and pairs",))
 
 
 ARMS = {"VisualBERT": stream("visualbert"), "VisualBERT, late fusion": stream("visualbert-late"),
         "VisualBERT, words alone": stream("visualbert-words"),
         "ViLBERT": stream("vilbert"), "ViLBERT, equal depths": stream("vilbert-equal"),
-        "ViLT": stream("vilt"), "ViLT, unaligned": stream("vilt-unaligned")}
+        "ViLT": stream("vilt", "500"), "ViLT, unaligned": stream("vilt-unaligned", "500")}
 MEASUREMENTS = {"words and pairs": measure_words_and_pairs}
 MEASURED = {"words and pairs": {number.name for number in (WORDS, OTHER, PAIRS, CELL)}}
 CLAIMS = {
