@@ -2,7 +2,7 @@
 
 CLIP (2103.00020v1, §2.3, Fig. 2) reports how many pictures a new encoder needs: a contrast learned 12 times
 as fast as a language model over captions. Recipes `coca-contrast` and `coca-caption` teach a new ViT by one
-loss each, in the same parts, and are asked alike: which of three texts is a picture's own.
+loss each, in the same parts; a linear probe then says what the ViT has learned to see.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from model import ViT
 from papers.choices import ChoiceTask
 from papers.clip import ClipTask, TextConfig, text_tokens
 from papers.coca import CoCa, LowerHalf
+from papers.linear_probe import linear_probe
 from papers.recipe import Ingredients
 
 
@@ -52,6 +53,14 @@ class CocaTask(ChoiceTask, ClipTask):
         words = self.module.word_losses(tokens, h, G.expand(len(h), -1, -1))
         found = {"contrast": ("by contrast", w @ u[0]), "caption": ("as caption", -words.sum(1))}
         return dict(found[name] for name in self.weights)
+
+    def check(self, count: int = 100) -> dict[str, float]:
+        """Of a new ViT also what a linear probe reads off one token: colour, shape and place of a thing."""
+        found = super().check(count)
+        if not self.locked:
+            read = linear_probe(self.module.vit, train=1000, test=500)
+            found["probe"] = (read["color"] + read["shape"] + read["place"]) / 3
+        return found
 
 
 TASKS = {"coca": CocaTask, **{name: type(name, (CocaTask,), change) for name, change in {

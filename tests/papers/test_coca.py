@@ -175,4 +175,5 @@ def test_one_loss_alone_teaches_a_new_vit_and_is_asked_its_own_way(loss, score):
     torch.testing.assert_close(found, task.last[loss])
     found.backward()
     assert task.module.vit.patch.weight.grad.abs().sum() > 0
-    assert [*task.check(4)] == [score, "chance"]
+    found = task.check(4)
+    assert [*found] == [score, "chance", "probe"] and 0 < found["probe"] < 1
