@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from data import (CAPTION, COLORS, KINDS, QA, QUESTION, SHAPES, Document, Item, Shapes, Thing,
-                  caption_scene, choose, place_phrase)
+                  caption_scene, choose, place_phrase, unique)
 from model import Decoder
 from papers.recipe import Numbers, Recipe
 from support.formats.benchmarks import scienceqa_text
@@ -23,14 +23,16 @@ from support.worlds.steps import two_step_question
 from support.worlds.text import EMPTY, STYLES, ShapesText, TextTask, describe_scene, measure_reading
 
 STAGES = (                  # up to this share of the training, so many of the texts have these forms
-    (0.51, {"scene": 0.14, "pages": 0.14, "pica": 0.05, "word": 0.2, "letters": 0.1, "choices": 0.16,
+    (0.39, {"scene": 0.14, "pages": 0.14, "pica": 0.05, "word": 0.2, "letters": 0.1, "choices": 0.16,
             "yes_no": 0.07, "steps": 0.1, "instruction": 0.01, "caption": 0.015, "socratic": 0.015}),
-    (0.58, {"scene": 0.1, "pages": 0.06, "pica": 0.01, "word": 0.06, "letters": 0.25, "choices": 0.12,
+    (0.45, {"scene": 0.1, "pages": 0.06, "pica": 0.01, "word": 0.06, "letters": 0.25, "choices": 0.12,
             "yes_no": 0.15, "steps": 0.25}),            # which letter stands before a word comes first, …
-    (0.7, {"scene": 0.08, "pages": 0.06, "pica": 0.01, "word": 0.05, "letters": 0.06, "choices": 0.32,
-           "yes_no": 0.14, "steps": 0.28}),             # … then the letter of an answer
-    (1.0, {"scene": 0.12, "pages": 0.06, "pica": 0.02, "word": 0.08, "letters": 0.01, "choices": 0.36,
-           "yes_no": 0.08, "steps": 0.25, "instruction": 0.005, "caption": 0.0075, "socratic": 0.0075}))
+    (0.72, {"scene": 0.1, "pages": 0.07, "pica": 0.02, "word": 0.08, "letters": 0.03, "choices": 0.33,
+            "yes_no": 0.1, "steps": 0.25, "instruction": 0.005, "caption": 0.0075, "socratic": 0.0075}),
+    (0.9, {"scene": 0.2, "pages": 0.1, "pica": 0.04, "word": 0.05, "letters": 0.01, "choices": 0.27,
+           "yes_no": 0.12, "steps": 0.19, "instruction": 0.005, "caption": 0.0075, "socratic": 0.0075}),
+    (1.0, {"places": 0.35, "scene": 0.15, "pages": 0.1, "pica": 0.04, "word": 0.05, "letters": 0.01,
+           "choices": 0.14, "yes_no": 0.06, "steps": 0.1}))     # … and the style "place" last
 DRILLS = 0.25               # of the new forms' scenes have one or two things, of contexts the answer
 REASON = "\nQuestion: {} Reason:"                       # asks for the way to the answer, then the answer
 ASKED = (*KINDS, "count", "position", "shape")          # kinds, each as likely as it stands here
@@ -48,6 +50,7 @@ def made_up_words(held_out: bool) -> list[str]:
 class ReaderText(PromptText):
     """Documents for recipe `lm-reader`. What is added to those of `lm-prompts`:
 
+    places        every thing of a scene whose places stand before their things ("top left: a red circle")
     pages         two to nine scenes, each before its own questions: words, or bags in the place of pictures
     word          examples in which a made-up word stands for a colour or a shape, then questions with it
     choices       ScienceQA's problems, the letter alone, or reasons before or behind it; some contexts hold
@@ -106,6 +109,19 @@ class ReaderText(PromptText):
         return self.world.question(things, "existence", rng)
 
     # the forms
+
+    def places_document(self, rng: np.random.Generator) -> tuple[Document, list]:
+        d, things = Document(self.tokenizer), self.world.scene(rng)
+        d.add(describe_scene(things, "place"))
+        for t in [things[i] for i in rng.permutation(len(things))]:
+            if unique(things, [t], lambda o: o.pair):
+                d.turn(QUESTION.format(f"where is the {t.color} {t.shape}?"), t.place)
+            d.turn(QUESTION.format(f"what color is the object at the {t.place}?"), t.color)
+            if rng.random() < 0.5:
+                d.turn(QUESTION.format(f"what shape is at the {t.place}?"), t.shape)
+        if rng.random() < 0.3:
+            d.turn(CAPTION, caption_scene(sorted(things, key=lambda t: t.cell)))
+        return d, []
 
     def pages_document(self, rng: np.random.Generator) -> tuple[Document, list]:
         d, bags, how = Document(self.tokenizer), [], self.way_to_show(rng)
@@ -330,6 +346,6 @@ RECIPES = prompts.RECIPES | {"lm-reader": Recipe(
     "GPT-3 (2005.14165v4): next-token loss on text that teaches to learn from the text itself",
     "300B tokens, 2,048 in a row, for the 175B",
     Numbers(6e-5, 1563, 93750, 117, weight_decay=0.1, beta2=0.95),
-    Numbers(1e-3, 32, 20000, beta2=0.95, optimizer="muon", muon_lr=0.01), trained=("decoder",),
+    Numbers(1e-3, 32, 25400, beta2=0.95, optimizer="muon", muon_lr=0.01), trained=("decoder",),
     task="lm-reader")}
 TASKS = prompts.TASKS | {"lm-reader": ReaderTask}
