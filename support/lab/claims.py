@@ -1,6 +1,6 @@
 """One miniature experiment per claim of the papers: its runs, its measurements, its verdict.
 
-    python eval.py claims all                           what the documents claim: about 40 minutes on 2 cores
+    python eval.py claims all                           what the documents claim: an hour or two on 2 cores
     python eval.py claims papers                        the point of each paper of papers/
     python eval.py claims zero-init gates --seeds 3
     python eval.py claims all --jobs 8 --out claims.txt

@@ -5,6 +5,7 @@ On the left the training losses of its arms, on the right what was measured of t
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,25 +35,32 @@ def draw_claims(claims: dict[str, Claim], results: Results, seeds: dict[str, int
     report = Path(setup.report)
     folder = report.parent / "claims"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {report.stem}: a figure for each claim", "",
-             f"Made with [{report.name}](../{report.name}), whose text says more. Left: training loss, mean "
+    about = (f"Made with [{report.name}](../{report.name}), whose text says more. Left: training loss, mean "
              "and range over seeds. Right: a dot for each seed, a bar at their mean, a diamond where the "
-             "paper has a number of the same unit.", "", "| claim | verdicts |", "|---|---|"]
+             "paper has a number of the same unit.")
+    lines = [f"# {report.stem}: a figure for each claim", "", *wrap(about), "", "| claim | verdicts |",
+             "|---|---|"]
     lines += [f"| [{name}](#{name}) | {', '.join(verdicts[name])} |" for name in claims]
     for name, claim in claims.items():
-        figure = plots.Figure((10, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+        figure = plots.Figure((11, 4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.8))
         arms = [arm for arm, seed in results if seed == 0 and arm in claim.arms]
         colors = {arm: f"C{n % 10}" for n, arm in enumerate(arms)}
         draw_losses(left, {arm: logs(results, arm, seeds[name]) for arm in arms}, colors)
         draw_numbers(right, claim, results, seeds[name], colors)
         with atomically(folder / f"{name}.png") as tmp:
-            figure.savefig(tmp, format="png", dpi=70)
-        lines += ["", f"## {name}", "", f"{claim.says} ({claim.source})", "", f"![{name}]({name}.png)", ""]
-        lines += [f"- {verdict}: {e.left} {e.relation} {e.right}" + f" (document: {e.paper})" * bool(e.paper)
-                  for e, verdict in zip(claim.expect, verdicts[name])]
+            figure.savefig(tmp, format="png", dpi=80)
+        lines += ["", f"## {name}", "", *wrap(f"{claim.says} ({claim.source})"), "",
+                  f"![{name}]({name}.png)", ""]
+        for e, verdict in zip(claim.expect, verdicts[name]):
+            paper = f" (document: {e.paper})" if e.paper else ""
+            lines += wrap(f"- {verdict}: {e.left} {e.relation} {e.right}{paper}", "  ")
     with atomically(folder / f"{report.stem}.md") as tmp:
         tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def wrap(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, 110, subsequent_indent=indent, break_long_words=False)
 
 
 def logs(results: Results, arm: str, seeds: int) -> list[list[dict]]:
@@ -64,6 +72,7 @@ def logs(results: Results, arm: str, seeds: int) -> list[list[dict]]:
 
 def draw_losses(axis, curves: dict[str, list[list[dict]]], colors: dict[str, str]) -> None:
     """The running means, over the steps that all seeds of an arm have logged."""
+    from matplotlib.ticker import LogLocator
     for arm, runs in curves.items():
         if not runs:
             continue
@@ -74,6 +83,7 @@ def draw_losses(axis, curves: dict[str, list[list[dict]]], colors: dict[str, str
         axis.fill_between(steps, losses.min(0), losses.max(0), color=colors[arm], alpha=0.2, linewidth=0)
     if any(curves.values()):
         axis.set(xlabel="step", ylabel="training loss, running mean", yscale="log")
+        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     else:
         axis.set_axis_off()
         axis.text(0.5, 0.5, "nothing is trained", ha="center", va="center")
@@ -96,8 +106,10 @@ def draw_numbers(axis, claim: Claim, results: Results, seeds: int, colors: dict[
             axis.plot([n], [paper], "D", color="0.35", fillstyle="none")
     labels = [str(side) if side.number else side.arm for side in sides]
     axis.set_xticks(range(len(sides)), [re.sub(r": |, ", "\n", label) for label in labels],
-                    fontsize=7 if len(sides) < 6 else 5)
-    axis.set(ylabel=f"{numbers[0].name} ({units[0]})" if len(units) == 1 else "% of the largest of its unit",
+                    fontsize=8 if len(sides) < 6 else 6)
+    names = {number.name for number in numbers}
+    unit = f"{numbers[0].name}, {units[0]}" if len(names) == 1 else units[0]
+    axis.set(ylabel=unit if len(units) == 1 else "% of the largest of its unit",
              xlim=(-0.6, len(sides) - 0.4))
 
 

@@ -59,7 +59,8 @@ CLAIMS = {
             Expectation(Side("Chameleon, no z-loss", LOG_Z), ">", Side("Chameleon", LOG_Z)),
             Expectation(Side("Chameleon, no z-loss", LOG_Z), ">", Side("Chameleon, z-loss 0.01", LOG_Z)),
         ),
-        columns=(SCORE, LOG_Z)),
+        columns=(SCORE, LOG_Z),
+        note="In 40 steps a z-loss of the paper's weight, 1e-5, is too small to show; at 0.01 it shows."),
     "modality": Claim(
         says="Fine-tuning with few pictures teaches a prior against them, whatever is asked.",
         source="document 3; Chameleon, §3, on balancing modalities, without numbers",
@@ -67,5 +68,7 @@ CLAIMS = {
             Expectation(Side("half pictures", UNSAID), ">", Side("1 picture in 20", UNSAID)),
             Expectation(Side("half pictures", ASKED), ">", Side("1 picture in 20", ASKED)),
         ),
-        columns=(ASKED, WORDS, UNSAID)),
+        columns=(ASKED, WORDS, UNSAID),
+        note="Where the request does not say what is wanted, both write words; a picture is five times as "
+             "likely after a balanced tuning, but seeds differ by as much."),
 }

@@ -92,7 +92,10 @@ CLAIMS = {
         source="document 4; CLIP, Fig. 2: zero-shot ImageNet after as many pictures, about 12 times as fast",
         expect=(Expectation(Side("contrast alone"), ">", Side("captions alone")),
                 Expectation(Side("contrast alone", CONTRAST), ">", Side("captions alone", CAPTION))),
-        columns=(PROBE, CONTRAST, CAPTION, CHANCE)),
+        columns=(PROBE, CONTRAST, CAPTION, CHANCE),
+        note="The opposite, clearly: a caption of this world names colour, shape and place of every thing in "
+             "few words, so each of its words teaches; a contrast of 32 pictures only has to tell them "
+             "apart. The web's captions say little of a picture in any words; CLIP's batch is 32,768."),
     "fpt": Claim(
         says="A few tuned norms suffice, if the layers between them have learned a language.",
         source="document 3, on Frozen: less than 0.1 % of the parameters, without a number for this",

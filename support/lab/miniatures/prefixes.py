@@ -41,8 +41,8 @@ CLAIMS = {
         ),
         columns=(TEXT, CHANCE),
         note="A scene's cells are patches of 16 pixels, so convolutions across them find nothing that a "
-             "linear map does not, and have more to learn. A text beside eight pairs makes less difference "
-             "than the seed."),
+             "linear map does not, and have more to learn. The pairs' captions teach their language by "
+             "themselves, so a text beside eight pairs is a distraction."),
     "cm3": Claim(
         says="A causal decoder fills gaps from both sides, once spans were moved to the end.",
         source="CM3, §3: infilled pictures and entities, no number for this",
