@@ -222,20 +222,25 @@ def question_tokens(facts: dict, tokenizer: Tokenizer, turns: list[str], picture
     return tokens
 
 
+def add_model_flags(parser: Parser, picture: str, longest: int) -> tuple:
+    """What is asked and who answers; returns the groups of the question and of the answer."""
+    parser.add_argument("model", metavar="MODEL", help="a run, a published model or a decoder")
+    question, answer = (parser.add_argument_group(f"the {name}") for name in ("question", "answer"))
+    question.add_argument("--image", default="", metavar="FILE", help=picture)
+    question.add_argument("--template", default="", choices=[*TEMPLATES], metavar="NAME",
+                          help=f"a chat template in place of the model's own: {', '.join(TEMPLATES)}")
+    answer.add_argument("--max-new-tokens", type=number(least=1, most=10**6), default=longest, metavar="N",
+                        help=f"longest answer ({longest})")
+    answer.add_argument("--dtype", default="float32", choices=[*DTYPES], help="of the weights (float32)")
+    return question, answer
+
+
 def make_parser() -> Parser:
     parser = Parser("eval.py ask", __doc__)
-    parser.add_argument("model", metavar="MODEL", help="a run, a published model or a decoder")
-    asked = parser.add_argument_group("the question")
-    asked.add_argument("--image", default="", metavar="FILE", help="a picture file")
-    asked.add_argument("--prompt", default="", metavar="TEXT", help="without it a run writes a caption")
-    asked.add_argument("--template", default="", choices=[*TEMPLATES], metavar="NAME",
-                       help=f"a chat template in place of the model's own: {', '.join(TEMPLATES)}")
-    answer = parser.add_argument_group("the answer")
-    answer.add_argument("--max-new-tokens", type=number(least=1, most=10**6), default=64, metavar="N",
-                        help="longest answer (64)")
+    question, answer = add_model_flags(parser, "a picture file", 64)
+    question.add_argument("--prompt", default="", metavar="TEXT", help="without it a run writes a caption")
     answer.add_argument("--beams", type=number(least=1, most=1000), default=1, metavar="W",
                         help="beam width; 1 = greedy (1)")
-    answer.add_argument("--dtype", default="float32", choices=[*DTYPES], help="of the weights (float32)")
     add_machine_flags(parser)
     return parser
 

@@ -19,10 +19,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.formats.chat import TEMPLATES
 from support.formats.files import UserError
 from support.formats.pictures import read_image
-from support.lab.ask import DTYPES
+from support.lab.ask import DTYPES, add_model_flags
 from support.lab.attention import draw_attention
 from support.lab.reads import unread_words, what_it_reads
 from support.lab.speakers import Conversation, open_speaker
@@ -170,18 +169,11 @@ def interruptible() -> Iterator[None]:
 def make_parser() -> Parser:
     commands = "\n".join(f"    {name:14s}{what}" for name, what in COMMANDS.items())
     parser = Parser("eval.py chat", f"{__doc__}A line that begins with / is a command:\n\n{commands}\n")
-    parser.add_argument("model", metavar="MODEL", help="a run, a published model or a decoder")
-    parser.add_argument("--image", default="", metavar="FILE", help="the first picture")
-    parser.add_argument("--template", default="", choices=[*TEMPLATES], metavar="NAME",
-                        help=f"a chat template in place of the model's own: {', '.join(TEMPLATES)}")
-    answer = parser.add_argument_group("the answers")
-    answer.add_argument("--max-new-tokens", type=number(least=1, most=10**6), default=256, metavar="N",
-                        help="longest answer (256)")
+    _, answer = add_model_flags(parser, "the first picture", 256)
     answer.add_argument("--temperature", type=number(float, least=0, most=100), default=0.0, metavar="X",
                         help="0 = the likeliest word each time (0)")
     answer.add_argument("--seed", type=number(least=0), default=0, metavar="N",
                         help="of what a temperature draws (0)")
-    answer.add_argument("--dtype", default="float32", choices=[*DTYPES], help="of the weights (float32)")
     answer.add_argument("--out", default="out/look", metavar="FOLDER", help="of the maps of /look (out/look)")
     add_machine_flags(parser)
     return parser

@@ -28,7 +28,7 @@ def albef(recipe: str) -> Arm:
 
 def flava(recipe: str, steps: int) -> Arm:
     """The same number of batches of pairs in each."""
-    flags = ("--recipe", recipe, "--steps", str(steps), "--batch", "16", "--eval-items", "200")
+    flags = ("--recipe", recipe, "--steps", str(steps), "--batch", "32", "--eval-items", "200")
     return Arm(flags, start="VQ", measures=("aligned",))
 
 
@@ -43,8 +43,8 @@ def fpt(*flags: str) -> Arm:
 ARMS = {
     "ALBEF": albef("albef"), "ALBEF, fused at once": albef("albef-fused"),
     "ALBEF, easy negatives": albef("albef-easy"), "ALBEF, no teacher": albef("albef-untaught"),
-    "FLAVA": flava("flava-2", 450), "FLAVA, pairs alone": flava("flava-pairs", 150),
-    "FLAVA, contrast alone": flava("flava-contrast", 150), "FLAVA, local contrast": flava("flava-local", 150),
+    "FLAVA": flava("flava-2", 1800), "FLAVA, pairs alone": flava("flava-pairs", 600),
+    "FLAVA, contrast alone": flava("flava-contrast", 600), "FLAVA, local contrast": flava("flava-local", 600),
     "CoCa": coca("coca"), "CoCa, 1 query": coca("coca-1"),
     "contrast alone": coca("coca-contrast", "--steps", "1500", measure="new vit"),
     "captions alone": coca("coca-caption", "--steps", "1500", measure="new vit"),
