@@ -91,7 +91,8 @@ def measure(a, case: str, folder, flags: list[str]) -> dict:
         for side in SIDES[::-1 if n % 2 else 1]:
             seconds[side].append(timed(a.device, runs[side]))
     ratios = sorted(theirs / ours for ours, theirs in zip(*seconds.values()))
-    low, high = (statistics.quantiles(ratios, n=4)[i] for i in (0, 2)) if len(ratios) > 1 else ratios * 2
+    several = ratios if len(ratios) > 1 else ratios * 2
+    low, _, high = statistics.quantiles(several, n=4, method="inclusive")
     row = dict(case=case, ratio=statistics.median(ratios), low=low, high=high)
     for side in SIDES:
         middle = statistics.median(seconds[side])
