@@ -125,22 +125,28 @@ def measure_reasons(arm: TrainedArm) -> dict[str, float]:
 
 def measure_shots(arm: TrainedArm) -> dict[str, float]:
     items = arm.items[:len(arm.items) // 4]
-    return {f"{k} shots": few_shot_accuracy(arm.vlm, arm.tokenizer, items, k) for k in (0, 1, 4, 8)}
+    found = {f"{k} shots": few_shot_accuracy(arm.vlm, arm.tokenizer, items, k) for k in (0, 1, 4, 8)}
+    return found | {"behind text": few_shot_accuracy(arm.vlm, arm.tokenizer, items, 1, pictured=False)}
 
 
 def measure_pages(arm: TrainedArm) -> dict[str, float]:
     return {f"{k} pictures before": few_shot_accuracy(arm.vlm, arm.tokenizer, arm.items, k) for k in (0, 3)}
 
 
-def few_shot_accuracy(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], k: int) -> float:
-    """Mean VQA accuracy behind k other pictures of training, each with a question and its answer."""
+def few_shot_accuracy(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], k: int,
+                      pictured: bool = True) -> float:
+    """Mean VQA accuracy behind k other pictures of training, each with a question and its answer.
+
+    pictured=False: behind the questions and answers alone.
+    """
     train_split = data.Shapes()
     asked = []
     for item in items:
         examples = few_shot_examples(train_split, item, k)
+        examples = examples if pictured else [replace(e, image=None) for e in examples]
         asked += [(item, q, examples) for q in item.qas]
     documents = [build_prompt(tokenizer, "ours", item, q, examples) for item, q, examples in asked]
-    pictures = [[*examples, item] for item, _, examples in asked]
+    pictures = [[*(examples if pictured else []), item] for item, _, examples in asked]
     keys = [str(n) for n in range(len(asked))]
     texts = Comparison(vlm, tokenizer).texts(keys, documents, pictures, 12)
     return accuracy_by_kind([q for _, q, _ in asked], texts)["mean"]

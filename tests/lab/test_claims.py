@@ -75,7 +75,7 @@ def test_every_claim_names_its_source_and_compares_arms_by_numbers_that_are_meas
         "blind": {"blind mean", "blind cider"},
         "gates": {"lower layers", "upper layers", "gate halfway", "gate at the end"},
         "reasons": {"mean", "color", "count", "existence", "position"},
-        "shots": {"0 shots", "1 shots", "4 shots", "8 shots"},
+        "shots": {"0 shots", "1 shots", "4 shots", "8 shots", "behind text"},
         "pages": {"0 pictures before", "3 pictures before"},
         **{name: set(numbers) for name, numbers in miniatures.MEASURED.items()},
     }
@@ -306,6 +306,23 @@ def test_examples_stand_before_the_question_each_with_its_own_picture(monkeypatc
             if question.removesuffix(" Answer:") in [q.question for q in item.qas]
         )
         torch.testing.assert_close(last, own[n])
+
+
+def test_a_picture_can_stand_behind_a_question_without_one(monkeypatch):
+    tokenizer, decoder, vit = shapes_tokenizer(), load_decoder(WEIGHTS / "decoder"), load_vit(WEIGHTS / "vit")
+    vlm = VLM(vit, make_bridge("linear", decoder.config, vit.config.width), decoder, tokenizer.image)
+    vlm.processor = load_processor(WEIGHTS / "vit")
+    items = [data.Shapes("test").item(i) for i in range(2)]
+
+    def write(model, documents, tokenizer, max_new_tokens, beams, features, pictures):
+        for d, rows in zip(documents, pictures):
+            at = d.tokens.index(IMAGE)
+            assert d.tokens.count(IMAGE) == len(rows) == 1 == d.tokens[:at].count(tokenizer.eos)
+            assert "Answer:" in tokenizer.decode(d.tokens[:at])
+        return ["?"] * len(documents)
+
+    monkeypatch.setattr("support.lab.protocols.generate_texts", write)
+    assert few_shot_accuracy(vlm, tokenizer, items, 1, pictured=False) == 0
 
 
 def test_an_arm_that_starts_from_one_that_starts_from_one_runs_last():
