@@ -41,7 +41,9 @@ CLAIMS = {
             Expectation(Side("VisualBERT"), "≥", Side("VisualBERT, words alone"), paper="66.7, 64.9"),
             Expectation(Side("VisualBERT"), ">", Side("VisualBERT", OTHER)),
         ),
-        columns=(WORDS, OTHER, PAIRS)),
+        columns=(WORDS, OTHER, PAIRS),
+        note="Regions are the patches of a frozen ViT that CLIP trained, one for a cell: a word has to find "
+             "its patch, and the upper layers alone can do that."),
     "vilbert": Claim(
         says="The words need layers of their own ahead of the co-attention; regions, read already, do not.",
         source="ViLBERT, its two streams of 6 + 6 and 6 layers; no number for equal depths",
@@ -60,6 +62,7 @@ CLAIMS = {
             Expectation(Side("ViLT"), ">", Side("ViLT", OTHER)),
         ),
         columns=(WORDS, OTHER, PAIRS, CELL),
-        note="By chance 11 % are on their cell. After 300 steps from scratch no plan aligns words and "
-             "patches, and pairs vary with the seed."),
+        note="By chance 11 % are on their cell. Masked words and pairs are read from the picture in both "
+             "arms without a plan that aligns words and patches: the term for it does not make one in 500 "
+             "steps."),
 }
