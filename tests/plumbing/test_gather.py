@@ -74,9 +74,9 @@ def test_two_processes_contrast_the_batch_of_one(recipe, two):
         assert theirs[recipe][0] == pytest.approx(loss, rel=1e-5)
         assert theirs[recipe][1].keys() == gradients.keys() and gradients
         for name, gradient in gradients.items():
-            # 2e-5 of the largest entry: the same float32 sums in another order (1.2e-5 at most on the machines
-            # tried, at FLAVA's projections, whose gradient (g − u u·g) / |z| is a difference). A temperature's
-            # is a sum of B² terms near 1 that cancel, so there it is 2e-5 of 1.
+            # 2e-5 of the largest entry: the same float32 sums in another order (1.2e-5 at most where it was
+            # tried, at FLAVA's projections, whose gradient (g − u u·g) / |z| is a difference). That of a
+            # temperature is a sum of B² terms near 1 that cancel, so there it is 2e-5 of 1.
             close = 2e-5 * (gradient.abs().max() if gradient.numel() > 1 else 1) + 1e-7
             assert (theirs[recipe][1][name] - gradient).abs().max() <= close, name
 
