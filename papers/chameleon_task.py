@@ -48,13 +48,16 @@ class ChameleonTask(Task):
             d.turn(data.QUESTION.format(q.question), q.answer)
         return d
 
-    def batch(self, step: int) -> list[dict]:
+    def is_drawn(self, number: int) -> bool:
         """Even items are drawn, odd ones are asked about."""
+        return number % 2 == 0
+
+    def batch(self, step: int) -> list[dict]:
         first, n = step * self.given.batch, self.given.examples
         numbers = [i % n if n else i for i in range(first, first + self.given.batch)]
         items = [self.world.item(i, turns=5) for i in numbers]
         pictures = self.picture(data.to_pixels([item.image for item in items], 48, UNIT))
-        rows = [self.document(ids, item, i % 2 == 0) for i, ids, item in zip(numbers, pictures, items)]
+        rows = [self.document(ids, item, self.is_drawn(i)) for i, ids, item in zip(numbers, pictures, items)]
         tokens, labels, mask = data.collate(rows)
         return [dict(tokens=tokens, labels=labels, mask=mask, set=0, weight=1.0,
                      count=int((labels != IGNORE).sum()))]
@@ -127,10 +130,11 @@ class ModalityTask(ChameleonTask):
     """
     pictures, wanted = 0.5, {True: "\nPicture:", False: "\nWords:"}
 
+    def is_drawn(self, number: int) -> bool:
+        return (number * 0.6180339887) % 1 < self.pictures                      # spread evenly
+
     def document(self, ids: list[int], item: data.Item, draws: bool) -> data.Document:
         """The caption, what is wanted of it, then its picture, or its words in another order."""
-        number = int(item.id.split("-")[1])
-        draws = (number * 0.6180339887) % 1 < self.pictures                     # spread evenly
         d = data.Document(self.words).add(item.captions[0] + self.wanted[draws])
         return d.ids(ids, learn=True).end() if draws else d.add(" " + item.captions[1], learn=True).end()
 

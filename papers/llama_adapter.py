@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridges import ZeroInit, ZeroInitV2, image_of_each_row
-from model import DecoderConfig, ImagePositions, causal_mask, split_heads, visible_to_bias
+from model import DecoderConfig, ImagePositions, split_heads
+from papers.prompt_tuning import attend_with_prefix
 
 
 class ZeroInitV1(ZeroInit):
@@ -76,14 +76,8 @@ class OneSoftmax(ZeroInitV2):
             p = self.prompts[layer - self.first] + visual["image"]              # (B, Q, D)
             visual["kv"] = f(p)[..., -2 * self.kv_width:].chunk(2, dim=-1)
             return f(*x)
-        q, k, v, bias, causal = x                                               # (B, H, T|S, E), the mask
-        K, V = (split_heads(y, self.kv_heads).repeat_interleave(k.shape[1] // self.kv_heads, dim=1)
-                for y in visual["kv"])                                          # (B, H, Q, E)
-        if causal:
-            bias = visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype)
-        if bias is not None:
-            bias = F.pad(bias, (K.shape[2], 0))                                 # every word sees the prompts
-        return f(q, torch.cat((K, k), dim=2), torch.cat((V, v), dim=2), bias, False)            # (Z5)
+        K, V = (split_heads(y, self.kv_heads) for y in visual["kv"])            # (B, G, Q, E) each
+        return attend_with_prefix(f, K, V, *x)                                                  # (Z5)
 
     def gates(self) -> None:
         return None

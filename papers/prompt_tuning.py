@@ -69,6 +69,17 @@ class PromptTuning(Bridge):
         return self.prompts + picture                                           #              (T1), (T2)
 
 
+def attend_with_prefix(f: Callable[..., Tensor], K: Tensor, V: Tensor, q: Tensor, k: Tensor, v: Tensor,
+                       bias: Tensor | None, causal: bool) -> Tensor:
+    """f, a layer's attention, with keys and values (B, G, Q, E) ahead of the words', in one softmax."""
+    K, V = (p.repeat_interleave(k.shape[1] // p.shape[1], dim=1).to(k.dtype) for p in (K, V))
+    if causal:
+        bias = visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype)
+    if bias is not None:
+        bias = F.pad(bias, (K.shape[2], 0))                                 # 0: every word sees the prefix
+    return f(q, torch.cat((K, k), dim=2), torch.cat((V, v), dim=2), bias, False)
+
+
 class PrefixTuning(Bridge):
     """Learned keys and values in every layer, in the softmax of the words."""
     name, reads = "prefix_tuning", -1
@@ -97,14 +108,8 @@ class PrefixTuning(Bridge):
     def around(self, layer: int, part: str, f: Callable[..., Tensor], visual, *x) -> Tensor:
         if part != "attend" or visual is None:
             return f(*x)
-        q, k, v, bias, causal = x                                               # (B, H, T|S, E), the mask
         K, V = visual[:, :, layer].permute(2, 0, 3, 1, 4)                       # (B, G, Q, E) each
-        K, V = (p.repeat_interleave(k.shape[1] // p.shape[1], dim=1).to(k.dtype) for p in (K, V))
-        if causal:
-            bias = visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype)
-        if bias is not None:
-            bias = F.pad(bias, (K.shape[2], 0))                                # 0: every word sees the prefix
-        return f(q, torch.cat((K, k), dim=2), torch.cat((V, v), dim=2), bias, False)            # (T4)
+        return attend_with_prefix(f, K, V, *x)                                                  # (T4)
 
     def rope_positions(self, p: Tensor, visual: Tensor | None) -> Tensor:
         return p if visual is None else p + visual.shape[1]

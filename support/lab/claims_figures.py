@@ -101,11 +101,11 @@ def draw_numbers(axis, claim: Claim, results: Results, seeds: int, colors: dict[
         scale = 1 if len(units) == 1 else 100 / largest         # several units: each in % of its largest
         shown = [scale * v for v in found]
         axis.plot([n] * len(shown), shown, "o", color=colors[side.arm], alpha=0.6)
-        axis.hlines(np.mean(shown), n - 0.3, n + 0.3, color=colors[side.arm]) if shown else None
+        if shown:
+            axis.hlines(np.mean(shown), n - 0.3, n + 0.3, color=colors[side.arm])
         if len(units) == 1 and (paper := papers_number(claim, side, number)) is not None:
             axis.plot([n], [paper], "D", color="0.35", fillstyle="none")
-    labels = [str(side) if side.number else side.arm for side in sides]
-    axis.set_xticks(range(len(sides)), [re.sub(r": |, ", "\n", label) for label in labels],
+    axis.set_xticks(range(len(sides)), [re.sub(r": |, ", "\n", str(side)) for side in sides],
                     fontsize=8 if len(sides) < 6 else 6)
     names = {number.name for number in numbers}
     unit = f"{numbers[0].name}, {units[0]}" if len(names) == 1 else units[0]

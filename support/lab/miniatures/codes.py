@@ -16,12 +16,13 @@ ASKED, WORDS, UNSAID = Number("asked for a picture"), Number("asked for words"),
 LOG_Z, SCORE = Number("log Z", "nats"), Number("score", "the largest")
 
 
-def measure_results(arm: TrainedArm) -> dict[str, float]:
+def measure_results(arm: TrainedArm) -> dict:
+    """What the run measured of itself at its end."""
     return dict(read_json(arm.run / "results.json"))
 
 
 def measure_stability(arm: TrainedArm) -> dict[str, float]:
-    return dict(read_json(arm.run / "results.json")["stability"])
+    return dict(measure_results(arm)["stability"])
 
 
 CODES = ("--recipe", "vq", "--steps", "3000", "--batch", "16", "--eval-items", "400")

@@ -4,22 +4,13 @@
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from support.formats.files import read_json
 from support.lab.claims_list import BY_KIND, Arm, Claim, Expectation, Number, Side
-
-if TYPE_CHECKING:
-    from support.lab.claims import TrainedArm
+from support.lab.miniatures.codes import measure_results
 
 WORDS, PAIRS = Number("words"), Number("pairs")
 FOUND, NAMED = Number("image to text R@1"), Number("text to image R@1")
 CONTRAST, CAPTION, CHANCE = Number("by contrast"), Number("as caption"), Number("chance")
 PROBE = Number("probe")                                 # what a linear map reads off the new ViT
-
-
-def measure_results(arm: TrainedArm) -> dict[str, float]:
-    return dict(read_json(arm.run / "results.json"))
 
 
 def albef(recipe: str) -> Arm:

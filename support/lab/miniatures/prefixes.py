@@ -3,20 +3,11 @@ one gains from spans at the end (CM3, 2201.07520v1). A run measures itself: pape
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from support.formats.files import read_json
 from support.lab.claims_list import Arm, Claim, Expectation, Number, Side
-
-if TYPE_CHECKING:
-    from support.lab.claims import TrainedArm
+from support.lab.miniatures.codes import measure_results
 
 TEXT, CHANCE = Number("as caption"), Number("chance")
 BOTH, LEFT, CAPTION = Number("from both sides"), Number("from the left"), Number("from the caption")
-
-
-def measure_results(arm: TrainedArm) -> dict[str, float]:
-    return dict(read_json(arm.run / "results.json"))
 
 
 def arm(recipe: str, measure: str, steps: str) -> Arm:

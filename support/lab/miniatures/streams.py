@@ -6,20 +6,11 @@ another one, and pairs that are judged right.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from support.formats.files import read_json
 from support.lab.claims_list import Arm, Claim, Expectation, Number, Side
-
-if TYPE_CHECKING:
-    from support.lab.claims import TrainedArm
+from support.lab.miniatures.codes import measure_results
 
 WORDS, OTHER, PAIRS = Number("words"), Number("words, another picture"), Number("pairs")
 CELL = Number("words on their cell, of 9")
-
-
-def measure_words_and_pairs(arm: TrainedArm) -> dict[str, float]:
-    return dict(read_json(arm.run / "results.json"))
 
 
 def stream(recipe: str, steps: str = "1000") -> Arm:
@@ -30,7 +21,7 @@ ARMS = {"VisualBERT": stream("visualbert"), "VisualBERT, late fusion": stream("v
         "VisualBERT, words alone": stream("visualbert-words"),
         "ViLBERT": stream("vilbert"), "ViLBERT, equal depths": stream("vilbert-equal"),
         "ViLT": stream("vilt", "500"), "ViLT, unaligned": stream("vilt-unaligned", "500")}
-MEASUREMENTS = {"words and pairs": measure_words_and_pairs}
+MEASUREMENTS = {"words and pairs": measure_results}
 MEASURED = {"words and pairs": {number.name for number in (WORDS, OTHER, PAIRS, CELL)}}
 CLAIMS = {
     "visualbert": Claim(
