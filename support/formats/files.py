@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -161,29 +162,31 @@ def finite(number: str) -> float:
 
 @contextlib.contextmanager
 def atomically(path: str | os.PathLike) -> Iterator[Path]:
-    """Write to a temporary name, flush it to the disk, rename it.
+    """Write in a temporary folder beside it, flush it to the disk, rename it.
 
-    A reader or a crash at any moment finds the old file or the new one, never half of one. A full disk, or a
-    place where nothing may be written, is a UserError.
+    A reader or a crash at any moment finds the old file or the new one, never half of one. In a folder of its
+    own, because libraries that write tensors make temporary files themselves, beside the name they are given.
+    A full disk, or a place where nothing may be written, is a UserError.
     """
-    path, name = Path(path), None
+    path, room = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        yield Path(name)
-        with open(name, "rb+") as f:
+        room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        tmp = room / path.name
+        tmp.touch()
+        yield tmp
+        with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.chmod(tmp, 0o644)
+        os.replace(tmp, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
     except OSError as e:
         raise cannot_write(path, e) from None
     finally:
-        if name:
-            Path(name).unlink(missing_ok=True)
+        if room:
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

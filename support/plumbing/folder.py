@@ -105,6 +105,6 @@ def clean_folder(out: Path, recipes: dict, sources: tuple[str, ...]) -> None:
 def remove_unfinished(out: Path) -> None:
     """What writes that were killed have left."""
     for folder in (out, out / "vit", out / "decoder", out / "clip"):
-        for rest in folder.glob(".*"):
+        for rest in folder.glob(".*/"):
             if UNFINISHED.fullmatch(rest.name):
-                rest.unlink(missing_ok=True)
+                shutil.rmtree(rest)

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import train
-from support.formats.files import UserError
+from support.formats.files import UserError, atomically
 from support.plumbing.cli import run_cli
 from support.plumbing.folder import owned
 from support.plumbing.log import read_log
@@ -127,10 +127,19 @@ def test_the_lock_of_a_killed_process_is_gone_though_its_readers_live_on(tmp_pat
         os.kill(reader, signal.SIGKILL)
 
 
+def test_nothing_is_left_of_a_write_that_breaks_off_not_even_what_a_library_put_beside_it(tmp_path):
+    (tmp_path / "state.safetensors").write_bytes(b"old")
+    with pytest.raises(Killed), atomically(tmp_path / "state.safetensors") as tmp:
+        tmp.with_name(".tmpABCDEF").write_bytes(b"half")
+        raise Killed
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("state.safetensors", b"old")]
+
+
 def test_a_new_run_in_a_used_folder_leaves_nothing_to_go_on_from(spec, tmp_path, monkeypatch):
     out = tmp_path / "run"
     run(spec, out, "--steps", 3)
-    for name in (".state.safetensors.abcdefgh", "decoder/model.safetensors"):   # a killed save; not its own
+    for name in (".state.safetensors.abcdefgh/.tmpABCDEF", "decoder/model.safetensors"):
+        # what a killed save leaves, a temporary file of the library's in it; and what is not the run's own
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(b"x")
     with monkeypatch.context() as m, pytest.raises(Killed):
