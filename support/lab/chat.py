@@ -84,8 +84,8 @@ class Chat:
         """Print an answer while it is written."""
         talk = self.conversation
         if words := unread_words(talk.speaker.tokenizer, question):
-            note(f"{self.name} cannot read {', '.join(map(repr, words))}: "
-                 "a toy decoder knows the words of its training alone; /help lists them.")
+            note(f"{self.name} may not read {', '.join(map(repr, words))}: to it, these are letters, and "
+                 "a toy decoder learned few such words; /help lists those that are whole.")
         with contextlib.closing(talk.answer(question)) as pieces:
             for piece in pieces:
                 print(CONTROL.sub("", piece), end="", flush=True)

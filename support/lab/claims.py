@@ -6,7 +6,8 @@
     python eval.py claims all --jobs 8 --out claims.txt
     python eval.py claims papers --kept                 trains nothing: what the finished runs say
 
-Finished runs in out/claims are kept, so that the command goes on where it was stopped.
+Finished runs in out/claims are kept, so that the command goes on where it was stopped; what they measured is
+kept in support/results/claims/runs.jsonl, so that no run there is trained twice.
 """
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ from support.lab.answerers import measure_answerer
 from support.lab.attention import gate_history
 from support.lab import claims_list, miniatures
 from support.lab.claims_figures import draw_claims, seed_values
+from support.lab.claims_store import Store, bundled_towers, is_finished, learning_curve
 from support.lab.claims_list import CIDER, COMMON, MEAN, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
 from support.plumbing.flags import Parser, number
@@ -171,6 +173,10 @@ class Setup:
     common: tuple[str, ...] = COMMON            # flags of a run, ahead of its arm's own
     count: int = 200                            # held-out pictures
 
+    @property
+    def store(self) -> Path:
+        return Path(self.report).parent / "claims" / "runs.jsonl"
+
 
 def arm_folder(runs: str | Path, arm: str, seed: int) -> str:
     return str(Path(runs) / f"{re.sub('[^a-z0-9]+', '-', arm.lower()).strip('-')}-s{seed}")
@@ -191,26 +197,27 @@ def arm_flags(name: str, arm: Arm, seed: int, setup: Setup) -> list[str]:
 def run_arm(name: str, arm: Arm, seed: int, setup: Setup) -> dict:
     """Train an arm unless its finished run lies in its folder, and measure what is missing.
 
-    Returns and keeps in seen.json: {"flags", "seconds", "steps", "trained" (parameters), measurement: {name:
-    number}}.
+    Returns and keeps in seen.json: {"flags", "towers", "seconds", "steps", "trained" (parameters), "curve",
+    measurement: {name: number}}.
     """
     run, flags = Path(arm_folder(setup.runs, name, seed)), arm_flags(name, arm, seed, setup)
     done = read_json(run / "seen.json") if (run / "seen.json").exists() else {}
-    if arm.answerer and done.get("flags") != flags:
+    if arm.answerer and not is_finished(done, flags):
         torch.set_num_threads(1)
         start, scores = time.monotonic(), measure_answerer(arm.answerer, flags, seed, setup.count // 2)
-        done = {"flags": flags, "seconds": time.monotonic() - start, "steps": 0, "trained": 0,
-                arm.answerer: scores}
+        done = {"flags": flags, "towers": bundled_towers(), "seconds": time.monotonic() - start, "steps": 0,
+                "trained": 0, "curve": [], arm.answerer: scores}
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "seen.json", done)
-    if done.get("flags") != flags:
+    if not is_finished(done, flags):
         run.mkdir(parents=True, exist_ok=True)
         with (open(run / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file),
               contextlib.redirect_stderr(file)):
             train.main(flags)
         config = read_json(run / "config.json")
-        done = {"flags": flags, "seconds": config["seconds"], "steps": config["steps"],
-                "trained": config.get("trained_parameters")}
+        done = {"flags": flags, "towers": bundled_towers(), "seconds": config["seconds"],
+                "steps": config["steps"], "trained": config.get("trained_parameters"),
+                "curve": learning_curve(run / "log.jsonl")}
         write_json(run / "seen.json", done)
     missing = [measure for measure in arm.measures if measure not in done]
     if missing:
@@ -234,16 +241,26 @@ def arms_before(arm: Arm) -> list[str]:
     return [arm.start] * bool(arm.start) + [other for flag in arm.flags for other in RUN_OF.findall(flag)]
 
 
-def finished_seeds(claim: Claim, setup: Setup, arms: dict[str, Arm]) -> int:
-    """Of how many of the seeds, from 0 on, all runs of this claim are finished and measured."""
-    def finished(name: str, seed: int) -> bool:
-        arm, file = arms[name], Path(arm_folder(setup.runs, name, seed)) / "seen.json"
-        done = read_json(file) if file.exists() else {}
-        return done.get("flags") == arm_flags(name, arm, seed, setup) and {*arm.measures} <= {*done}
+def kept_result(name: str, arm: Arm, seed: int, setup: Setup, store: Store) -> dict | None:
+    """What is kept of an arm's run, in the store or in its folder, if it is finished and measured."""
+    flags, file = arm_flags(name, arm, seed, setup), Path(arm_folder(setup.runs, name, seed)) / "seen.json"
+    if not store.find(name, seed, flags, arm.measures) and file.exists():
+        if is_finished(done := read_json(file), flags, arm.measures):
+            store.keep(name, seed, done)
+    return store.find(name, seed, flags, arm.measures)
 
-    needed = needed_arms([claim], arms)
-    return next((seed for seed in range(setup.seeds) if not all(finished(name, seed) for name in needed)),
-                setup.seeds)
+
+def kept_results(claim: Claim, setup: Setup, arms: dict[str, Arm],
+                 store: Store) -> dict[tuple[str, int], dict]:
+    """{(arm, seed): its result} of the seeds, from 0 on, of which all runs of this claim are kept."""
+    results, needed = {}, needed_arms([claim], arms)
+    for seed in range(setup.seeds):
+        found = {(name, seed): kept_result(name, arms[name], seed, setup, store)
+                 for name in arms if name in needed}
+        if not all(found.values()):
+            break
+        results |= found
+    return results
 
 
 def stage(name: str, arms: dict[str, Arm]) -> int:
@@ -252,16 +269,31 @@ def stage(name: str, arms: dict[str, Arm]) -> int:
 
 
 def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> dict[tuple[str, int], dict]:
-    """{(arm, seed): what `run_arm` returns}; an arm that others start from or read runs before them."""
-    results, stages = {}, sorted({stage(name, arms) for name in names})
+    """{(arm, seed): what `run_arm` returns}; an arm that others start from or read runs before them.
+
+    What is kept does not run again, unless a run that is missing starts from it.
+    """
+    results, stages, store = {}, sorted({stage(name, arms) for name in names}), Store(setup.store)
+
+    def runs(name: str, seed: int) -> bool:
+        users = [other for other in names if name in arms_before(arms[other])]
+        return not kept(name, seed) or any(runs(other, seed) for other in users)
+
+    def kept(name: str, seed: int) -> dict | None:
+        return kept_result(name, arms[name], seed, setup, store)
     for seed, n in itertools.product(range(setup.seeds), stages):
-        ready = [name for name in arms if name in names and stage(name, arms) == n]
-        work = [(name, arms[name], seed, setup) for name in ready]
+        here = [name for name in arms if name in names and stage(name, arms) == n]
+        results |= {(name, seed): kept(name, seed) for name in here if not runs(name, seed)}
+        ready = [name for name in here if runs(name, seed)]
+        work = [(name, replace(arms[name], measures=()) if kept(name, seed) else arms[name], seed, setup)
+                for name in ready]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(setup.jobs, spawn) if setup.jobs > 1 else contextlib.nullcontext() as pool:
             done = (pool.map if pool else map)(run_arm, *zip(*work)) if work else ()
             for name, result in zip(ready, done):
-                results[name, seed] = result
+                if not kept(name, seed):
+                    store.keep(name, seed, result)
+                results[name, seed] = store.lines[name, seed]
                 minutes = result["seconds"] / 60
                 print(f"seed {seed}: {name}: {result['steps']} steps, {minutes:.1f} minutes", flush=True)
     return results
@@ -337,12 +369,15 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
     asked = next((group for group, members in GROUPS.items() if names == [*members]), " ".join(names))
     results: dict[tuple[str, int], dict] = {}
     if kept:
-        seeds = {name: finished_seeds(claims[name], setup, arms) for name in names}
+        store, seeds = Store(setup.store), {}
+        for name in names:
+            found = kept_results(claims[name], setup, arms, store)
+            seeds[name] = 1 + max((seed for _, seed in found), default=-1)
+            results |= found
         names = [name for name in names if seeds[name]]
         if not names:
-            raise UserError(f"{setup.runs} holds all runs of none of these claims; leave out --kept.")
-        for name in names:
-            results |= run_arms(needed_arms([claims[name]], arms), replace(setup, seeds=seeds[name]), arms)
+            raise UserError(f"neither {setup.runs} nor {setup.store} has all runs of one of these claims; "
+                            "leave out --kept.")
     else:
         seeds = dict.fromkeys(names, setup.seeds)
         results = run_arms(needed_arms([claims[name] for name in names], arms), setup, arms)

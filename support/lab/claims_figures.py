@@ -13,7 +13,6 @@ import numpy as np
 
 from support.formats.files import UserError, atomically
 from support.lab.claims_list import Claim, Expectation, Number, Side
-from support.plumbing.log import read_log
 
 if TYPE_CHECKING:
     from support.lab.claims import Setup
@@ -46,7 +45,8 @@ def draw_claims(claims: dict[str, Claim], results: Results, seeds: dict[str, int
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.8))
         arms = [arm for arm, seed in results if seed == 0 and arm in claim.arms]
         colors = {arm: f"C{n % 10}" for n, arm in enumerate(arms)}
-        draw_losses(left, {arm: logs(results, arm, seeds[name]) for arm in arms}, colors)
+        curves = {arm: [results[arm, seed]["curve"] for seed in range(seeds[name])] for arm in arms}
+        draw_losses(left, {arm: runs for arm, runs in curves.items() if all(runs)}, colors)
         draw_numbers(right, claim, results, seeds[name], colors)
         with atomically(folder / f"{name}.png") as tmp:
             figure.savefig(tmp, format="png", dpi=80)
@@ -63,25 +63,16 @@ def wrap(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(text, 110, subsequent_indent=indent, break_long_words=False)
 
 
-def logs(results: Results, arm: str, seeds: int) -> list[list[dict]]:
-    """The logged losses of an arm's seeds; nothing of an answerer, which does not train."""
-    flags = [results[arm, seed]["flags"] for seed in range(seeds)]
-    runs = [Path(f[f.index("--out") + 1]) for f in flags if "--out" in f]
-    return [log for run in runs if (log := [x for x in read_log(run / "log.jsonl") if "ema" in x])]
-
-
-def draw_losses(axis, curves: dict[str, list[list[dict]]], colors: dict[str, str]) -> None:
+def draw_losses(axis, curves: dict[str, list[list[list[float]]]], colors: dict[str, str]) -> None:
     """The running means, over the steps that all seeds of an arm have logged."""
     from matplotlib.ticker import LogLocator
     for arm, runs in curves.items():
-        if not runs:
-            continue
         count = min(map(len, runs))
-        steps = [x["step"] for x in runs[0][:count]]
-        losses = np.array([[x["ema"] for x in run[:count]] for run in runs])        # (seeds, lines)
+        steps = [step for step, _ in runs[0][:count]]
+        losses = np.array([[loss for _, loss in run[:count]] for run in runs])      # (seeds, lines)
         axis.plot(steps, losses.mean(0), color=colors[arm], label=arm)
         axis.fill_between(steps, losses.min(0), losses.max(0), color=colors[arm], alpha=0.2, linewidth=0)
-    if any(curves.values()):
+    if curves:
         axis.set(xlabel="step", ylabel="training loss, running mean", yscale="log")
         axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     else:

@@ -78,7 +78,7 @@ def answer_all(speakers: list[Speaker], count: int, drawn, question: str) -> Ite
             talk.look_at(picture)
             shown[n][1:] = where_it_looks(talk, question)
             if words := unread_words(speaker.tokenizer, question):
-                shown[n][2] += f" It cannot read {', '.join(words)}."
+                shown[n][2] += f" It may not read {', '.join(words)}."
             for piece in talk.answer(question):
                 shown[n][0] += piece
                 yield [cell for row in shown for cell in row]

@@ -1,7 +1,8 @@
 """lab/reads.py: what a model can read, said to whoever asks it.
 
 A toy decoder's tokenizer was trained on the text of its world, so each word of that world is one token. Any
-other word reaches it letter by letter, and it has never learned what such letters say.
+other word reaches it letter by letter. It has learned what such letters say of few words: of those that a
+later training brought (worlds/reader.py: "how many things are left of …").
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def is_toy(tokenizer: Tokenizer) -> bool:
 
 
 def unread_words(tokenizer: Tokenizer, text: str) -> list[str]:
-    """The words of a text that a toy decoder cannot read, each once; none for any other decoder."""
+    """The words of a text that are letters to a toy decoder, each once; none for any other decoder."""
     words = dict.fromkeys(re.findall(r"\w+", text)) if is_toy(tokenizer) else {}
     return [word for word in words if len(tokenizer.encode(" " + word, preceded_by="text")) > 1]
 

@@ -4,8 +4,10 @@ it needs say what they promise."""
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from support.plumbing.flags import Parser
 from support.lab.claims import (ARMS, CLAIMS, MEASUREMENTS, Setup, arm_flags, arm_folder, claim_report,
                                 few_shot_accuracy, judge, needed_arms, run_claims, stage, T95)
 from support.lab.claims_figures import papers_number
+from support.lab.claims_store import bundled_towers
 from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Side
 from model import VLM
 from support.formats.files import UserError, read_json, write_json
@@ -139,9 +142,9 @@ CLAIM = {"longer": Claim("A run that goes on from another has the lower loss.", 
 
 @pytest.mark.slow
 def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
-    def ask(common: str) -> str:
+    def ask(common: str, kept: bool = False) -> str:
         setup = Setup(2, 1, tmp_path / "runs", tmp_path / "claims.txt", tuple(common.split()), 4)
-        return run_claims(["longer"], setup, CLAIM, STUB)
+        return run_claims(["longer"], setup, CLAIM, STUB, kept=kept)
     quick = "--steps 6 --batch 4 --threads 1 --log-every 2 --eval-items 1 --samples 1 --lr 0.01"
     text = ask(quick)
     assert (tmp_path / "claims.txt").read_text(encoding="utf-8") == text
@@ -175,6 +178,16 @@ def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
     assert ask(quick) == text and bridge.stat().st_mtime_ns == before   # finished runs are kept
     ask(quick.replace("steps 6", "steps 7"))
     assert bridge.stat().st_mtime_ns != before          # unless they were asked for something else
+    ask(quick)
+    shutil.rmtree(tmp_path / "runs")                    # what they measured is kept even so, …
+    tables = [part.partition("\n\n")[2] for part in (text, ask(quick), ask(quick, kept=True))]
+    assert tables[0] == tables[1] == tables[2] and not (tmp_path / "runs").exists()
+    store = tmp_path / "claims/runs.jsonl"
+    lines = store.read_text().splitlines(keepends=True)
+    assert len(lines) == 4 and json.loads(lines[0])["curve"][-1][0] == 6
+    store.write_text("".join(lines[:3]))                # … and what a missing run begins with trains again
+    assert ask(quick).partition("\n\n")[2] == tables[0]
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"first-s1", "second-s1"}
 
 
 def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypatch):
@@ -190,8 +203,9 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
         run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
     runs = ("own", 0, 2.0), ("own", 1, 2.2), ("other", 0, 1.0), ("other", 1, 1.1), ("own", 2, 9.0)
     for name, seed, cider in runs:
-        done = {"flags": arm_flags(name, arms[name], seed, setup), "seconds": 60, "steps": 3, "trained": 1234,
-                "captions": {"cider": cider}, "blind": {"blind mean": 0.1, "blind cider": 0.25}}
+        done = {"flags": arm_flags(name, arms[name], seed, setup), "towers": bundled_towers(), "seconds": 60,
+                "steps": 3, "trained": 1234, "curve": [[1, 2.5], [3, 1.5]], "captions": {"cider": cider},
+                "blind": {"blind mean": 0.1, "blind cider": 0.25}}
         write_json(tmp_path / f"{name}-s{seed}" / "seen.json", done)
     text = run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
     assert measured(text) == {"paper": ["paper", "2", "1,234", "2.1 CIDEr", "0.25 CIDEr", "1.0", "shown"]}
@@ -200,6 +214,26 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
     assert "| [paper](#paper) | shown |" in page and "![paper](paper.png)" in page
     assert "- shown: own > other (document: 2, 1)" in page
     assert (tmp_path / "claims/paper.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_kept_result_counts_for_its_own_flags_and_towers_alone(tmp_path, monkeypatch):
+    own = Arm(("--captions", "1"), measures=("captions",))
+    claim = Claim("It is.", "nowhere", (Expectation(Side("own"), ">", Side("own")),), (CIDER,))
+    setup = Setup(1, 1, tmp_path, tmp_path / "claims.txt", ())
+    done = {"arm": "own", "seed": 0, "flags": arm_flags("own", own, 0, setup), "towers": bundled_towers(),
+            "seconds": 60, "steps": 3, "trained": 1, "curve": [], "captions": {"cider": 2.0}}
+    setup.store.parent.mkdir()
+
+    def report(**changes) -> str:
+        setup.store.write_text(json.dumps(done | changes) + "\n")
+        return run_claims(["it"], setup, {"it": claim}, {"own": own}, kept=True)
+    assert "own  2 ± 0" in report()
+    for changes in ({"flags": ["--captions", "2"]}, {"towers": "of another decoder"}, {"arm": "another"}):
+        with pytest.raises(UserError, match="leave out --kept"):
+            report(**changes)
+    monkeypatch.setattr("support.lab.claims_store.bundled_towers", lambda: "others")
+    with pytest.raises(UserError, match="leave out --kept"):
+        report()
 
 
 def test_a_papers_number_is_drawn_where_it_has_our_unit():

@@ -1,0 +1,54 @@
+"""lab/claims_store.py: what each finished run of a claim measured, a line of JSON, kept in the repository.
+
+A report of many runs takes days and more than one machine. A run's folder may be gone; what it said stays,
+with its curve. It counts for the flags, and for the bundled towers, that it was made with.
+"""
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import train
+from support.formats.files import atomically
+from support.formats.records import file_digest
+from support.plumbing.digest import text_digest
+from support.plumbing.log import read_log
+
+WEIGHTS = Path(train.__file__).parent / "weights"
+
+
+@functools.cache
+def bundled_towers() -> str:
+    """The digest of the bundled decoder and ViT: with others, the same flags are another experiment."""
+    files = [WEIGHTS / tower / "model.safetensors" for tower in ("decoder", "vit")]
+    return text_digest([file_digest(str(file)).hex() for file in files])[:16]
+
+
+class Store:
+    """Results by arm and seed: what lab/claims.py's run_arm returns."""
+
+    def __init__(self, file: str | Path):
+        self.file = Path(file)
+        self.lines = {(line["arm"], line["seed"]): line for line in read_log(self.file)}
+
+    def find(self, arm: str, seed: int, flags: list[str], measures: tuple[str, ...]) -> dict | None:
+        """The result of this run, if it was made with these flags and towers and all of it was measured."""
+        found = self.lines.get((arm, seed), {})
+        return found if is_finished(found, flags, measures) else None
+
+    def keep(self, arm: str, seed: int, result: dict) -> None:
+        self.lines[arm, seed] = {"arm": arm, "seed": seed, **result}
+        with atomically(self.file) as tmp:
+            text = "".join(json.dumps(self.lines[key]) + "\n" for key in sorted(self.lines))
+            tmp.write_text(text, encoding="utf-8")
+
+
+def is_finished(result: dict, flags: list[str], measures: tuple[str, ...] = ()) -> bool:
+    return (result.get("flags") == flags and result.get("towers") == bundled_towers()
+            and {*measures} <= {*result})
+
+
+def learning_curve(log: Path) -> list[list[float]]:
+    """[[step, running mean of the training loss], …] of a run's log."""
+    return [[line["step"], float(f"{line['ema']:.4g}")] for line in read_log(log) if "ema" in line]
