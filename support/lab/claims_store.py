@@ -30,7 +30,10 @@ class Store:
 
     def __init__(self, file: str | Path):
         self.file = Path(file)
-        self.lines = {(line["arm"], line["seed"]): line for line in read_log(self.file)}
+        self.lines = self.read()
+
+    def read(self) -> dict[tuple[str, int], dict]:
+        return {(line["arm"], line["seed"]): line for line in read_log(self.file)}
 
     def find(self, arm: str, seed: int, flags: list[str], measures: tuple[str, ...]) -> dict | None:
         """The result of this run, if it was made with these flags and towers and all of it was measured."""
@@ -38,7 +41,7 @@ class Store:
         return found if is_finished(found, flags, measures) else None
 
     def keep(self, arm: str, seed: int, result: dict) -> None:
-        self.lines[arm, seed] = {"arm": arm, "seed": seed, **result}
+        self.lines = self.read() | {(arm, seed): {"arm": arm, "seed": seed, **result}}   # others write, too
         with atomically(self.file) as tmp:
             text = "".join(json.dumps(self.lines[key]) + "\n" for key in sorted(self.lines))
             tmp.write_text(text, encoding="utf-8")
