@@ -22,7 +22,7 @@ from PIL import Image
 COURSE = Path(__file__).resolve().parent
 FIGURES = {                     # lesson → text that stands in the cell of its figure, and in no other
     "0_map": "import FancyArrowPatch",
-    "1_decoder": 'kept["layers.1.attention"][0, 0]',
+    "1_decoder": 'kept["layers.1.attention"][0, 3]',
     "2_vit_and_clip": "tiles = torch.from_numpy(images[0])",
     "3_linear": "for axis, (name, strip) in zip(axes, strips.items())",
     "4_mapl": "width_ratios=[1.1, 1, 1, 1]",
