@@ -169,7 +169,7 @@ def test_the_table_of_seams_is_what_the_bridges_override():
 
 
 def test_what_the_first_command_prints_is_what_was_kept():
-    """Each indented line of the first screen stands in first_run.txt, whose scores with one thread, chance and
+    """Each indented line of the first screen stands in first_run.txt. Its scores with one thread, chance and
     oracle are those of the table."""
     kept = (RESULTS / "first_run.txt").read_text(encoding="utf-8").splitlines()
     screen = README.split("The first command prints")[1].split("Six bridges")[0].splitlines()
