@@ -249,10 +249,9 @@ CLAIMS = {
             Expectation(Side("BLIP-2, both stages"), ">", Side("16 queries")),
         ),
         columns=BY_KIND,
-        note="Looked at: retrieval after stage 1 (seed 0), where one picture in eight finds its "
-             "caption among 100: 300 steps of 32 pictures align too little to be a start. Both arms "
-             "saw the same second stage; the paper's first stage has three times the steps of its "
-             "second.",
+        note="Stage 1 has three times the steps of stage 2, as in the paper. Looked at: retrieval after it, "
+             "where of 100 captions 59 to 64 % of the pictures find their own (12 % after 300 steps). So it "
+             "aligns; that is no better start for what this decoder reads.",
     ),
     "queries": Claim(
         says="A fixed number of queries, whatever the resolution, may lose information.",
