@@ -291,9 +291,7 @@ def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> dict[tuple[
         with ProcessPoolExecutor(setup.jobs, spawn) if setup.jobs > 1 else contextlib.nullcontext() as pool:
             done = (pool.map if pool else map)(run_arm, *zip(*work)) if work else ()
             for name, result in zip(ready, done):
-                if not kept(name, seed):
-                    store.keep(name, seed, result)
-                results[name, seed] = store.lines[name, seed]
+                results[name, seed] = kept(name, seed)
                 minutes = result["seconds"] / 60
                 print(f"seed {seed}: {name}: {result['steps']} steps, {minutes:.1f} minutes", flush=True)
     return results

@@ -9,19 +9,17 @@ import functools
 import json
 from pathlib import Path
 
-import train
 from support.formats.files import atomically
 from support.formats.records import file_digest
+from support.formats.towers import WEIGHTS, resolve_folder
 from support.plumbing.digest import text_digest
 from support.plumbing.log import read_log
-
-WEIGHTS = Path(train.__file__).parent / "weights"
 
 
 @functools.cache
 def bundled_towers() -> str:
     """The digest of the bundled decoder and ViT: with others, the same flags are another experiment."""
-    files = [WEIGHTS / tower / "model.safetensors" for tower in ("decoder", "vit")]
+    files = [resolve_folder(f"{WEIGHTS}/{tower}") / "model.safetensors" for tower in ("decoder", "vit")]
     return text_digest([file_digest(str(file)).hex() for file in files])[:16]
 
 

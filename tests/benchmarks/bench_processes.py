@@ -19,10 +19,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-KINDS = {"one process": [], "two, copies (DDP)": [*TORCHRUN, "2"], "two, slices (FSDP2)": [*TORCHRUN, "2"]}
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+from bench_pipeline import quartiles                                            # noqa: E402  (after the path)
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+KINDS = {"one process": ((), ()),                       # what starts train.py, and flags of it
+         "two, copies (DDP)": (TWO, ()), "two, slices (FSDP2)": (TWO, ("--shard",))}
+BATCH = 32
 RUN = ["--recipe", "llava-2", "--init", "none"]
-COMMON = ["--batch", "32", "--threads", "1", "--log-every", "1", "--eval-items", "1", "--samples", "0"]
+COMMON = ["--batch", str(BATCH), "--threads", "1", "--log-every", "1", "--eval-items", "1", "--samples", "0"]
 # The largest process of all that this one waited for, in MB: asked by a process in between, for each run.
 PEAK = """
 import resource, subprocess, sys
@@ -34,14 +39,15 @@ sys.exit(done.returncode)
 
 def measure(kind: str, steps: int, flags: list[str]) -> tuple[float, float]:
     """(pictures a second without the first step, MB of the larger process)"""
+    launcher, own = KINDS[kind]
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, *KINDS[kind], "train.py", *(flags or RUN), *COMMON, "--steps", str(steps),
-                   *(["--shard"] if "slices" in kind else []), "--out", out]
+        command = [sys.executable, *launcher, "train.py", *(flags or RUN), *COMMON, *own,
+                   "--steps", str(steps), "--out", out]
         done = subprocess.run([sys.executable, "-c", PEAK, *command], cwd=ROOT, check=True,
                               stdout=subprocess.PIPE, text=True)
         lines = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
         seconds = [line["seconds"] for line in lines if line.get("step") and "seconds" in line]
-    return 32 * (len(seconds) - 1) / (seconds[-1] - seconds[0]), float(done.stdout)
+    return BATCH * (len(seconds) - 1) / (seconds[-1] - seconds[0]), float(done.stdout)
 
 
 def main() -> None:
@@ -50,13 +56,12 @@ def main() -> None:
     args.add_argument("--steps", type=int, default=12)
     a, flags = args.parse_known_args()
     rounds = [{kind: measure(kind, a.steps, flags) for kind in KINDS} for _ in range(a.rounds)]
-    print(f"{' '.join(flags or RUN)}: {a.rounds} rounds of {a.steps} steps of 32 pictures\n")
+    print(f"{' '.join(flags or RUN)}: {a.rounds} rounds of {a.steps} steps of {BATCH} pictures\n")
     print(f"{'':22s}{'pictures/s':>12s}{'to one process':>26s}{'MB of the larger':>18s}")
     for kind in KINDS:
         rate, peak = (statistics.median(r[kind][n] for r in rounds) for n in (0, 1))
-        ratios = [r[kind][0] / r["one process"][0] for r in rounds]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        print(f"{kind:22s}{rate:12.1f}{f'{middle:.2f} ({low:.2f} to {high:.2f})':>26s}{peak:18.0f}")
+        ratios = quartiles([r[kind][0] / r["one process"][0] for r in rounds])
+        print(f"{kind:22s}{rate:12.1f}{ratios:>26s}{peak:18.0f}")
     print("\n" + json.dumps(rounds))
 
 
