@@ -41,12 +41,12 @@ from support.formats.vlm import open_run
 from support.lab.answerers import measure_answerer
 from support.lab.attention import gate_history
 from support.lab import claims_list, miniatures
-from support.lab.claims_figures import draw_claims, seed_values
-from support.lab.claims_store import Store, bundled_towers, is_finished, learning_curve
+from support.lab.claims_figures import draw_claims
+from support.lab.claims_store import (Results, Store, bundled_towers, is_finished, learning_curve, loss_lines,
+                                      seed_values)
 from support.lab.claims_list import CIDER, COMMON, MEAN, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
 from support.plumbing.flags import Parser, number
-from support.plumbing.log import read_log
 from support.worlds import open_data
 from support.worlds.forms import ShapesReasons
 
@@ -99,7 +99,7 @@ def measure_blind(arm: TrainedArm) -> dict[str, float]:
 
 def measure_loss(arm: TrainedArm) -> dict[str, float]:
     """The training loss of the first batch, and its running mean at the end, in nats per learned token."""
-    log = [line for line in read_log(arm.run / "log.jsonl") if "ema" in line]
+    log = loss_lines(arm.run / "log.jsonl")
     return {"first loss": log[0]["loss"], "loss": log[-1]["ema"]}
 
 
@@ -250,8 +250,7 @@ def kept_result(name: str, arm: Arm, seed: int, setup: Setup, store: Store) -> d
     return store.find(name, seed, flags, arm.measures)
 
 
-def kept_results(claim: Claim, setup: Setup, arms: dict[str, Arm],
-                 store: Store) -> dict[tuple[str, int], dict]:
+def kept_results(claim: Claim, setup: Setup, arms: dict[str, Arm], store: Store) -> Results:
     """{(arm, seed): its result} of the seeds, from 0 on, of which all runs of this claim are kept."""
     results, needed = {}, needed_arms([claim], arms)
     for seed in range(setup.seeds):
@@ -268,7 +267,7 @@ def stage(name: str, arms: dict[str, Arm]) -> int:
     return max((1 + stage(other, arms) for other in arms_before(arms[name])), default=0)
 
 
-def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> dict[tuple[str, int], dict]:
+def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> Results:
     """{(arm, seed): what `run_arm` returns}; an arm that others start from or read runs before them.
 
     What is kept does not run again, unless a run that is missing starts from it.
@@ -318,8 +317,7 @@ def judge(left: list[float], right: list[float], relation: str = ">") -> str:
     return "opposite" if mean_d < -least else "shown" if mean_d > least or relation == "≥" else "not shown"
 
 
-def claim_report(name: str, claim: Claim, results: dict[tuple[str, int], dict],
-                 seeds: int) -> tuple[str, list[str]]:
+def claim_report(name: str, claim: Claim, results: Results, seeds: int) -> tuple[str, list[str]]:
     """The claim, its table (mean ± standard deviation over seeds) and its verdicts as text; the verdicts."""
     rows, verdicts = [["", *(number.name for number in claim.columns)]], []
     for arm in (arm for arm, seed in results if seed == 0 and arm in claim.arms):
@@ -340,7 +338,7 @@ def claim_report(name: str, claim: Claim, results: dict[tuple[str, int], dict],
     return "\n".join([f"{name}: {claim.says} ({claim.source})", *lines]), verdicts
 
 
-def paper_row(claim: Claim, results: dict[tuple[str, int], dict], seeds: int) -> list[str]:
+def paper_row(claim: Claim, results: Results, seeds: int) -> list[str]:
     """Of the paper's own arm, the first of its claim: trained parameters, a number and that of the same model
     with zeroed pictures ("-" where it was not measured), minutes of a run."""
     arm = claim.arms[0]
@@ -365,7 +363,7 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
     kept: train nothing; the report is about the claims and the seeds whose runs are finished.
     """
     asked = next((group for group, members in GROUPS.items() if names == [*members]), " ".join(names))
-    results: dict[tuple[str, int], dict] = {}
+    results: Results = {}
     if kept:
         store, seeds = Store(setup.store), {}
         for name in names:

@@ -13,11 +13,10 @@ import numpy as np
 
 from support.formats.files import UserError, atomically
 from support.lab.claims_list import Claim, Expectation, Number, Side
+from support.lab.claims_store import Results, seed_values
 
 if TYPE_CHECKING:
     from support.lab.claims import Setup
-
-Results = dict[tuple[str, int], dict]           # {(arm, seed): what lab/claims.py: run_arm returns}
 
 
 def draw_claims(claims: dict[str, Claim], results: Results, seeds: dict[str, int], setup: Setup,
@@ -116,9 +115,3 @@ def papers_number(claim: Claim, side: Side, number: Number) -> float | None:
 def on_scale(e: Expectation, number: Number) -> bool:
     """Accuracies stand beside accuracies. A paper's CIDEr and losses are of other words than ours."""
     return number.unit == "%" and "CIDEr" not in e.paper and "BLEU" not in e.paper
-
-
-def seed_values(results: Results, seeds: int, arm: str, number: Number) -> list[float]:
-    """What the seeds of an arm measured, in the number's unit; nothing where the arm does not measure it."""
-    measured = [m for s in range(seeds) for m in results[arm, s].values() if isinstance(m, dict)]
-    return [number.scale * m[number.name] for m in measured if number.name in m]

@@ -12,8 +12,11 @@ from pathlib import Path
 from support.formats.files import atomically
 from support.formats.records import file_digest
 from support.formats.towers import WEIGHTS, resolve_folder
+from support.lab.claims_list import Number
 from support.plumbing.digest import text_digest
 from support.plumbing.log import read_log
+
+Results = dict[tuple[str, int], dict]           # {(arm, seed): what lab/claims.py: run_arm returns}
 
 
 @functools.cache
@@ -30,7 +33,7 @@ class Store:
         self.file = Path(file)
         self.lines = self.read()
 
-    def read(self) -> dict[tuple[str, int], dict]:
+    def read(self) -> Results:
         return {(line["arm"], line["seed"]): line for line in read_log(self.file)}
 
     def find(self, arm: str, seed: int, flags: list[str], measures: tuple[str, ...]) -> dict | None:
@@ -50,6 +53,17 @@ def is_finished(result: dict, flags: list[str], measures: tuple[str, ...] = ()) 
             and {*measures} <= {*result})
 
 
+def loss_lines(log: Path) -> list[dict]:
+    """The lines of a run's log that have a training loss."""
+    return [line for line in read_log(log) if "ema" in line]
+
+
 def learning_curve(log: Path) -> list[list[float]]:
     """[[step, running mean of the training loss], …] of a run's log."""
-    return [[line["step"], float(f"{line['ema']:.4g}")] for line in read_log(log) if "ema" in line]
+    return [[line["step"], float(f"{line['ema']:.4g}")] for line in loss_lines(log)]
+
+
+def seed_values(results: Results, seeds: int, arm: str, number: Number) -> list[float]:
+    """What the seeds of an arm measured, in the number's unit; nothing where the arm does not measure it."""
+    measured = [m for s in range(seeds) for m in results[arm, s].values() if isinstance(m, dict)]
+    return [number.scale * m[number.name] for m in measured if number.name in m]
