@@ -4,6 +4,7 @@
     python eval.py compare RUN --data vqav2:PATH:val --protocol mapl --shots 0,4,8
     python eval.py compare RUN --data scienceqa:PATH --data mme:PATH --predictions FOLDER
     python eval.py compare RUN [RUN …] --paper --format markdown --out table.md
+    python eval.py compare RUN --alone                              pictures do not read the words before them
 
 A row for each run, for the run blind, and for chance. Footnotes say why a cell is empty.
 """
@@ -31,6 +32,7 @@ from support.formats.files import UserError, atomically, read_json
 from support.formats.hub import fetch, is_hub_name
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
+from support.lab.alone import read_pictures_alone
 from support.lab.measures import Cells, EvaluationSet, Settings, chance_cells, measure_cells, open_set
 from support.lab.protocols import Comparison, PROTOCOLS, learned_chat
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
@@ -87,6 +89,12 @@ def compare_runs(runs: list[str], settings: Settings = Settings()) -> tuple[list
     rows, notes, datasets = [], {}, {}
     for run in runs:
         opened = OpenedRun(Path(run).name, *open_run(run, settings.device))
+        if settings.alone:
+            try:
+                read_pictures_alone(opened.vlm.bridge)
+                opened.name += "-alone"
+            except ValueError as e:
+                notes[str(e)] = None
         for blind in (False, True):
             row, missing = measure_run(opened, blind, datasets, settings)
             rows.append(row)
@@ -258,6 +266,8 @@ def make_parser() -> Parser:
                        help="pictures a row (400)")
     asked.add_argument("--beams", type=number(least=1, most=1000), default=1, metavar="W",
                        help="beam width; 1 = greedy (1)")
+    asked.add_argument("--alone", action="store_true",
+                       help="soft tokens read no word before them, no example and no system prompt")
     asked.add_argument("--follow-links", action="store_true", help="read pictures behind links, too")
     written = parser.add_argument_group("what is written")
     written.add_argument("--predictions", metavar="FOLDER",
@@ -280,7 +290,8 @@ def main(argv: list[str]) -> None:
     if not args.runs:
         raise UserError("give at least one run folder: python eval.py compare out/mapl-shapes.")
     settings = Settings(tuple(args.data), args.protocol, tuple(map(int, shots)), args.items, args.seed,
-                        args.beams, args.predictions, use_machine(args), args.follow_links)
+                        args.beams, args.predictions, use_machine(args), args.follow_links,
+                        args.alone)
     rows, notes = compare_runs(args.runs, settings)
     if args.paper:
         more, sources = published_rows([*dict.fromkeys(map(bridge_of, args.runs))])

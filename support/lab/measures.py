@@ -33,6 +33,7 @@ class Settings:
     folder: str | None = None                   # of predictions
     device: str = "cpu"
     follow_links: bool = False                  # read pictures behind links that leave their data set
+    alone: bool = False                         # soft tokens read no word before them (lab/alone.py)
 
 
 @dataclass

@@ -82,6 +82,15 @@ def test_the_table_has_each_run_its_blind_row_and_chance(runs, capsys):
     assert rows[-1]["cells"][("SQA rank",)] > 25
 
 
+def test_pictures_read_alone_have_rows_of_their_own(runs, tmp_path):
+    settings = Settings(shots=(0, 1), count=3, alone=True, folder=str(tmp_path))
+    rows, notes = compare_runs([runs["mapl"], runs["flamingo"]], settings)
+    assert [r["row"] for r in rows] == ["mapl-alone", "mapl-alone, blind", "flamingo", "flamingo, blind",
+                                        "chance"]
+    assert any(note.startswith("flamingo has no soft tokens that could be read alone") for note in notes)
+    assert (tmp_path / "mapl-alone.jsonl").exists() and not (tmp_path / "mapl.jsonl").exists()
+
+
 def test_overall_is_the_documents_mean_over_data_sets():
     rows, notes = published_rows(["mapl", "frozen", "flamingo", "qformer"])
     by_name = {r["row"]: r["cells"] for r in rows}
