@@ -12,10 +12,14 @@ weights nothing here is switched on.
 """
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from model import Bridge, ImagePositions, causal_mask, visible_to_bias
+import data
+from eval import vision_features
+from model import VLM, Bridge, ImagePositions, causal_mask, visible_to_bias
 from papers.cogvlm import has_images, image_numbers
+from support.formats.tokenizers import Tokenizer
 
 
 def keys_alone(keys: Tensor, where: ImagePositions) -> Tensor:
@@ -44,3 +48,25 @@ def read_pictures_alone(bridge: Bridge) -> None:
             return around(layer, part, f, visual, q, k, v, bias[:, None], False)
         return around(layer, part, f, visual, *x)
     bridge.around = alone
+
+
+@torch.no_grad()
+def moved_by_words(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item],
+                   examples: list[data.Item]) -> list[float]:
+    """How far a question and its answer ahead of the picture move the states of its soft tokens.
+
+    Item i stands behind the first question of example i, without that one's picture. L+1 numbers, one per
+    state (the soft tokens themselves, then after each layer): the mean over tokens and items of ‖h − h₀‖ /
+    ‖h₀‖, where h₀ is the state with the picture at the head.
+    """
+    features, moved = vision_features(vlm, items, blind=False), []
+    for i, example in enumerate(examples):
+        q, states = example.qas[0], []
+        for document in (data.Document(tokenizer),
+                         data.Document(tokenizer).turn(data.QUESTION.format(q.question), q.answer)):
+            inputs, _ = vlm.prepare(torch.tensor([document.image().tokens]), features[i:i + 1])
+            soft = torch.stack(vlm.decoder.states(**inputs))[:, inputs["visual"].image]     # (L+1, K, D)
+            states.append(soft)
+        head, behind = states
+        moved.append(((behind - head).norm(dim=-1) / head.norm(dim=-1)).mean(-1))
+    return torch.stack(moved).mean(0).tolist()

@@ -7,7 +7,7 @@ import torch
 import data
 from model import IMAGE
 from support.formats.vlm import open_run
-from support.lab.alone import keys_alone, read_pictures_alone
+from support.lab.alone import keys_alone, moved_by_words, read_pictures_alone
 from support.lab.claims import few_shot_accuracy
 from tests.conftest import shapes_vlm, tiny_vlm
 
@@ -108,3 +108,14 @@ def test_a_stored_run_keeps_its_answers_behind_four_examples():
     plain = few_shot_accuracy(vlm, tokenizer, items, 4)
     read_pictures_alone(vlm.bridge)
     assert few_shot_accuracy(vlm, tokenizer, items, 4) > plain + 0.25   # 27 and 87 % of 15 pictures
+
+
+def test_words_move_the_states_of_soft_tokens_and_hardly_where_they_are_not_read():
+    """Alone, only the distance to the text's first token is another one."""
+    vlm, tokenizer, _ = open_run("notebooks/runs/linear", "cpu")
+    items, examples = ([data.Shapes(split).item(n) for n in range(4)] for split in ("test", "train"))
+    read = moved_by_words(vlm, tokenizer, items, examples)
+    read_pictures_alone(vlm.bridge)
+    alone = moved_by_words(vlm, tokenizer, items, examples)
+    assert read[0] == alone[0] == 0 and len(read) == len(vlm.decoder.layers) + 1
+    assert all(a < r / 2 for a, r in zip(alone[1:], read[1:]))
