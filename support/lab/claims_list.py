@@ -70,11 +70,14 @@ class Claim:
         return list(dict.fromkeys(side.arm for e in self.expect for side in (e.left, e.right)))
 
 
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"        # 30 layers; 270 MB from the hub
 COMMON = ("--steps", "300", "--batch", "32", "--threads", "1", "--log-every", "25", "--eval-items", "1",
           "--samples", "1")
 REASONS = ("--recipe", "llava-2", "--captions", "0", "--turns", "2")
 LONG = ("--steps", "1000")
 TO_THE_END = ("--batch", "64", "--steps")               # and the steps of the recipe, where its loss is flat
+DEEP = ("--bridge", "zero_init", "--lm", SMOLLM2, "--option", "adapted=30", "--captions", "0", "--turns", "2",
+        "--batch", "8", "--steps", "120")
 ARMS = {
     "linear": Arm(("--bridge", "linear", *TO_THE_END, "1600"), measures=("answers", "loss")),
     "mlp": Arm(("--bridge", "mlp", *TO_THE_END, "1000"), measures=("answers", "loss")),
@@ -84,6 +87,9 @@ ARMS = {
                        measures=("answers", "loss", "gates")),
     "one softmax": Arm(("--bridge", "zero_init", *LONG, "--option", "version=3"),
                        measures=("answers", "loss")),
+    "deep, zero-init": Arm(DEEP, measures=("loss",)),
+    "deep, random-init": Arm((*DEEP, "--option", "gate_init=random"), measures=("loss",)),
+    "deep, one softmax": Arm((*DEEP, "--option", "version=3"), measures=("loss",)),
     "15 epochs": Arm(("--bridge", "zero_init", "--examples", "256", "--steps", "120"),
                      measures=("answers", "loss")),
     "30 epochs": Arm(("--bridge", "zero_init", "--examples", "256", "--steps", "240"),
@@ -301,5 +307,22 @@ CLAIMS = {
         columns=(PICTURES_BEFORE[3], PICTURES_BEFORE[0]),
         note="Both are near the commonest answer (32 %): 300 steps of 16 pages teach little of the "
              "pictures, so the size of the difference says little; its direction is the paper's.",
+    ),
+}
+
+# Claims that need a published decoder: not among "all".
+DEEP_CLAIMS = {
+    "zero-init-deep": Claim(
+        says="Random gates disturb a decoder of many layers for longer than one of four.",
+        source="document 0, LLaMA-Adapter's 32 layers, here SmolLM2-135M's 30",
+        expect=(
+            Expectation(Side("deep, random-init"), ">", Side("deep, zero-init"),
+                        paper="early training is disturbed"),
+            Expectation(Side("deep, random-init", LOSS), ">", Side("deep, zero-init", LOSS),
+                        paper="its curve is higher"),
+            Expectation(Side("deep, one softmax", LOSS), ">", Side("deep, zero-init", LOSS),
+                        paper="its curve is higher"),
+        ),
+        columns=(FIRST_LOSS, LOSS),
     ),
 }
