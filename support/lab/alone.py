@@ -2,7 +2,7 @@
 
 A bridge that was trained with the picture at the head of every text has soft tokens that never had a word
 before them. Behind examples, a system prompt or another picture the frozen decoder lets them read those
-words, and then understands them less (results/examples.md). Alone, the soft tokens of a picture read what
+words, and the answers get worse (results/examples.md). Alone, the soft tokens of a picture read what
 they read in training:
 
     may read(t, s) = s ≤ t ∧ (t is a word ∨ s is the first of its text ∨ s and t belong to the same picture)
@@ -22,19 +22,25 @@ from papers.cogvlm import has_images, image_numbers
 from support.formats.tokenizers import Tokenizer
 
 
-def keys_alone(keys: Tensor, where: ImagePositions) -> Tensor:
+def keys_alone(keys: Tensor, where: ImagePositions, who: str = "pictures") -> Tensor:
     """keys (B, T, T) bool, True = may read → (B, T, T): for soft tokens without the words before them.
 
-    Padding reads itself alone and so counts as a first token; nothing else may read it.
+    who = "words" is the control: words do not read the words ahead of a picture that they follow. Padding
+    reads itself alone and so counts as a first token; nothing else may read it.
     """
     picture = image_numbers(where)                                              # (B, T)  0 at words
-    first = keys.sum(-1) == 1                                                   # (B, T)  reads itself alone
+    word, first = picture == 0, keys.sum(-1) == 1                               # first: reads itself alone
+    if who == "words":
+        ahead = where.last[:, :, None] > where.last[:, None]                    # (B, T, T) a picture between
+        return keys & ~(ahead & word[:, :, None] & (word & ~first)[:, None])
     same = picture[:, :, None] == picture[:, None]                              # (B, T, T)
-    return keys & ((picture == 0)[:, :, None] | first[:, None] | same)
+    return keys & (word[:, :, None] | first[:, None] | same)
 
 
-def read_pictures_alone(bridge: Bridge) -> None:
-    """From now on this bridge's soft tokens read no word before them; ValueError where it has none."""
+def read_alone(bridge: Bridge, who: str = "pictures") -> None:
+    """From now on soft tokens (or words, see `keys_alone`) of texts with this bridge read no word before a
+    picture. ValueError for a bridge without soft tokens.
+    """
     if not bridge.soft_tokens:
         raise ValueError(f"{bridge.name} has no soft tokens that could be read alone: its pictures stand "
                          "beside the text.")
@@ -44,7 +50,7 @@ def read_pictures_alone(bridge: Bridge) -> None:
         if part == "attend" and has_images(visual, x[1].shape[2]):              # the prompt; later come words
             q, k, v, bias, _ = x
             keys = causal_mask(k.shape[2], k.device)[None] if bias is None else bias[:, 0] == 0
-            bias = visible_to_bias(keys_alone(keys, visual), q.dtype)
+            bias = visible_to_bias(keys_alone(keys, visual, who), q.dtype)
             return around(layer, part, f, visual, q, k, v, bias[:, None], False)
         return around(layer, part, f, visual, *x)
     bridge.around = alone

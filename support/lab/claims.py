@@ -4,7 +4,7 @@
     python eval.py claims papers                        the point of each paper of papers/
     python eval.py claims zero-init gates --seeds 3
     python eval.py claims all --jobs 8 --out claims.txt
-    python eval.py claims zero-init-deep                needs pip install huggingface_hub: a decoder of the hub
+    python eval.py claims zero-init-deep                needs pip install huggingface_hub: SmolLM2
     python eval.py claims papers --kept                 trains nothing: what the finished runs say
 
 Finished runs in out/claims are kept, so that the command goes on where it was stopped; what they measured is

@@ -32,7 +32,7 @@ from support.formats.files import UserError, atomically, read_json
 from support.formats.hub import fetch, is_hub_name
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
-from support.lab.alone import read_pictures_alone
+from support.lab.alone import read_alone
 from support.lab.measures import Cells, EvaluationSet, Settings, chance_cells, measure_cells, open_set
 from support.lab.protocols import Comparison, PROTOCOLS, learned_chat
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
@@ -91,7 +91,7 @@ def compare_runs(runs: list[str], settings: Settings = Settings()) -> tuple[list
         opened = OpenedRun(Path(run).name, *open_run(run, settings.device))
         if settings.alone:
             try:
-                read_pictures_alone(opened.vlm.bridge)
+                read_alone(opened.vlm.bridge)
                 opened.name += "-alone"
             except ValueError as e:
                 notes[str(e)] = None

@@ -7,7 +7,7 @@ import torch
 import data
 from model import IMAGE
 from support.formats.vlm import open_run
-from support.lab.alone import keys_alone, moved_by_words, read_pictures_alone
+from support.lab.alone import keys_alone, moved_by_words, read_alone
 from support.lab.claims import few_shot_accuracy
 from tests.conftest import shapes_vlm, tiny_vlm
 
@@ -35,13 +35,21 @@ def test_who_may_read_whom_in_a_small_text():
         [1, 1, 1, 1, 1, 0, 0],
         [1, 0, 0, 0, 0, 1, 0],
         [1, 0, 0, 0, 0, 1, 1]]
+    assert keys_alone(keys, where, "words")[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 0, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("name", PREFIX)
 def test_a_picture_at_the_head_of_a_text_is_read_as_ever(name):
     vlm = shapes_vlm(name)
     before, _ = states(vlm, [[1, IMAGE, 5, 6, 7]], 1)
-    read_pictures_alone(vlm.bridge)
+    read_alone(vlm.bridge)
     after, _ = states(vlm, [[1, IMAGE, 5, 6, 7]], 1)
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)        # two kernels of one attention
 
@@ -55,12 +63,12 @@ def test_words_before_a_picture_move_its_soft_tokens_only_without_it(name):
         assert torch.equal(one[image], other[image]) == alone
         assert not torch.equal(one[:, -1], other[:, -1])                # a word reads them all
         if not alone:
-            read_pictures_alone(vlm.bridge)
+            read_alone(vlm.bridge)
 
 
 def test_another_picture_before_is_not_read_either():
     vlm = shapes_vlm("mlp")
-    read_pictures_alone(vlm.bridge)
+    read_alone(vlm.bridge)
     tokens = [[1, IMAGE, 5, IMAGE, 7]]
     both, image = states(vlm, tokens, 2)
     features = torch.randn(2, 4, vlm.vit.config.width, generator=torch.Generator().manual_seed(3))
@@ -74,7 +82,7 @@ def test_another_picture_before_is_not_read_either():
 @pytest.mark.parametrize("left", [True, False])
 def test_rows_of_a_padded_batch_equal_rows_alone(left):
     vlm = shapes_vlm("mapl")
-    read_pictures_alone(vlm.bridge)
+    read_alone(vlm.bridge)
     short, long = [1, 5, IMAGE, 7], [1, 5, 6, 8, IMAGE, 7]
     padded = [0, 0, *short] if left else [*short, 0, 0]
     mask = torch.tensor([[p != 0 for p in padded], [True] * 6])
@@ -87,7 +95,7 @@ def test_rows_of_a_padded_batch_equal_rows_alone(left):
 
 def test_generation_with_the_cache_equals_recomputation():
     vlm = shapes_vlm("linear")
-    read_pictures_alone(vlm.bridge)
+    read_alone(vlm.bridge)
     prompt, features = [1, 5, 6, IMAGE, 7], torch.randn(1, 4, vlm.vit.config.width)
     new = vlm.generate(torch.tensor([prompt]), max_new_tokens=6, features=features)[0].tolist()
     for n, token in enumerate(new):
@@ -98,7 +106,7 @@ def test_generation_with_the_cache_equals_recomputation():
 
 def test_a_bridge_without_soft_tokens_is_refused():
     with pytest.raises(ValueError, match="flamingo has no soft tokens"):
-        read_pictures_alone(shapes_vlm("flamingo").bridge)
+        read_alone(shapes_vlm("flamingo").bridge)
 
 
 def test_a_stored_run_keeps_its_answers_behind_four_examples():
@@ -106,7 +114,7 @@ def test_a_stored_run_keeps_its_answers_behind_four_examples():
     vlm, tokenizer, _ = open_run("notebooks/runs/linear", "cpu")
     items = [data.Shapes("test").item(n) for n in range(10)]
     plain = few_shot_accuracy(vlm, tokenizer, items, 4)
-    read_pictures_alone(vlm.bridge)
+    read_alone(vlm.bridge)
     assert few_shot_accuracy(vlm, tokenizer, items, 4) > plain + 0.25   # 27 and 87 % of 15 pictures
 
 
@@ -115,7 +123,7 @@ def test_words_move_the_states_of_soft_tokens_and_hardly_where_they_are_not_read
     vlm, tokenizer, _ = open_run("notebooks/runs/linear", "cpu")
     items, examples = ([data.Shapes(split).item(n) for n in range(4)] for split in ("test", "train"))
     read = moved_by_words(vlm, tokenizer, items, examples)
-    read_pictures_alone(vlm.bridge)
+    read_alone(vlm.bridge)
     alone = moved_by_words(vlm, tokenizer, items, examples)
     assert read[0] == alone[0] == 0 and len(read) == len(vlm.decoder.layers) + 1
     assert all(a < r / 2 for a, r in zip(alone[1:], read[1:]))
