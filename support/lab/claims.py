@@ -357,13 +357,21 @@ def paper_row(claim: Claim, results: Results, seeds: int) -> list[str]:
     return ["-" if trained is None else f"{trained:,}", shown(number), shown(blind(number)), f"{minutes:.1f}"]
 
 
+def group_names(names: list[str]) -> list[str]:
+    """The same with the name of a group in the place of all of its claims."""
+    for group, members in GROUPS.items():
+        if names[:len(members)] == [*members]:
+            return [group, *group_names(names[len(members):])]
+    return names
+
+
 def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim] = CLAIMS,
                arms: dict[str, Arm] = ARMS, kept: bool = False) -> str:
     """Train and measure every arm of these claims, write the report to setup.report, and return it.
 
     kept: train nothing; the report is about the claims and the seeds whose runs are finished.
     """
-    asked = next((group for group, members in GROUPS.items() if names == [*members]), " ".join(names))
+    asked = " ".join(group_names(names))
     results: Results = {}
     if kept:
         store, seeds = Store(setup.store), {}

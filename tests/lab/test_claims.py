@@ -28,8 +28,9 @@ from support.lab import miniatures
 from support.lab.answerers import ANSWERERS, add_answerer_flags
 from support.lab.papers_table import measured
 from support.plumbing.flags import Parser
-from support.lab.claims import (ARMS, CLAIMS, MEASUREMENTS, Setup, arm_flags, arm_folder, claim_report,
-                                few_shot_accuracy, judge, needed_arms, run_claims, stage, T95)
+from support.lab.claims import (ARMS, CLAIMS, GROUPS, MEASUREMENTS, Setup, arm_flags, arm_folder,
+                                claim_report, few_shot_accuracy, group_names, judge, needed_arms, run_claims,
+                                stage, T95)
 from support.lab.claims_figures import papers_number
 from support.lab.claims_store import bundled_towers
 from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Side
@@ -97,6 +98,11 @@ def test_every_claim_names_its_source_and_compares_arms_by_numbers_that_are_meas
                 assert (side.number or claim.columns[0]).name in measured, side
     assert len({arm_folder("out", arm, 0) for arm in ARMS}) == len(ARMS)
     assert needed_arms([*CLAIMS.values()], ARMS) == set(ARMS)                # no arm for nothing
+
+
+def test_a_report_names_groups_as_they_were_asked_for():
+    assert group_names([*GROUPS["all"], "zero-init-deep"]) == ["all", "zero-init-deep"]
+    assert group_names([*GROUPS["papers"]]) == ["papers"] and group_names(["gates"]) == ["gates"]
 
 
 def test_percentages_are_multiplied_by_100_and_the_other_units_are_not():
