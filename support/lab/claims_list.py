@@ -283,8 +283,8 @@ CLAIMS = {
             Expectation(Side("transformer"), ">", Side("mlp")),
         ),
         columns=BY_KIND,
-        note="Each with the steps and pictures of its recipe, where its loss is flat: linear 1,600, mlp 1,000, "
-             "transformer 800 steps of 64.",
+        note="Each with the steps and pictures of its recipe, where its loss is flat: linear 1,600, mlp "
+             "1,000, transformer 800 steps of 64.",
     ),
     "prefix": Claim(
         says="A longer prefix is better.",
@@ -305,7 +305,8 @@ CLAIMS = {
             Expectation(Side("sees the last image"), ">", Side("sees all images"), paper="68.4, 60.8"),
         ),
         columns=(PICTURES_BEFORE[3], PICTURES_BEFORE[0]),
-        note="The commonest answer has 32 %. Both are asked after 300 steps of 16 pages, long before a plateau.",
+        note="The commonest answer has 32 %. Both are asked after 300 steps of 16 pages, long before a "
+             "plateau.",
     ),
 }
 
