@@ -154,11 +154,13 @@ CLAIMS = {
                         paper="its curve is higher"),
         ),
         columns=(*BY_KIND, FIRST_LOSS, LOSS),
-        note="Random gates, N(0, 1), are our reading of an ablation that the paper does not define. "
-             "Looked at: the logs. They disturb the first batch, as the paper says, but recover "
-             "within 25 steps and then learn faster: an open gate gives its prompts a gradient at "
-             "once, a shut one takes about 150 steps to reach half of theirs. Four layers are not "
-             "deep enough for the disturbance to last.",
+        note="Random gates, N(0, 1), are our reading of an ablation that the paper does not define. Looked "
+             "at: the logs. They disturb the first batch, are ahead from step 50 to 150, for an open gate "
+             "gives its prompts a gradient at once, and then fall behind, with two seeds of three by far "
+             "(69, 90 and 76 % against 93, 90 and 90). They stay where they were drawn (0 to 2 of 16 signs "
+             "change) and end twice as open as those that started shut (0.46 against 0.24). One softmax "
+             "over words and prompts, the other reading, disturbs the first batch most and ends best: what "
+             "it disturbs is soon mended.",
     ),
     "gates": Claim(
         says="The gates grow through training, and more in upper layers.",
@@ -168,6 +170,9 @@ CLAIMS = {
             Expectation(Side("zero-init", UPPER_LAYERS), ">", Side("zero-init", LOWER_LAYERS)),
         ),
         columns=(GATE_HALFWAY, GATE_AT_THE_END, LOWER_LAYERS, UPPER_LAYERS),
+        note="The gates have their size after 300 of 1,000 steps (0.06, 0.15, 0.24 after 50, 100, 300), so "
+             "that halfway and the end are alike. The second layer of four opens widest. With the decoder "
+             "before it had read examples, after 300 steps, the upper half led (0.364 against 0.301).",
     ),
     "epochs": Claim(
         says="More epochs on the same pictures hardly overfit: the training loss falls, the accuracy "
