@@ -140,15 +140,15 @@ def test_every_number_in_a_table_of_the_readme_stands_in_the_results_file_that_i
 
 
 def cells_of_a_bridge(bridge: str) -> list[str]:
-    """Trained parameters; right, blind and CIDEr of seeds 0 / 1 / 2, as bridges.txt has them."""
+    """Trained parameters; right, blind and CIDEr of seeds 0, 1, 2, as bridges.txt has them."""
     lines = (RESULTS / "bridges.txt").read_text(encoding="utf-8").splitlines()
 
     def of_seeds(kind: str, column: int) -> str:
         """One number of all three seeds."""
         rows = [next(x for x in lines if x.startswith(f"{bridge}-s{seed}, {kind}")) for seed in range(3)]
-        return " / ".join(row.split()[column] for row in rows)
+        return ", ".join(row.split()[column] for row in rows)
 
-    trained = of_seeds("held-out", 2).split(" / ")[0]
+    trained = of_seeds("held-out", 2).split(", ")[0]
     return [trained, of_seeds("held-out", -3), of_seeds("blind", -3), of_seeds("held-out", -2)]
 
 
