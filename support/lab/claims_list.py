@@ -75,7 +75,7 @@ COMMON = ("--steps", "300", "--batch", "32", "--threads", "1", "--log-every", "2
           "--samples", "1")
 REASONS = ("--recipe", "llava-2", "--captions", "0", "--turns", "2")
 LONG = ("--steps", "1000")
-TO_THE_END = ("--batch", "64", "--steps")               # and the steps of the recipe, where its loss is flat
+TO_THE_END = ("--batch", "64", "--steps")               # and the steps of the recipe
 DEEP = ("--bridge", "zero_init", "--lm", SMOLLM2, "--option", "adapted=30", "--captions", "0", "--turns", "2",
         "--batch", "8", "--steps", "120")
 ARMS = {
@@ -288,8 +288,8 @@ CLAIMS = {
             Expectation(Side("transformer"), ">", Side("mlp")),
         ),
         columns=BY_KIND,
-        note="Each with the steps and pictures of its recipe, where its loss is flat: linear 1,600, mlp "
-             "1,000, transformer 800 steps of 64. The mlp, a ninth of the transformer's size, ends as high: "
+        note="Each with the steps and pictures of its recipe: linear 1,600, mlp 1,000, transformer 800 steps "
+             "of 64. The mlp, a ninth of the transformer's size, ends as high: "
              "in front of this frozen decoder it need not be a transformer.",
     ),
     "prefix": Claim(
