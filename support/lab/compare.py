@@ -290,8 +290,7 @@ def main(argv: list[str]) -> None:
     if not args.runs:
         raise UserError("give at least one run folder: python eval.py compare out/mapl-shapes.")
     settings = Settings(tuple(args.data), args.protocol, tuple(map(int, shots)), args.items, args.seed,
-                        args.beams, args.predictions, use_machine(args), args.follow_links,
-                        args.alone)
+                        args.beams, args.predictions, use_machine(args), args.follow_links, args.alone)
     rows, notes = compare_runs(args.runs, settings)
     if args.paper:
         more, sources = published_rows([*dict.fromkeys(map(bridge_of, args.runs))])

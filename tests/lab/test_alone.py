@@ -14,9 +14,14 @@ from tests.conftest import shapes_vlm, tiny_vlm
 PREFIX = ("linear", "mlp", "mapl", "qformer")
 
 
-def states(vlm, tokens: list[list[int]], pictures: int, mask=None):
-    """Hidden states (B, T', D) after the last layer, and where pictures stand in them (B, T')."""
+def states(vlm, tokens: list[list[int]], pictures: int, mask=None, white: int | None = None):
+    """Hidden states (B, T', D) after the last layer, and where pictures stand in them (B, T').
+
+    white: the picture whose features are ones.
+    """
     features = torch.randn(pictures, 4, vlm.vit.config.width, generator=torch.Generator().manual_seed(3))
+    if white is not None:
+        features[white] = 1.0
     inputs, _ = vlm.prepare(torch.tensor(tokens), features, mask)
     with torch.no_grad():
         return vlm.decoder.states(**inputs)[-1], inputs["visual"].image
@@ -71,10 +76,7 @@ def test_another_picture_before_is_not_read_either():
     read_alone(vlm.bridge)
     tokens = [[1, IMAGE, 5, IMAGE, 7]]
     both, image = states(vlm, tokens, 2)
-    features = torch.randn(2, 4, vlm.vit.config.width, generator=torch.Generator().manual_seed(3))
-    features[0] = 1.0
-    with torch.no_grad():
-        changed = vlm.decoder.states(**vlm.prepare(torch.tensor(tokens), features)[0])[-1]
+    changed, _ = states(vlm, tokens, 2, white=0)
     second = image & (image.cumsum(1) > image.sum() // 2)
     assert torch.equal(both[second], changed[second]) and not torch.equal(both[:, -1], changed[:, -1])
 
