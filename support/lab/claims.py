@@ -336,7 +336,8 @@ def claim_report(name: str, claim: Claim, results: Results, seeds: int) -> tuple
                      f"{mean(right):.4g}{paper}")
     if claim.note:
         lines.append(textwrap.fill(claim.note, 118, initial_indent="    ", subsequent_indent="    "))
-    return "\n".join([f"{name}: {claim.says} ({claim.source})", *lines]), verdicts
+    title = f"{name}, {seeds} seed{'s' * (seeds > 1)}: {claim.says} ({claim.source})"
+    return "\n".join([title, *lines]), verdicts
 
 
 def paper_row(claim: Claim, results: Results, seeds: int) -> list[str]:
@@ -388,7 +389,9 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
         results = run_arms(needed_arms([claims[name] for name in names], arms), setup, arms)
     reports = {name: claim_report(name, claims[name], results, seeds[name]) for name in names}
     minutes = sum(result["seconds"] for result in results.values()) / 60
-    head = (f"python eval.py claims {asked}{' --kept' * kept}: seeds 0 to {max(seeds.values()) - 1}, "
+    asked += f" --seeds {setup.seeds}" * (setup.seeds != Setup.seeds) + " --kept" * kept
+    spread = " or ".join(map(str, sorted({*seeds.values()})))
+    head = (f"python eval.py claims {asked}: {spread} seed{'s' * (spread != '1')} a claim, "
             f"{len(results)} runs, {minutes:.0f} minutes of training on one core each ({machine()}); a run, "
             f"where its claim says nothing else: {' '.join(setup.common)}\n"
             "Mean ± standard deviation over seeds: accuracy in %, CIDEr, loss in nats per learned token; "

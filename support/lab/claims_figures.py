@@ -1,6 +1,7 @@
 """lab/claims_figures.py: a picture of each claim, and a page that shows them beside the verdicts.
 
-On the left the training losses of its arms, on the right what was measured of them, each seed a dot.
+On the left the training losses of its arms, on the right what was measured of them, each seed a dot, one
+plot for each unit.
 """
 from __future__ import annotations
 
@@ -41,12 +42,16 @@ def draw_claims(claims: dict[str, Claim], results: Results, seeds: dict[str, int
     lines += [f"| [{name}](#{name}) | {', '.join(verdicts[name])} |" for name in claims]
     for name, claim in claims.items():
         figure = plots.Figure((11, 4), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.8))
+        units = sides_by_unit(claim)
+        columns = sum(map(len, units.values()))
+        widths = (1, *(0.15 + 1.65 * len(sides) / columns for sides in units.values()))
+        left, *right = figure.subplots(1, len(widths), width_ratios=widths)
         arms = [arm for arm, seed in results if seed == 0 and arm in claim.arms]
         colors = {arm: f"C{n % 10}" for n, arm in enumerate(arms)}
         curves = {arm: [results[arm, seed]["curve"] for seed in range(seeds[name])] for arm in arms}
         draw_losses(left, {arm: runs for arm, runs in curves.items() if all(runs)}, colors)
-        draw_numbers(right, claim, results, seeds[name], colors)
+        for axis, sides in zip(right, units.values()):
+            draw_numbers(axis, claim, sides, results, seeds[name], colors)
         with atomically(folder / f"{name}.png") as tmp:
             figure.savefig(tmp, format="png", dpi=80)
         lines += ["", f"## {name}", "", *wrap(f"{claim.says} ({claim.source})"), "",
@@ -79,27 +84,28 @@ def draw_losses(axis, curves: dict[str, list[list[list[float]]]], colors: dict[s
         axis.text(0.5, 0.5, "nothing is trained", ha="center", va="center")
 
 
-def draw_numbers(axis, claim: Claim, results: Results, seeds: int, colors: dict[str, str]) -> None:
-    """What the expectations compare, a column for each side; of one unit, the paper's numbers beside it."""
-    sides = list(dict.fromkeys(side for e in claim.expect for side in (e.left, e.right)))
-    numbers = [side.number or claim.columns[0] for side in sides]
-    values = [seed_values(results, seeds, side.arm, number) for side, number in zip(sides, numbers)]
-    units = list(dict.fromkeys(number.unit for number in numbers))
-    for n, (side, number, found) in enumerate(zip(sides, numbers, values)):
-        largest = max((abs(v) for other, vs in zip(numbers, values) if other.unit == number.unit for v in vs),
-                      default=0.0) or 1.0
-        scale = 1 if len(units) == 1 else 100 / largest         # several units: each in % of its largest
-        shown = [scale * v for v in found]
-        axis.plot([n] * len(shown), shown, "o", color=colors[side.arm], alpha=0.6)
-        if shown:
+def sides_by_unit(claim: Claim) -> dict[str, list[tuple[Side, Number]]]:
+    """What the expectations compare, {unit: [(side, its number), …]}: numbers of one unit share a scale."""
+    sides, units = dict.fromkeys(side for e in claim.expect for side in (e.left, e.right)), {}
+    for side in sides:
+        number = side.number or claim.columns[0]
+        units.setdefault(number.unit, []).append((side, number))
+    return units
+
+
+def draw_numbers(axis, claim: Claim, sides: list[tuple[Side, Number]], results: Results, seeds: int,
+                 colors: dict[str, str]) -> None:
+    """A column for each side, all of one unit: its seeds, their mean and the paper's number."""
+    for n, (side, number) in enumerate(sides):
+        if shown := seed_values(results, seeds, side.arm, number):
+            axis.plot([n] * len(shown), shown, "o", color=colors[side.arm], alpha=0.6)
             axis.hlines(np.mean(shown), n - 0.3, n + 0.3, color=colors[side.arm])
-        if len(units) == 1 and (paper := papers_number(claim, side, number)) is not None:
+        if (paper := papers_number(claim, side, number)) is not None:
             axis.plot([n], [paper], "D", color="0.35", fillstyle="none")
-    axis.set_xticks(range(len(sides)), [re.sub(r": |, ", "\n", str(side)) for side in sides],
-                    fontsize=8 if len(sides) < 6 else 6)
-    names = {number.name for number in numbers}
-    unit = f"{numbers[0].name}, {units[0]}" if len(names) == 1 else units[0]
-    axis.set(ylabel=unit if len(units) == 1 else "% of the largest of its unit",
+    breaks = ": |, | " if len(sides) > 6 else ": |, "
+    axis.set_xticks(range(len(sides)), [re.sub(breaks, "\n", str(side)) for side, _ in sides], fontsize=7)
+    names, (_, first) = {number.name for _, number in sides}, sides[0]
+    axis.set(ylabel=f"{first.name}, {first.unit}" if len(names) == 1 else first.unit,
              xlim=(-0.6, len(sides) - 0.4))
 
 

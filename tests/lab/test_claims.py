@@ -31,7 +31,7 @@ from support.plumbing.flags import Parser
 from support.lab.claims import (ARMS, CLAIMS, GROUPS, MEASUREMENTS, Setup, arm_flags, arm_folder,
                                 claim_report, few_shot_accuracy, group_names, judge, needed_arms, run_claims,
                                 stage, T95)
-from support.lab.claims_figures import papers_number
+from support.lab.claims_figures import papers_number, sides_by_unit
 from support.lab.claims_store import bundled_towers
 from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Side
 from model import VLM
@@ -111,7 +111,7 @@ def test_percentages_are_multiplied_by_100_and_the_other_units_are_not():
     results = {(arm, 0): {"seconds": 1, "measure": {"mean": 0.5, "cider": 2.0}} for arm in "ab"}
     text, verdicts = claim_report("name", claim, results, 1)
     assert verdicts == ["one seed"] and text.splitlines() == [
-        "name: It is. (document 0)",
+        "name, 1 seed: It is. (document 0)",
         "         mean  cider",
         "    a  50 ± 0  2 ± 0",
         "    b  50 ± 0  2 ± 0",
@@ -155,7 +155,7 @@ def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
     text = ask(quick)
     assert (tmp_path / "claims.txt").read_text(encoding="utf-8") == text
     assert (
-        "longer: A run that goes on from another has the lower loss. (document 0, nowhere)" in text
+        "longer, 2 seeds: A run that goes on from another has the lower loss. (document 0, nowhere)" in text
         and "(document: 2, 1)" in text
     )
     seen = {
@@ -215,11 +215,24 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
         write_json(tmp_path / f"{name}-s{seed}" / "seen.json", done)
     text = run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
     assert measured(text) == {"paper": ["paper", "2", "1,234", "2.1 CIDEr", "0.25 CIDEr", "1.0", "shown"]}
-    assert "4 runs, 4 minutes" in text and "shown      own > other: 2.1 against 1.05" in text
+    head = text.splitlines()[0]                         # the command that makes this report again
+    assert head.startswith("python eval.py claims paper --kept: 2 seeds a claim, 4 runs, 4 minutes")
+    assert "shown      own > other: 2.1 against 1.05" in text
     page = (tmp_path / "claims/papers.md").read_text(encoding="utf-8")
     assert "| [paper](#paper) | shown |" in page and "![paper](paper.png)" in page
     assert "- shown: own > other (document: 2, 1)" in page
     assert (tmp_path / "claims/paper.png").read_bytes()[:4] == b"\x89PNG"
+    text = run_claims(["paper"], replace(setup, seeds=1), {"paper": claim}, arms, kept=True)
+    assert text.startswith("python eval.py claims paper --seeds 1 --kept: 1 seed a claim, 2 runs, ")
+
+
+def test_a_figure_has_a_scale_for_each_unit():
+    expect = tuple(Expectation(Side("a", n), ">", Side("b", n)) for n in (MEAN, LOSS))
+    claim = Claim("It is.", "nowhere", (*expect, Expectation(Side("a"), ">", Side("a", CIDER))), (MEAN,))
+    units = sides_by_unit(claim)
+    assert {unit: [str(side) for side, _ in sides] for unit, sides in units.items()} == {
+        "%": ["a: mean", "b: mean", "a"], "nats": ["a: loss", "b: loss"], "CIDEr": ["a: cider"]}
+    assert units["%"][2][1] == MEAN                     # a side without a number: the claim's first column
 
 
 def test_a_kept_result_counts_for_its_own_flags_and_towers_alone(tmp_path, monkeypatch):

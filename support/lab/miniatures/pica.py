@@ -18,7 +18,7 @@ def ask(shots: int, similarity: str, ensemble: int = 1, told: tuple[str, ...] = 
 
 ARMS = {
     LINEAR: Arm(("--bridge", "linear", "--captions", "0.5"), measures=("answers", "captions", "things")),
-    WORDS: Arm(("--recipe", "lm-prompts", "--batch", "16")),
+    WORDS: Arm(("--recipe", "lm-prompts", "--steps", "600")),             # its recipe's
     "PICa, 0": ask(0, "random"),
     "PICa, 1 random": ask(1, "random"),
     "PICa, 1 similar": ask(1, "imagequestion"),
