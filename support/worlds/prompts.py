@@ -5,6 +5,8 @@ Models can ask it: python train.py --recipe lm-prompts
 """
 from __future__ import annotations
 
+from typing import Sequence
+
 import numpy as np
 
 from data import (CAPTION, COLORS, KINDS, NUMBERS, PLACES, QA, SEEN, SHAPES, Document, Item, Shapes,
@@ -20,8 +22,8 @@ SHOTS, SHOT_SHARES = (0, 1, 2, 4, 8), (0.3, 0.3, 0.2, 0.15, 0.05)
 OBJECTS = 5                                             # told in a prompt of Socratic Models
 OTHER_HABIT = {                     # kind of question → another way to write its answers
     "existence": {"yes": "y", "no": "n"}, "count": {word: str(n) for n, word in enumerate(NUMBERS)},
-    "position": {place: " ".join(reversed(place.split())) for place in PLACES},
-    "color": {color: f"{color} object" for color in COLORS}, "shape": {s: f"{s} object" for s in SHAPES}}
+    "position": {place: f"at the {place}" for place in PLACES},
+    "color": {color: f"a {color} object" for color in COLORS}, "shape": {s: f"a {s}" for s in SHAPES}}
 OWN_SHARE = {"existence": 2 / 3, "color": 2 / 3, "shape": 2 / 3, "count": 1 / 3, "position": 1 / 3}
 
 
@@ -37,9 +39,10 @@ class PromptText(ShapesText):
     """Documents for recipe `lm-prompts`, in four forms:
 
     pica      0 to 8 examples in PICa's form, then a question. A writer's habits differ from document to
-              document (yes or y, one or 1, top left or left top, red or red object) and hold for all answers
-              to a kind of question within it. So an example tells how the next answer is written, if it is
-              of the same kind. What the world's own questions expect is the rarer habit of two kinds.
+              document (yes or y, one or 1, top left or at the top left, red or a red object) and hold for all
+              answers to a kind of question within it. A document asks about one kind or two, so that its
+              examples tell how the next answer is written. What the world's own questions expect is the
+              rarer habit of two kinds.
     caption   a caption without a picture: what MAGiC's decoder learns
     socratic  the prompt of Socratic Models and a caption; its list names the things first, then others
     scene     a document of recipe `lm`, so that nothing is forgotten
@@ -65,25 +68,26 @@ class PromptText(ShapesText):
         return Document(self.tokenizer).turn(prompt, caption_scene(things))
 
     def pica_document(self, rng: np.random.Generator) -> Document:
-        """Every answer is learned, those of the examples too."""
+        """Every answer is learned, those of the examples too, and where it ends."""
         own = {kind: rng.random() < share for kind, share in OWN_SHARE.items()}
         shots = int(rng.choice(SHOTS, p=SHOT_SHARES))
+        kinds = rng.permutation([*OWN_SHARE])[:rng.integers(1, 3)]
         told = []
         for _ in range(shots + 1):
-            context, q = self.question(rng)
+            context, q = self.question(rng, kinds)
             told.append((context, q.question, q.answer if own[q.kind] else OTHER_HABIT[q.kind][q.answer]))
         *examples, (context, question, _) = told
         parts = pica.write_prompt(examples, context, question).split("\nA:")
         d = Document(self.tokenizer)
         for n, (_, _, answer) in enumerate(told):
-            before = parts[n].removeprefix(f" {told[n - 1][2]}") if n else parts[n]
-            d.add(f"{before}\nA:").add(f" {answer}", learn=True)
+            before = parts[n].removeprefix(f" {told[n - 1][2]}\n") if n else parts[n]
+            d.add(f"{before}\nA:").add(f" {answer}" + "\n" * (n < shots), learn=True)
         return d.end()
 
-    def question(self, rng: np.random.Generator) -> tuple[str, QA]:
-        """A caption of a new scene, and a question about it."""
+    def question(self, rng: np.random.Generator, kinds: Sequence[str]) -> tuple[str, QA]:
+        """A caption of a new scene, and a question about it, of one of these kinds if the scene has one."""
         things = sorted(self.world.scene(rng), key=lambda t: t.cell)
-        for kind in rng.permutation([*KINDS, "shape"]):
+        for kind in (*rng.permutation(kinds), "existence"):
             if q := self.world.question(things, str(kind), rng):
                 return caption_scene(things), q
         raise AssertionError("a scene without a question")

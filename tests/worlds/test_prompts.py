@@ -47,7 +47,11 @@ def test_the_examples_are_a_prompt_of_pica_with_its_answer():
         *examples, (context, question, answer) = blocks
         text = f"{pica.write_prompt(examples, context, question)} {answer}"
         assert ids == [TOKENIZER.bos, *TOKENIZER.encode(text), TOKENIZER.eos]   # as one text, token by token
+        *others, _ = learned
         assert [piece.strip() for piece in learned] == [a for *_, a in blocks]
+        assert all(piece.endswith("\n") for piece in others)           # where an answer ends is learned
+        kinds = {" ".join(question.split()[:2]) for _, question, _ in blocks} - {"is there"}
+        assert len(kinds) <= 2                          # "is there": of a scene without the others, too
         shots.add(len(examples))
     assert shots == {0, 1, 2, 4, 8}
 
@@ -60,7 +64,7 @@ def test_a_habit_holds_within_a_document_and_for_one_kind_of_question():
         kept = {}
         for piece in learned:
             answer = piece.strip()
-            if answer == "middle center" or answer in own:
+            if answer in own:
                 kind, mine = own[answer], True
             else:
                 kind, mine = other[answer], False
