@@ -195,30 +195,42 @@ def arm_flags(name: str, arm: Arm, seed: int, setup: Setup) -> list[str]:
     return [*setup.common, *arm.flags, *start, "--seed", str(seed), "--out", out]
 
 
-def run_arm(name: str, arm: Arm, seed: int, setup: Setup) -> dict:
+def run_identity(name: str, arms: dict[str, Arm], seed: int, setup: Setup) -> dict:
+    """{"flags" of an arm's run, "before": {other arm: its flags}}: what a finished run counts for.
+
+    before: the runs that it starts from or reads, and those before them. Other steps there make another run.
+    """
+    before: dict[str, list[str]] = {}
+    for other in arms_before(arms[name]):
+        own = run_identity(other, arms, seed, setup)
+        before |= {other: own["flags"]} | own["before"]
+    return {"flags": arm_flags(name, arms[name], seed, setup), "before": before}
+
+
+def run_arm(name: str, arm: Arm, seed: int, setup: Setup, identity: dict) -> dict:
     """Train an arm unless its finished run lies in its folder, and measure what is missing.
 
-    Returns and keeps in seen.json: {"flags", "towers", "seconds", "steps", "trained" (parameters), "curve",
-    measurement: {name: number}}.
+    Returns and keeps in seen.json: {"flags", "before", "towers", "seconds", "steps", "trained" (parameters),
+    "curve", measurement: {name: number}}.
     """
-    run, flags = Path(arm_folder(setup.runs, name, seed)), arm_flags(name, arm, seed, setup)
+    run, flags = Path(arm_folder(setup.runs, name, seed)), identity["flags"]
     done = read_json(run / "seen.json") if (run / "seen.json").exists() else {}
-    if arm.answerer and not is_finished(done, flags):
+    if arm.answerer and not is_finished(done, identity):
         torch.set_num_threads(1)
         start, scores = time.monotonic(), measure_answerer(arm.answerer, flags, seed, setup.count // 2)
-        done = {"flags": flags, "towers": bundled_towers(), "seconds": time.monotonic() - start, "steps": 0,
-                "trained": 0, "curve": [], arm.answerer: scores}
+        done = identity | {"towers": bundled_towers(), "seconds": time.monotonic() - start, "steps": 0,
+                           "trained": 0, "curve": [], arm.answerer: scores}
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "seen.json", done)
-    if not is_finished(done, flags):
+    if not is_finished(done, identity):
         run.mkdir(parents=True, exist_ok=True)
         with (open(run / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file),
               contextlib.redirect_stderr(file)):
             train.main(flags)
         config = read_json(run / "config.json")
-        done = {"flags": flags, "towers": bundled_towers(), "seconds": config["seconds"],
-                "steps": config["steps"], "trained": config.get("trained_parameters"),
-                "curve": learning_curve(run / "log.jsonl")}
+        done = identity | {"towers": bundled_towers(), "seconds": config["seconds"],
+                           "steps": config["steps"], "trained": config.get("trained_parameters"),
+                           "curve": learning_curve(run / "log.jsonl")}
         write_json(run / "seen.json", done)
     missing = [measure for measure in arm.measures if measure not in done]
     if missing:
@@ -242,20 +254,21 @@ def arms_before(arm: Arm) -> list[str]:
     return [arm.start] * bool(arm.start) + [other for flag in arm.flags for other in RUN_OF.findall(flag)]
 
 
-def kept_result(name: str, arm: Arm, seed: int, setup: Setup, store: Store) -> dict | None:
+def kept_result(name: str, arms: dict[str, Arm], seed: int, setup: Setup, store: Store) -> dict | None:
     """What is kept of an arm's run, in the store or in its folder, if it is finished and measured."""
-    flags, file = arm_flags(name, arm, seed, setup), Path(arm_folder(setup.runs, name, seed)) / "seen.json"
-    if not store.find(name, seed, flags, arm.measures) and file.exists():
-        if is_finished(done := read_json(file), flags, arm.measures):
+    identity, measures = run_identity(name, arms, seed, setup), arms[name].measures
+    file = Path(arm_folder(setup.runs, name, seed)) / "seen.json"
+    if not store.find(name, seed, identity, measures) and file.exists():
+        if is_finished(done := read_json(file), identity, measures):
             store.keep(name, seed, done)
-    return store.find(name, seed, flags, arm.measures)
+    return store.find(name, seed, identity, measures)
 
 
 def kept_results(claim: Claim, setup: Setup, arms: dict[str, Arm], store: Store) -> Results:
     """{(arm, seed): its result} of the seeds, from 0 on, of which all runs of this claim are kept."""
     results, needed = {}, needed_arms([claim], arms)
     for seed in range(setup.seeds):
-        found = {(name, seed): kept_result(name, arms[name], seed, setup, store)
+        found = {(name, seed): kept_result(name, arms, seed, setup, store)
                  for name in arms if name in needed}
         if not all(found.values()):
             break
@@ -280,13 +293,13 @@ def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> Results:
         return not kept(name, seed) or any(runs(other, seed) for other in users)
 
     def kept(name: str, seed: int) -> dict | None:
-        return kept_result(name, arms[name], seed, setup, store)
+        return kept_result(name, arms, seed, setup, store)
     for seed, n in itertools.product(range(setup.seeds), stages):
         here = [name for name in arms if name in names and stage(name, arms) == n]
         results |= {(name, seed): kept(name, seed) for name in here if not runs(name, seed)}
         ready = [name for name in here if runs(name, seed)]
-        work = [(name, replace(arms[name], measures=()) if kept(name, seed) else arms[name], seed, setup)
-                for name in ready]
+        work = [(name, replace(arms[name], measures=()) if kept(name, seed) else arms[name], seed, setup,
+                 run_identity(name, arms, seed, setup)) for name in ready]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(setup.jobs, spawn) if setup.jobs > 1 else contextlib.nullcontext() as pool:
             done = (pool.map if pool else map)(run_arm, *zip(*work)) if work else ()

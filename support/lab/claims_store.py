@@ -1,7 +1,8 @@
 """lab/claims_store.py: what each finished run of a claim measured, a line of JSON, kept in the repository.
 
 A report of many runs takes days and more than one machine. A run's folder may be gone; what it said stays,
-with its curve. It counts for the flags, and for the bundled towers, that it was made with.
+with its curve. It counts for the flags, its own and those of the runs before it, and for the bundled towers,
+that it was made with.
 """
 from __future__ import annotations
 
@@ -36,10 +37,10 @@ class Store:
     def read(self) -> Results:
         return {(line["arm"], line["seed"]): line for line in read_log(self.file)}
 
-    def find(self, arm: str, seed: int, flags: list[str], measures: tuple[str, ...]) -> dict | None:
-        """The result of this run, if it was made with these flags and towers and all of it was measured."""
+    def find(self, arm: str, seed: int, identity: dict, measures: tuple[str, ...]) -> dict | None:
+        """The result of this run, if it is this one (run_identity, towers) and all of it was measured."""
         found = self.lines.get((arm, seed), {})
-        return found if is_finished(found, flags, measures) else None
+        return found if is_finished(found, identity, measures) else None
 
     def keep(self, arm: str, seed: int, result: dict) -> None:
         self.lines = self.read() | {(arm, seed): {"arm": arm, "seed": seed, **result}}   # others write, too
@@ -48,9 +49,10 @@ class Store:
             tmp.write_text(text, encoding="utf-8")
 
 
-def is_finished(result: dict, flags: list[str], measures: tuple[str, ...] = ()) -> bool:
-    return (result.get("flags") == flags and result.get("towers") == bundled_towers()
-            and {*measures} <= {*result})
+def is_finished(result: dict, identity: dict, measures: tuple[str, ...] = ()) -> bool:
+    """identity: of lab/claims.py, run_identity."""
+    return (all(result.get(key) == value for key, value in identity.items())
+            and result.get("towers") == bundled_towers() and {*measures} <= {*result})
 
 
 def loss_lines(log: Path) -> list[dict]:

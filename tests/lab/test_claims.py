@@ -29,10 +29,10 @@ from support.lab.answerers import ANSWERERS, add_answerer_flags
 from support.lab.papers_table import measured
 from support.plumbing.flags import Parser
 from support.lab.claims import (ARMS, CLAIMS, GROUPS, MEASUREMENTS, Setup, arm_flags, arm_folder,
-                                claim_report, few_shot_accuracy, group_names, judge, needed_arms, run_claims,
-                                stage, T95)
+                                claim_report, few_shot_accuracy, group_names, judge, kept_result, needed_arms,
+                                run_claims, run_identity, stage, T95)
 from support.lab.claims_figures import papers_number, sides_by_unit
-from support.lab.claims_store import bundled_towers
+from support.lab.claims_store import Store, bundled_towers
 from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Side
 from model import VLM
 from support.formats.files import UserError, read_json, write_json
@@ -209,9 +209,10 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
         run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
     runs = ("own", 0, 2.0), ("own", 1, 2.2), ("other", 0, 1.0), ("other", 1, 1.1), ("own", 2, 9.0)
     for name, seed, cider in runs:
-        done = {"flags": arm_flags(name, arms[name], seed, setup), "towers": bundled_towers(), "seconds": 60,
-                "steps": 3, "trained": 1234, "curve": [[1, 2.5], [3, 1.5]], "captions": {"cider": cider},
-                "blind": {"blind mean": 0.1, "blind cider": 0.25}}
+        done = run_identity(name, arms, seed, setup) | {
+            "towers": bundled_towers(), "seconds": 60, "steps": 3, "trained": 1234,
+            "curve": [[1, 2.5], [3, 1.5]], "captions": {"cider": cider},
+            "blind": {"blind mean": 0.1, "blind cider": 0.25}}
         write_json(tmp_path / f"{name}-s{seed}" / "seen.json", done)
     text = run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
     assert measured(text) == {"paper": ["paper", "2", "1,234", "2.1 CIDEr", "0.25 CIDEr", "1.0", "shown"]}
@@ -239,8 +240,9 @@ def test_a_kept_result_counts_for_its_own_flags_and_towers_alone(tmp_path, monke
     own = Arm(("--captions", "1"), measures=("captions",))
     claim = Claim("It is.", "nowhere", (Expectation(Side("own"), ">", Side("own")),), (CIDER,))
     setup = Setup(1, 1, tmp_path, tmp_path / "claims.txt", ())
-    done = {"arm": "own", "seed": 0, "flags": arm_flags("own", own, 0, setup), "towers": bundled_towers(),
-            "seconds": 60, "steps": 3, "trained": 1, "curve": [], "captions": {"cider": 2.0}}
+    done = {"arm": "own", "seed": 0, **run_identity("own", {"own": own}, 0, setup),
+            "towers": bundled_towers(), "seconds": 60, "steps": 3, "trained": 1, "curve": [],
+            "captions": {"cider": 2.0}}
     setup.store.parent.mkdir()
 
     def report(**changes) -> str:
@@ -253,6 +255,20 @@ def test_a_kept_result_counts_for_its_own_flags_and_towers_alone(tmp_path, monke
     monkeypatch.setattr("support.lab.claims_store.bundled_towers", lambda: "others")
     with pytest.raises(UserError, match="leave out --kept"):
         report()
+
+
+def test_a_kept_result_counts_for_the_runs_that_it_starts_from_or_reads(tmp_path):
+    """The first run of three has other steps now: what the last one measured is of another experiment."""
+    arms = {"first": Arm(("--steps", "3")), "second": Arm((), start="first"),
+            "last": Arm(("--captions-by", "{second}"), measures=("captions",), answerer="pica")}
+    setup, store = Setup(1, 1, tmp_path, tmp_path / "claims.txt", ()), Store(tmp_path / "runs.jsonl")
+    identity = run_identity("last", arms, 0, setup)
+    assert {*identity["before"]} == {"first", "second"}
+    assert identity["before"]["first"][:2] == ["--steps", "3"]
+    store.keep("last", 0, identity | {"towers": bundled_towers(), "captions": {"cider": 2.0}})
+    assert kept_result("last", arms, 0, setup, store)["captions"] == {"cider": 2.0}
+    longer = arms | {"first": Arm(("--steps", "4"))}
+    assert kept_result("last", longer, 0, setup, store) is None
 
 
 def test_a_papers_number_is_drawn_where_it_has_our_unit():

@@ -3,7 +3,7 @@ prompts, by a bridge's caption or the true one (PICa, 2109.05014v2)."""
 from __future__ import annotations
 
 from support.lab.answerers import named_things, write_captions
-from support.lab.claims_list import MEAN, Arm, Claim, Expectation, Number, Side
+from support.lab.claims_list import LONG, MEAN, Arm, Claim, Expectation, Number, Side
 
 OBJECTS, PLACES, GUESS = Number("objects"), Number("places"), Number("a guess")
 LINEAR, WORDS = "linear, captions too", "language model"
@@ -17,8 +17,9 @@ def ask(shots: int, similarity: str, ensemble: int = 1, told: tuple[str, ...] = 
 
 
 ARMS = {
-    LINEAR: Arm(("--bridge", "linear", "--captions", "0.5"), measures=("answers", "captions", "things")),
-    WORDS: Arm(("--recipe", "lm-prompts", "--steps", "600")),             # its recipe's
+    LINEAR: Arm(("--bridge", "linear", "--captions", "0.5", *LONG),
+                measures=("answers", "captions", "things")),
+    WORDS: Arm(("--recipe", "lm-prompts", "--steps", "600")),           # its recipe's
     "PICa, 0": ask(0, "random"),
     "PICa, 1 random": ask(1, "random"),
     "PICa, 1 similar": ask(1, "imagequestion"),
