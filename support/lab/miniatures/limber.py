@@ -50,4 +50,10 @@ CLAIMS = {"limber": Claim(
         Expectation(Side("LiMBeR, pixels", COLOR_SAID), "≥", Side("LiMBeR, names", COLOR_SAID)),
         Expectation(Side("LiMBeR, pixels", SIZE_SAID), "≥", Side("LiMBeR, captions", SIZE_SAID)),
     ),
-    columns=(SHAPE_SAID, COLOR_SAID, SIZE_SAID))}
+    columns=(SHAPE_SAID, COLOR_SAID, SIZE_SAID),
+    note="Here language is about looks, too: a caption says size and color as it says the shape, so that the "
+         "contrast needs all three. A tower that learned names of shapes alone lets go of the color (7 %), "
+         "one that learned pixels keeps it better than the shape. Looked at, seed 0: longer training of the "
+         "other two, 3,000 steps, changes little (names 22 % of the shapes and 6 of the colors, pixels 17 "
+         "and 17). The bundled tower has seen more pictures, 2,500 steps of 96; CLIP after 3,000 steps of 32 "
+         "is at 21 and 21.")}

@@ -15,4 +15,9 @@ CLAIMS = {"visualgpt": Claim(
     source="VisualGPT, abstract: up to 10.8 CIDEr over the best baseline on 0.1 to 1 % of COCO",
     expect=tuple(Expectation(UNIT, ">", Side(f"VisualGPT, {name}"))
                  for name in ("residual", "tanh gate", "unit, τ 0")),
-    columns=(CIDER, LOSS))}
+    columns=(CIDER, LOSS),
+    note="Looked at: 600 steps with seed 0, after which all have the 96 pictures by heart (loss 0.0001); the "
+         "order stays: residual 2.81, unit 2.40, gate 2.30. A unit begins with half of the decoder's own "
+         "stream in every layer (first loss 1.85, a residual's 0.84), and 96 pictures do not bring back what "
+         "that costs; a gate begins with nothing of the picture. This decoder has read such scenes in words. "
+         "Whether one that has not loses more by a residual was not tried.")}
