@@ -403,7 +403,7 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
     reports = {name: claim_report(name, claims[name], results, seeds[name]) for name in names}
     minutes = sum(result["seconds"] for result in results.values()) / 60
     asked += f" --seeds {setup.seeds}" * (setup.seeds != Setup.seeds) + " --kept" * kept
-    spread = " or ".join(map(str, sorted({*seeds.values()})))
+    spread = " or ".join(map(str, sorted({seeds[name] for name in names})))
     head = (f"python eval.py claims {asked}: {spread} seed{'s' * (spread != '1')} a claim, "
             f"{len(results)} runs, {minutes:.0f} minutes of training on one core each ({machine()}); a run, "
             f"where its claim says nothing else: {' '.join(setup.common)}\n"

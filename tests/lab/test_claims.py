@@ -223,8 +223,10 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
     assert "| [paper](#paper) | shown |" in page and "![paper](paper.png)" in page
     assert "- shown: own > other (document: 2, 1)" in page
     assert (tmp_path / "claims/paper.png").read_bytes()[:4] == b"\x89PNG"
-    text = run_claims(["paper"], replace(setup, seeds=1), {"paper": claim}, arms, kept=True)
-    assert text.startswith("python eval.py claims paper --seeds 1 --kept: 1 seed a claim, 2 runs, ")
+    claims = {"paper": claim, "not run": Claim("It is.", "nowhere", (
+        Expectation(Side("absent"), ">", Side("own")),), (CIDER,))}
+    text = run_claims([*claims], replace(setup, seeds=1), claims, arms | {"absent": own}, kept=True)
+    assert text.startswith("python eval.py claims paper not run --seeds 1 --kept: 1 seed a claim, 2 runs, ")
 
 
 def test_a_figure_has_a_scale_for_each_unit():
