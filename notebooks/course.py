@@ -140,7 +140,7 @@ def stored_table(file: str) -> dict[str, dict[str, float]]:
 def stored_claim(name: str) -> tuple[str, dict[str, dict[str, tuple[float, float]]]]:
     """A claim of support/results/claims.txt: its text, and {arm: {column: (mean, spread over seeds)}}."""
     claims = (ROOT / "support" / "results" / "claims.txt").read_text(encoding="utf-8")
-    text = claims[claims.index(f"\n{name}: ") + 1:].split("\n\n")[0]
+    text = claims[claims.index(f"\n{name}, ") + 1:].split("\n\n")[0]           # "NAME, 3 seeds: …"
     lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()[1:]]
     columns, rows = lines[0], [line for line in lines if " ± " in line[-1]]
     return text, {arm: {c: tuple(map(float, cell.split(" ± "))) for c, cell in zip(columns, cells)}

@@ -17,6 +17,8 @@ from types import ModuleType
 
 import pytest
 
+from support.lab import claims_list
+
 ROOT = Path(__file__).resolve().parent.parent
 COURSE = ROOT / "notebooks"
 NOTEBOOKS = sorted(p for p in COURSE.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -149,6 +151,17 @@ def test_its_equations_carry_the_tags_of_the_code(file):
     files = (ROOT / "model.py", ROOT / "bridges.py", *ROOT.glob("papers/*.py"))
     known = {tag for f in files for tag in TAG.findall(f.read_text(encoding="utf-8"))}
     assert set(TAG.findall(text(file))) <= known
+
+
+@pytest.mark.parametrize("claim", claims_list.CLAIMS)
+def test_a_lesson_can_read_every_claim_of_the_report(claim, monkeypatch):
+    """A report that is written in another way fails here, and not in the middle of a lesson."""
+    pytest.importorskip("matplotlib", reason="pip install -r notebooks/requirements.txt")
+    monkeypatch.syspath_prepend(str(COURSE))
+    from course import stored_claim
+    section, arms = stored_claim(claim)
+    assert claims_list.CLAIMS[claim].says in section and {*arms} == {*claims_list.CLAIMS[claim].arms}
+    assert all(len(cell) == 2 for cells in arms.values() for cell in cells.values())    # (mean, spread)
 
 
 # ---- the syllabus ------------------------------------------------------------------------------------------
