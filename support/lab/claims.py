@@ -200,11 +200,8 @@ def run_identity(name: str, arms: dict[str, Arm], seed: int, setup: Setup) -> di
 
     before: the runs that it starts from or reads, and those before them. Other steps there make another run.
     """
-    before: dict[str, list[str]] = {}
-    for other in arms_before(arms[name]):
-        own = run_identity(other, arms, seed, setup)
-        before |= {other: own["flags"]} | own["before"]
-    return {"flags": arm_flags(name, arms[name], seed, setup), "before": before}
+    flags = {other: arm_flags(other, arms[other], seed, setup) for other in with_those_before({name}, arms)}
+    return {"flags": flags.pop(name), "before": flags}
 
 
 def run_arm(name: str, arm: Arm, seed: int, setup: Setup, identity: dict) -> dict:
@@ -242,10 +239,14 @@ def run_arm(name: str, arm: Arm, seed: int, setup: Setup, identity: dict) -> dic
 
 
 def needed_arms(claims: list[Claim], arms: dict[str, Arm]) -> set[str]:
-    """The arms of these claims, those whose runs they start from or read, and so on."""
-    needed = {name for claim in claims for name in claim.arms}
+    """The arms of these claims, and those before them."""
+    return with_those_before({name for claim in claims for name in claim.arms}, arms)
+
+
+def with_those_before(needed: set[str], arms: dict[str, Arm]) -> set[str]:
+    """These arms, those whose runs they start from or read, and so on."""
     while others := {other for name in needed for other in arms_before(arms[name])} - needed:
-        needed |= others
+        needed = needed | others
     return needed
 
 
