@@ -196,12 +196,13 @@ def arm_flags(name: str, arm: Arm, seed: int, setup: Setup) -> list[str]:
 
 
 def run_identity(name: str, arms: dict[str, Arm], seed: int, setup: Setup) -> dict:
-    """{"flags" of an arm's run, "before": {other arm: its flags}}: what a finished run counts for.
+    """{"flags" of an arm's run, "before": {other arm: its flags}, "towers"}: what a finished run counts for.
 
-    before: the runs that it starts from or reads, and those before them. Other steps there make another run.
+    before: the runs that it starts from or reads, and those before them. Other steps there make another run,
+    and so do other bundled towers.
     """
     flags = {other: arm_flags(other, arms[other], seed, setup) for other in with_those_before({name}, arms)}
-    return {"flags": flags.pop(name), "before": flags}
+    return {"flags": flags.pop(name), "before": flags, "towers": bundled_towers()}
 
 
 def run_arm(name: str, arm: Arm, seed: int, setup: Setup, identity: dict) -> dict:
@@ -215,8 +216,8 @@ def run_arm(name: str, arm: Arm, seed: int, setup: Setup, identity: dict) -> dic
     if arm.answerer and not is_finished(done, identity):
         torch.set_num_threads(1)
         start, scores = time.monotonic(), measure_answerer(arm.answerer, flags, seed, setup.count // 2)
-        done = identity | {"towers": bundled_towers(), "seconds": time.monotonic() - start, "steps": 0,
-                           "trained": 0, "curve": [], arm.answerer: scores}
+        done = identity | {"seconds": time.monotonic() - start, "steps": 0, "trained": 0, "curve": [],
+                           arm.answerer: scores}
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "seen.json", done)
     if not is_finished(done, identity):
@@ -225,8 +226,8 @@ def run_arm(name: str, arm: Arm, seed: int, setup: Setup, identity: dict) -> dic
               contextlib.redirect_stderr(file)):
             train.main(flags)
         config = read_json(run / "config.json")
-        done = identity | {"towers": bundled_towers(), "seconds": config["seconds"],
-                           "steps": config["steps"], "trained": config.get("trained_parameters"),
+        done = identity | {"seconds": config["seconds"], "steps": config["steps"],
+                           "trained": config.get("trained_parameters"),
                            "curve": learning_curve(run / "log.jsonl")}
         write_json(run / "seen.json", done)
     missing = [measure for measure in arm.measures if measure not in done]

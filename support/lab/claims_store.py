@@ -38,7 +38,7 @@ class Store:
         return {(line["arm"], line["seed"]): line for line in read_log(self.file)}
 
     def find(self, arm: str, seed: int, identity: dict, measures: tuple[str, ...]) -> dict | None:
-        """The result of this run, if it is this one (run_identity, towers) and all of it was measured."""
+        """The result of this run, if it is this one (run_identity) and all of it was measured."""
         found = self.lines.get((arm, seed), {})
         return found if is_finished(found, identity, measures) else None
 
@@ -51,8 +51,7 @@ class Store:
 
 def is_finished(result: dict, identity: dict, measures: tuple[str, ...] = ()) -> bool:
     """identity: of lab/claims.py, run_identity."""
-    return (all(result.get(key) == value for key, value in identity.items())
-            and result.get("towers") == bundled_towers() and {*measures} <= {*result})
+    return all(result.get(key) == value for key, value in identity.items()) and {*measures} <= {*result}
 
 
 def loss_lines(log: Path) -> list[dict]:
@@ -67,5 +66,6 @@ def learning_curve(log: Path) -> list[list[float]]:
 
 def seed_values(results: Results, seeds: int, arm: str, number: Number) -> list[float]:
     """What the seeds of an arm measured, in the number's unit; nothing where the arm does not measure it."""
-    measured = [m for s in range(seeds) for m in results[arm, s].values() if isinstance(m, dict)]
+    measured = [m for s in range(seeds) for name, m in results[arm, s].items()
+                if isinstance(m, dict) and name != "before"]
     return [number.scale * m[number.name] for m in measured if number.name in m]

@@ -32,8 +32,8 @@ from support.lab.claims import (ARMS, CLAIMS, GROUPS, MEASUREMENTS, Setup, arm_f
                                 claim_report, few_shot_accuracy, group_names, judge, kept_result, needed_arms,
                                 run_claims, run_identity, stage, T95)
 from support.lab.claims_figures import papers_number, sides_by_unit
-from support.lab.claims_store import Store, bundled_towers
-from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Side
+from support.lab.claims_store import Store, seed_values
+from support.lab.claims_list import CIDER, LOSS, MEAN, Arm, Claim, Expectation, Number, Side
 from model import VLM
 from support.formats.files import UserError, read_json, write_json
 from support.formats.llama import load_decoder
@@ -210,8 +210,8 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
     runs = ("own", 0, 2.0), ("own", 1, 2.2), ("other", 0, 1.0), ("other", 1, 1.1), ("own", 2, 9.0)
     for name, seed, cider in runs:
         done = run_identity(name, arms, seed, setup) | {
-            "towers": bundled_towers(), "seconds": 60, "steps": 3, "trained": 1234,
-            "curve": [[1, 2.5], [3, 1.5]], "captions": {"cider": cider},
+            "seconds": 60, "steps": 3, "trained": 1234, "curve": [[1, 2.5], [3, 1.5]],
+            "captions": {"cider": cider},
             "blind": {"blind mean": 0.1, "blind cider": 0.25}}
         write_json(tmp_path / f"{name}-s{seed}" / "seen.json", done)
     text = run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
@@ -243,8 +243,7 @@ def test_a_kept_result_counts_for_its_own_flags_and_towers_alone(tmp_path, monke
     claim = Claim("It is.", "nowhere", (Expectation(Side("own"), ">", Side("own")),), (CIDER,))
     setup = Setup(1, 1, tmp_path, tmp_path / "claims.txt", ())
     done = {"arm": "own", "seed": 0, **run_identity("own", {"own": own}, 0, setup),
-            "towers": bundled_towers(), "seconds": 60, "steps": 3, "trained": 1, "curve": [],
-            "captions": {"cider": 2.0}}
+            "seconds": 60, "steps": 3, "trained": 1, "curve": [], "captions": {"cider": 2.0}}
     setup.store.parent.mkdir()
 
     def report(**changes) -> str:
@@ -254,7 +253,7 @@ def test_a_kept_result_counts_for_its_own_flags_and_towers_alone(tmp_path, monke
     for changes in ({"flags": ["--captions", "2"]}, {"towers": "of another decoder"}, {"arm": "another"}):
         with pytest.raises(UserError, match="leave out --kept"):
             report(**changes)
-    monkeypatch.setattr("support.lab.claims_store.bundled_towers", lambda: "others")
+    monkeypatch.setattr("support.lab.claims.bundled_towers", lambda: "others")
     with pytest.raises(UserError, match="leave out --kept"):
         report()
 
@@ -267,10 +266,16 @@ def test_a_kept_result_counts_for_the_runs_that_it_starts_from_or_reads(tmp_path
     identity = run_identity("last", arms, 0, setup)
     assert {*identity["before"]} == {"first", "second"}
     assert identity["before"]["first"][:2] == ["--steps", "3"]
-    store.keep("last", 0, identity | {"towers": bundled_towers(), "captions": {"cider": 2.0}})
+    store.keep("last", 0, identity | {"captions": {"cider": 2.0}})
     assert kept_result("last", arms, 0, setup, store)["captions"] == {"cider": 2.0}
     longer = arms | {"first": Arm(("--steps", "4"))}
     assert kept_result("last", longer, 0, setup, store) is None
+
+
+def test_an_arm_with_the_name_of_a_number_is_no_measurement():
+    loss = Number("loss", "nats")
+    result = {"before": {"loss": ["--steps", "3"]}, "answers": {"loss": 0.5}}
+    assert seed_values({("own", 0): result}, 1, "own", loss) == [0.5]
 
 
 def test_a_papers_number_is_drawn_where_it_has_our_unit():

@@ -29,11 +29,11 @@ def measure_text_loss(arm, count: int = 128) -> dict[str, float]:
 
 MEASUREMENTS = {"text loss": measure_text_loss}
 MEASURED = {"text loss": (TEXT_LOSS.name,)}
-LONG = ("--steps", "600")               # twice the others'
+TWICE = ("--steps", "600")              # twice the others'
 
 
 def arm(*flags: str) -> Arm:
-    return Arm((*flags, *LONG), measures=MEASURES)
+    return Arm((*flags, *TWICE), measures=MEASURES)
 
 
 ARMS = {

@@ -7,7 +7,7 @@ from support.lab.miniatures.magma import TEXT_LOSS
 
 
 def vlkd(*options: str) -> Arm:
-    flags = ("--bridge", "vlkd", "--steps", "200", *(("--option", *options) if options else ()))
+    flags = ("--bridge", "vlkd", "--steps", "600", *(("--option", *options) if options else ()))
     return Arm(flags, measures=("answers", "captions", "text loss"))
 
 
