@@ -99,16 +99,17 @@ def to_pixels(images: list[np.ndarray], size: int | None = None,
 
 @dataclass
 class QA:
-    """A question about a picture and its answer; the fields from `choices` on are for multiple choice."""
+    """A question about a picture and its answer; from `choices` on are fields of multiple choice."""
     kind: str                       # existence, count, color, position, …: the row of the result table
     question: str
     answer: str
     answers: list[str] = field(default_factory=list)        # of ten annotators, where the data set has them
     choices: tuple[str, ...] = ()
-    correct: int = -1               # index of the correct choice
+    correct: int = -1               # index of the right one
     hint: str = ""                  # ScienceQA's context of a question
     lecture: str = ""               # general knowledge behind the answer
     solution: str = ""              # the reasoning that leads to the answer
+    reasons: str = ""               # where they stand in what is written: "before" the answer, or "behind" it
     source: object = None           # the record on disk, where there is one
 
 
@@ -304,8 +305,7 @@ def sprite(shape: str, size: str) -> np.ndarray:
     side = SIZES[size]
     y, x = ((np.mgrid[0:side * 8, 0:side * 8] + 0.5) / (side * 4) - 1)      # −1..1
     r = np.hypot(x, y)
-    inside = {"circle": r <= 1,
-              "square": np.maximum(abs(x), abs(y)) <= 0.88,
+    inside = {"circle": r <= 1, "square": np.maximum(abs(x), abs(y)) <= 0.88,
               "triangle": (y <= 0.9) & (abs(x) <= (y + 1) / 1.9),
               "diamond": abs(x) + abs(y) <= 1,
               "cross": np.minimum(abs(x), abs(y)) <= 0.3,

@@ -263,7 +263,8 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], blind: bool
 
     questions = [q for item in items for q in item.qas]
     asked = [(n, question_text(q, form)) for n, item in enumerate(items) for q in item.qas]
-    answers = write(asked, 256 if any(map(is_multiple_choice, questions)) else 12)
+    longest = max((256 if q.choices else 72 if q.reasons else 12 for q in questions), default=0)
+    answers = write(asked, longest)
     result = accuracy_by_kind(questions, answers) | {"answers": answers}
     if captions and pictured and all(items[n].captions for n in pictured):
         texts = dict(zip(pictured, write([(n, data.CAPTION) for n in pictured], 64)))
@@ -272,13 +273,8 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, items: list[data.Item], blind: bool
     return result
 
 
-def is_multiple_choice(q: data.QA) -> bool:
-    """Whether it is asked with its choices: those of data sets on disk."""
-    return bool(q.choices) and q.source is not None
-
-
 def question_text(q: data.QA, form: str) -> str:
-    return "\n" + scienceqa_text(q, form)[0] if is_multiple_choice(q) else data.QUESTION.format(q.question)
+    return "\n" + scienceqa_text(q, form)[0] if q.choices else data.QUESTION.format(q.question)
 
 
 def answer_accuracy(q: data.QA, answer: str, evaluator: str = "") -> float:
@@ -287,9 +283,11 @@ def answer_accuracy(q: data.QA, answer: str, evaluator: str = "") -> float:
     evaluator: of EVALUATORS; without it that of the data set: TextVQA's questions are all of kind "textvqa".
     Of multiple choice it is 1 if the answer names the right choice.
     """
-    if is_multiple_choice(q):
+    if q.choices:
         answer = answer.replace("###\nANSWER:", "The answer is")                # of the form QCM-LEPA
         return float(scienceqa_choice(answer, len(q.choices)) == q.correct)
+    if q.reasons:
+        answer = answer.split(": ")[-1 if q.reasons == "before" else 0]
     evaluator = evaluator or (q.kind if q.kind in EVALUATORS else "vqa")
     return vqa_accuracy(answer, q.answers or [q.answer] * 10, evaluator)
 
@@ -324,7 +322,7 @@ def chance_scores(world, items: list[data.Item]) -> dict:
     counts: dict[str, collections.Counter] = {}
     for item in first_items(world, split, 500):
         for q in item.qas:
-            answer = f"The answer is {chr(ord('A') + q.correct)}." if is_multiple_choice(q) else q.answer
+            answer = f"The answer is {chr(ord('A') + q.correct)}." if q.choices else q.answer
             counts.setdefault(q.kind, collections.Counter())[answer] += 1
     questions = [q for item in items for q in item.qas]
     guesses = [counts[q.kind].most_common(1)[0][0] if q.kind in counts else "" for q in questions]

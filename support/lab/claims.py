@@ -32,8 +32,7 @@ import torch
 
 import data
 import train
-from eval import (accuracy_by_kind, align, answer_accuracy, evaluate, first_items, generate_texts, mean,
-                  scalar_scores, vision_features)
+from eval import accuracy_by_kind, align, answer_accuracy, evaluate, first_items, mean, scalar_scores
 from model import VLM
 from papers.bounds import nearest
 from support.formats.files import UserError, atomically, read_json, write_json
@@ -49,7 +48,6 @@ from support.lab.claims_list import CIDER, COMMON, MEAN, Arm, Claim, Number, Sid
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
 from support.plumbing.flags import Parser, number
 from support.worlds import open_data
-from support.worlds.forms import ShapesReasons
 
 
 CLAIMS = claims_list.CLAIMS | claims_list.DEEP_CLAIMS | miniatures.CLAIMS
@@ -117,13 +115,7 @@ def measure_reasons(arm: TrainedArm) -> dict[str, float]:
     """VQA accuracy of the answer in a text that reasons before or after it, about its own world."""
     world = open_data(read_json(arm.run / "config.json")["settings"]["data"])
     items = first_items(world, "test", len(arm.items))
-    asked = [(n, q) for n, item in enumerate(items) for q in item.qas]
-    prompts = [data.Document(arm.tokenizer).image().add(data.QUESTION.format(q.question)) for _, q in asked]
-    features, pictures = vision_features(arm.vlm, items, blind=False), [[n] for n, _ in asked]
-    texts = generate_texts(arm.vlm, prompts, arm.tokenizer, 72, features=features, pictures=pictures)
-    reasons_first = world.form == ShapesReasons.form
-    answers = [text.split(": ")[-1 if reasons_first else 0] for text in texts]
-    return accuracy_by_kind([q for _, q in asked], answers)
+    return scalar_scores(evaluate(arm.vlm, arm.tokenizer, items, captions=False))
 
 
 def measure_shots(arm: TrainedArm) -> dict[str, float]:
@@ -321,16 +313,18 @@ def judge(left: list[float], right: list[float], relation: str = ">") -> str:
     """The verdict on "left > right", a number of each seed on both sides: shown, opposite, not shown.
 
     A one-sided t test at 5 %, paired by seed: two arms of a seed see the same data in the same order. With
-    the differences d_i of n seeds, their mean d and their standard deviation s:
-    shown where d > t s / √n, t = T95 of n − 1 degrees of freedom; opposite where d < −t s / √n; else not
-    shown. "≥" (no worse): shown unless it is opposite. One seed shows nothing: "one seed".
+    the differences d_i of n seeds, their mean d, their standard deviation s and the error e = s / √n of d:
+    shown where d > t e, t = T95 of n − 1 degrees of freedom; opposite where d < −t e; else not shown. "≥" (no
+    worse): shown where d ≥ −e, for few seeds that vary widely are no evidence. One seed shows nothing: "one
+    seed".
     """
     d = np.subtract(left, right)
     if len(d) < 2:
         return "one seed"
-    least = T95[min(len(d) - 2, len(T95) - 1)] * d.std(ddof=1) / math.sqrt(len(d))
-    mean_d = d.mean()
-    return "opposite" if mean_d < -least else "shown" if mean_d > least or relation == "≥" else "not shown"
+    error, t = d.std(ddof=1) / math.sqrt(len(d)), T95[min(len(d) - 2, len(T95) - 1)]
+    if d.mean() < -t * error:
+        return "opposite"
+    return "shown" if d.mean() > t * error or relation == "≥" and d.mean() >= -error else "not shown"
 
 
 def claim_report(name: str, claim: Claim, results: Results, seeds: int) -> tuple[str, list[str]]:
@@ -356,9 +350,9 @@ def claim_report(name: str, claim: Claim, results: Results, seeds: int) -> tuple
 
 
 def paper_row(claim: Claim, results: Results, seeds: int) -> list[str]:
-    """Of the paper's own arm, the first of its claim: trained parameters, a number and that of the same model
+    """Of the paper's own arm: trained parameters, a number and that of the same model
     with zeroed pictures ("-" where it was not measured), minutes of a run."""
-    arm = claim.arms[0]
+    arm = claim.own_arm
 
     def shown(number: Number) -> str:
         values = seed_values(results, seeds, arm, number)
@@ -410,7 +404,8 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
             f"{len(results)} runs, {minutes:.0f} minutes of training on one core each ({machine()}); a run, "
             f"where its claim says nothing else: {' '.join(setup.common)}\n"
             "Mean ± standard deviation over seeds: accuracy in %, CIDEr, loss in nats per learned token; "
-            f"{setup.count} held-out pictures.\n"
+            f"{setup.count} held-out pictures, {setup.count // 2} for what answers without training, "
+            f"{setup.count // 4} behind examples.\n"
             "The documents' numbers are of other data and models: compare the direction. The verdicts are "
             "computed by a t test paired by seed (support/lab/claims.py, judge).")
     summary = [f"    {name:12s}{', '.join(verdicts)}" for name, (_, verdicts) in reports.items()

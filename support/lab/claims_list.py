@@ -64,6 +64,11 @@ class Claim:
     expect: tuple[Expectation, ...]
     columns: tuple[Number, ...]         # the numbers of the claim's table
     note: str = ""                      # written afterwards: what was tried where the effect did not appear
+    own: str = ""                       # arm of the paper's own system; without it the first that is compared
+
+    @property
+    def own_arm(self) -> str:
+        return self.own or self.arms[0]
 
     @property
     def arms(self) -> list[str]:

@@ -4,7 +4,8 @@
     python eval.py claims vilt coca … --out support/results/pretraining.txt
     python -m support.lab.papers_table                  writes the table again
 
-A row per measured paper of the two reports, in the order of the first table there.
+A row per measured paper of the two reports, in the order of the first table there. Claims `NAME` and `NAME-…`
+are of one paper: the cells are the first one's, the verdicts those of all.
 """
 from __future__ import annotations
 
@@ -46,9 +47,11 @@ def papers_rows(page: str, report: str) -> list[str]:
     found = measured(report)
     lines = ["| file | seeds | trained | held-out | blind | minutes | shown |", f"|{7 * '---|'}"]
     for file in re.findall(r"^\| \[(\w+)\.py\]\(\w+\.py\) \| [^|]+\| ", page.split(BEGIN)[0], re.MULTILINE):
-        if file.replace("_", "-") in found:
-            *cells, verdicts = found[file.replace("_", "-")][1:]
-            lines.append(f"| [{file}.py]({file}.py) | {' | '.join(cells)} | {count_verdicts(verdicts)} |")
+        paper = file.replace("_", "-")
+        if paper in found:
+            cells = " | ".join(found[paper][1:-1])
+            verdicts = [row[-1] for name, row in found.items() if f"{name}-".startswith(f"{paper}-")]
+            lines.append(f"| [{file}.py]({file}.py) | {cells} | {count_verdicts(', '.join(verdicts))} |")
     return lines
 
 

@@ -96,21 +96,22 @@ class ShapesReasons(Shapes):
     The reasoning is a question's solution, or else the picture's caption; training gets `turns` questions a
     picture.
     """
-    name, says_scenes, form = "shapes-reasons", False, "{0}: {1}"
+    name, says_scenes, reasons = "shapes-reasons", False, "before"
 
     def item(self, index: int, turns: int | None = None) -> Item:
         item = super().item(index)
         rng = np.random.default_rng((self.seed, self.splits.index(self.split), index, 1))
         if turns is None:
-            return item
-        written = (self.form.format(q.solution or item.captions[0], q.answer) for q in item.qas)
+            return replace(item, qas=[replace(q, reasons=self.reasons) for q in item.qas])
+        form = "{0}: {1}" if self.reasons == "before" else "{1}: {0}"
+        written = (form.format(q.solution or item.captions[0], q.answer) for q in item.qas)
         qas = [replace(q, answer=text) for q, text in zip(item.qas, written)]
         return replace(item, qas=[qas[i] for i in rng.permutation(len(qas))[:turns]])
 
 
 class ShapesAnswers(ShapesReasons):
     """The answer, then the reasoning: "blue: a large blue ring at the middle center"."""
-    name, form = "shapes-answers", "{1}: {0}"
+    name, reasons = "shapes-answers", "behind"
 
 
 class ShapesWeb(Shapes):

@@ -9,7 +9,7 @@ from typing import Sequence
 
 import numpy as np
 
-from data import (CAPTION, COLORS, KINDS, NUMBERS, PLACES, QA, SEEN, SHAPES, Document, Item, Shapes,
+from data import (CAPTION, COLORS, NUMBERS, PLACES, QA, SEEN, SHAPES, Document, Item, Shapes,
                   caption_scene)
 from papers import pica, socratic
 from papers.recipe import Ingredients, Numbers, Recipe

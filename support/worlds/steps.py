@@ -56,4 +56,4 @@ class ShapesSteps(ShapesReasons):
 
 class ShapesStepsAnswers(ShapesSteps):
     """The answer at once, then each step."""
-    name, form = "shapes-steps-answers", "{1}: {0}"
+    name, reasons = "shapes-steps-answers", "behind"

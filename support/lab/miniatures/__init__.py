@@ -15,7 +15,7 @@ from support.lab.miniatures import (clipcap, codes, cogvlm, dpo, fromage, fusion
 MODULES = (clipcap, limber, magma, minigpt4, kosmos1, visualgpt, vcgpt, fromage, prompt_tuning, cogvlm,
            gligen, vlkd, dpo, pica, magic, socratic, streams, prefixes, fusion, codes, packing)
 CLAIMS = {name: claim for module in MODULES for name, claim in module.CLAIMS.items()}
-OWN = {claim.arms[0] for claim in CLAIMS.values()}      # the papers' own arms: blind, too
+OWN = {claim.own_arm for claim in CLAIMS.values()}      # the papers' own arms: blind, too
 ARMS = {name: replace(arm, measures=(*arm.measures, "blind"))
         if name in OWN and {"answers", "captions"} & {*arm.measures} else arm
         for module in MODULES for name, arm in module.ARMS.items()}

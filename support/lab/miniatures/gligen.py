@@ -37,7 +37,7 @@ ARMS = {
 }
 MEASUREMENTS = {"places": measure_places}
 MEASURED = {"places": {"words", "box", "another box", "no box", "blind box", "a guess"}}
-OURS, CROSS, LINEAR = "GLIGEN", "GLIGEN, cross-attention", "linear, places"
+OURS, CROSS = "GLIGEN", "GLIGEN, cross-attention"
 CLAIMS = {"gligen": Claim(
     says="A box enters a frozen model better by gated self-attention than by gated cross-attention.",
     source="GLIGEN, document 3; the paper gives the comparison no number",
@@ -45,11 +45,10 @@ CLAIMS = {"gligen": Claim(
         Expectation(Side(OURS, BOX), ">", Side(CROSS, BOX)),
         Expectation(Side(OURS, BOX), ">", Side(OURS, GUESS)),
         Expectation(Side(CROSS, BOX), ">", Side(CROSS, GUESS)),
-        Expectation(Side(OURS, BOX), ">", Side(OURS, OTHER)),
-        Expectation(Side(OURS, BOX), "≥", Side(LINEAR, WORDS)),
-        Expectation(Side(OURS, WORDS), "≥", Side(LINEAR, WORDS))),
+        Expectation(Side(OURS, BOX), ">", Side(OURS, OTHER))),
     columns=(BOX, OTHER, NONE, BLIND, GUESS, WORDS),
-    note="Looked at, seeds 0 and 1: with the attention's gate shut the box has no effect; with the "
+    note="Words: where no box is shown the map of `linear, places` reads as it did, so both have one number. "
+         "Looked at, seeds 0 and 1: with the attention's gate shut the box has no effect; with the "
          "feed-forward's gate shut most of it stays, 64 and 59 against 36 and 31 % with another box "
          "(cross-attention: 58 and 65 against 31 and 30). So attention alone brings the box to the patches, "
          "and both kinds do: with one box, self-attention reads nothing that cross-attention does not.")}

@@ -27,4 +27,5 @@ CLAIMS = {"kosmos1": Claim(
     ),
     columns=(SHOTS[4], SHOTS[0], SHOTS[1], SHOTS[8], TEXT_LOSS),
     note="A question about `shapes` asks for what the model knows without an example, so that the best that "
-         "four can do is not to disturb: they cost 35 points after pairs and 4 after pages.")}
+         "four can do is not to disturb: they cost 35 points after pairs and 4 after pages.",
+    own="KOSMOS-1, and text")}

@@ -53,7 +53,7 @@ CLAIMS = {"limber": Claim(
     columns=(SHAPE_SAID, COLOR_SAID, SIZE_SAID),
     note="Here language is about looks, too: a caption says size and color as it says the shape, so that the "
          "contrast needs all three. A tower that learned names of shapes alone lets go of the color (7 %), "
-         "one that learned pixels keeps it better than the shape. Looked at, seed 0: longer training of the "
-         "other two, 3,000 steps, changes little (names 22 % of the shapes and 6 of the colors, pixels 17 "
-         "and 17). The bundled tower has seen more pictures, 2,500 steps of 96; CLIP after 3,000 steps of 32 "
-         "is at 21 and 21.")}
+         "one that learned pixels keeps it better than the shape. The first comparison is not one of equal "
+         "data: the bundled tower has seen 2,500 batches of 96, the others 1,000 of 32. Looked at, seed 0: "
+         "after 3,000 of 32 each, CLIP says 21 % of the shapes and 21 of the colors, names 22 and 6, pixels "
+         "17 and 17. So what captions are ahead in shapes is the number of pictures.")}

@@ -21,7 +21,10 @@ CLAIMS = {"minigpt4": Claim(
     source="MiniGPT-4, Table 5, AOK-VQA",
     expect=(
         Expectation(Side("MiniGPT-4"), "≥", Side("MiniGPT-4, no Q-Former"), paper="58.2, 56.9"),
+        Expectation(Side("MiniGPT-4, no Q-Former"), "≥", Side("MiniGPT-4"), paper="56.9, 58.2"),
         Expectation(Side("MiniGPT-4"), ">", Side("MiniGPT-4, three layers"), paper="58.2, 49.7"),
         Expectation(Side("MiniGPT-4"), ">", Side("MiniGPT-4, Q-Former tuned"), paper="58.2, 52.1"),
     ),
-    columns=BY_KIND)}
+    columns=BY_KIND,
+    note="Without the Q-Former it is much worse here: the Q-Former was trained on all pictures, by BLIP-2's "
+         "two stages, the map behind the ViT on 96 alone, as every map of this table.")}

@@ -19,4 +19,4 @@ CLAIMS = {"socratic": Claim(
             Expectation(Side("Socratic, 10 drafts"), ">", Side("Socratic, 1 draft")),
             Expectation(Side(LINEAR, PLACES), ">", Side("Socratic, 10 drafts", PLACES)),
             Expectation(Side(LINEAR), ">", Side("Socratic, 10 drafts"), "ClipCap 152.4, Socratic 44.5")),
-    columns=(CIDER, OBJECTS, PLACES, GUESS))}
+    columns=(CIDER, OBJECTS, PLACES, GUESS), own="Socratic, 10 drafts")}
