@@ -106,11 +106,11 @@ def show_items(spec: str = "shapes", count: int = 3, follow_links: bool = False)
         check_value("the number of items", count, int, least=1, most=10**6)
     world, folder = open_data(spec, follow_links=follow_links), Path("out/samples")
     folder.mkdir(parents=True, exist_ok=True)
-    for item in map(world.item, range(count)):
-        stem = re.sub(r"[^\w.-]+", "_", f"{spec.partition(':')[0]}-{item.id}")[:100]
+    for n, item in enumerate(map(world.item, range(count))):        # n: ids may differ in what a name lacks
+        stem = re.sub(r"[^\w.-]+", "_", f"{spec.partition(':')[0]}-{n}-{item.id}")[:60]
         images = item.images or ([] if item.image is None else [item.image])
         stem = stem.removesuffix(".png")                # of a file's own name
-        files = [folder / f"{stem}{f'-{n}' if n else ''}.png" for n in range(len(images))]
+        files = [folder / f"{stem}{f'-{k}' if k else ''}.png" for k in range(len(images))]
         for file, image in zip(files, images):
             Image.fromarray(image).save(file)
         lines = item.captions + [f"{q.question} {q.answer}" for q in item.qas]

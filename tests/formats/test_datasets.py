@@ -605,7 +605,7 @@ def test_items_of_every_sort_can_be_shown(spec, tmp_path, monkeypatch, capsys):
     assert all((tmp_path / word).exists() for word in out.split() if word.startswith("out/samples/"))
     assert out.count("\n    ") >= 3
     if spec.startswith("interleaved"):
-        assert len([*(tmp_path / "out/samples").iterdir()]) == 3 and "[1] The second box is red." in out
+        assert len([*(tmp_path / "out/samples").iterdir()]) == 5 and "[1] The second box is red." in out
 
 
 def test_stage_clip_gets_other_pictures_captions_as_false_ones(tmp_path):

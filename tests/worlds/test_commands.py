@@ -4,7 +4,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from support.formats.datasets import LAYOUTS
 from support.worlds import KINDS, WORLDS
@@ -29,3 +31,15 @@ def test_every_kind_has_its_line_with_its_splits(capsys):
 def test_the_readme_has_a_row_for_every_kind():
     rows = set(re.findall(r"^\| `(\w+):`", README.read_text(encoding="utf-8"), re.M))
     assert rows == KINDS.keys()
+
+
+def test_every_item_that_is_shown_has_files_of_its_own(tmp_path, monkeypatch, capsys):
+    names = ["cat 1", "cat_1", "x" * 100 + "a", "x" * 100 + "b", "猫" * 80]
+    for grey, name in enumerate(names):
+        Image.fromarray(np.full((4, 4, 3), grey, np.uint8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"grey {grey}")
+    monkeypatch.chdir(tmp_path)
+    main([f"folder:{tmp_path}:all", str(len(names))])
+    said = capsys.readouterr().out.splitlines()
+    greys = [np.asarray(Image.open(file.strip()))[0, 0, 0] for file in said[::2]]
+    assert [f"    grey {grey}" for grey in greys] == said[1::2] and {*greys} == {*range(len(names))}

@@ -125,16 +125,16 @@ def test_showing_items_writes_their_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     show_items("shapes:test", 2)
     assert sorted(p.name for p in (tmp_path / "out/samples").iterdir()) == [
-        "shapes-test-0.png",
-        "shapes-test-1.png",
+        "shapes-0-test-0.png",
+        "shapes-1-test-1.png",
     ]
-    assert "shapes-test-1.png" in capsys.readouterr().out
+    assert "shapes-1-test-1.png" in capsys.readouterr().out
 
 
 def test_the_command_line_shows_items_and_explains_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["shapes:val", "1"])
-    assert "shapes-val-0.png" in capsys.readouterr().out
+    assert "shapes-0-val-0.png" in capsys.readouterr().out
     main(["generate", "shapes", "made", "2"])
     assert (tmp_path / "made/chat.json").exists()
     with pytest.raises(SystemExit) as e:
