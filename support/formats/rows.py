@@ -23,7 +23,10 @@ FIELDS = (*TEXTS, *IDS, "answer", "answers", "multiple_choice_answer", "choices"
 
 
 def row_record(row: dict, name: str, images: list[str], split: str = "train") -> Record:
-    """The Record of a row; a ValueError says why there is none. name: its id where the row has no own."""
+    """The Record of a row; a ValueError says why there is none. name: its id where the row has no own.
+
+    A conversation places all of its images; captions and a question are about the first one alone.
+    """
     row = {key: value for key, value in row.items() if value is not None}
     own = next((row[key] for key in IDS if isinstance(row.get(key), (str, int))), name)
     said = next((row[key] for key in CONVERSATIONS if row.get(key)), None)
@@ -33,7 +36,7 @@ def row_record(row: dict, name: str, images: list[str], split: str = "train") ->
     question = checked_text(row.get("question", ""))
     if not captions and not question:
         raise ValueError(NO_TEXT)
-    return Record(own, images, split, captions, **question_fields(row, question) if question else {})
+    return Record(own, images[:1], split, captions, **question_fields(row, question) if question else {})
 
 
 def as_texts(value) -> list[str]:

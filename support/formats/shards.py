@@ -41,6 +41,7 @@ class Found(NamedTuple):
     size: int                                           # bytes of its pictures
     words: int                                          # of count_words
     alone: bool                                         # an item of its own: a conversation, a text
+    joins: bool                                         # shows what the record before it in its shard shows
     text: bytes                                         # what its texts are made of, for the digest
 
 
@@ -49,7 +50,8 @@ class Shards:
 
     places (n, …), contents, sizes, words and splits (n,) say where each lies, what its picture is, how large
     it is, how much text it has and of which split its shard is. items (m, 2): first and last + 1 row; rows of
-    one picture that follow one another are an item. flaws: what cannot be used. digest: of all of it.
+    the same pictures, byte by byte, that follow one another are an item. flaws: what cannot be used. digest:
+    of all of it. unread: how many rows have a caption or a question and pictures after their first.
     """
     ending = ""
 
@@ -61,8 +63,9 @@ class Shards:
         self.names = [str(file.relative_to(top)) for file in self.files]
         self.splits_of = [declared_split(name) for name in self.names]
         self.flaws: list[BrokenRecord | Unpaired] = []
+        self.unread = 0
         digest = hashlib.sha256()
-        columns: list[list] = [[], [], [], [], [], []]  # places, contents, sizes, words, alone, splits
+        columns: list[list] = [[] for _ in range(7)]    # places, contents, sizes, words, alone, joins, splits
         for shard, file in enumerate(self.files):
             with naming_file(file):
                 open(file, "rb").close()
@@ -70,17 +73,16 @@ class Shards:
                 if not isinstance(found, Found):
                     self.flaws.append(found)
                     continue
-                for column, value in zip(columns, (*found[:5], self.splits_of[shard] or "train")):
+                for column, value in zip(columns, (*found[:6], self.splits_of[shard] or "train")):
                     column.append(value)
                 digest.update(b"%d %d " % (found.content, found.size) + found.text)
         self.places = np.array(columns[0] or np.zeros((0, 4)), np.int64)
         self.contents, self.sizes = np.array(columns[1], np.uint64), np.array(columns[2], np.int64)
         self.words = np.array(columns[3], np.int64)
-        self.splits, self.digest = np.array(columns[5], "U5"), digest.hexdigest()[:32]
-        alone = np.array(columns[4], bool)
+        self.splits, self.digest = np.array(columns[6], "U5"), digest.hexdigest()[:32]
+        alone, joins = np.array(columns[4], bool), np.array(columns[5], bool)
         new = np.ones(len(alone), bool)                 # whether a row begins an item
-        new[1:] = (alone[1:] | alone[:-1] | (self.contents[1:] != self.contents[:-1])
-                   | (self.places[1:, 0] != self.places[:-1, 0]))
+        new[1:] = alone[1:] | alone[:-1] | ~joins[1:]
         starts = np.flatnonzero(new)
         self.items = np.stack((starts, np.append(starts, len(new))[1:]), 1)
 
@@ -144,6 +146,7 @@ class TarShards(Shards):
         file, members = self.files[shard], {}           # members: key → ending → (offset, size, content)
         with open(file, "rb", buffering=2**18) as f:
             yield from self.read_members(f, file, members)
+        last = (0, 0, None)                             # the picture of the record before
         for key, parts in members.items():
             picture = next((parts[ending] for ending in PICTURES if ending in parts), None)
             notes = [parts.get(ending, (0, 0, b"")) for ending in NOTES]
@@ -160,7 +163,9 @@ class TarShards(Shards):
             self.keys.append(key)
             place = (shard, *picture[:2], *(number for note in notes for number in note[:2]))
             text = b"\0".join((key.encode("utf-8", "replace"), *(content for *_, content in notes)))
-            yield Found(place, picture[2], picture[1], count_words(record), bool(record.turns), text)
+            joins = picture[1:] == last[1:] and same_bytes(file, picture, last)
+            yield Found(place, picture[2], picture[1], count_words(record), bool(record.turns), joins, text)
+            last = picture
 
     def read_members(self, f, file: Path, members: dict) -> Iterator[BrokenRecord]:
         """Fill `members`, and yield what is no member that can be used."""
@@ -236,6 +241,12 @@ def add_member(f, member: tarfile.TarInfo, members: dict, length: int) -> str:
     return ""
 
 
+def same_bytes(file: Path, one: tuple, other: tuple) -> bool:
+    """Whether two members are equal, of which the size and the last bytes are."""
+    with open(file, "rb") as f:
+        return read_part(f, *one[:2]) == read_part(f, *other[:2])
+
+
 def read_part(f, offset: int, size: int) -> bytes:
     if not size:
         return b""
@@ -297,11 +308,14 @@ class ParquetShards(Shards):
     def scan(self, shard: int) -> Iterator[Found | BrokenRecord | Unpaired]:
         file = self.files[shard]
         try:
-            first, columns = 0, self.columns(shard)
+            first, columns, last = 0, self.columns(shard), b""
             for group in range(pyarrow_parquet().ParquetFile(file).num_row_groups):
                 n = -1
                 for n, (row, pictures) in enumerate(read_group(file, group, columns)):
-                    yield self.find(shard, group, n, first + n, row, pictures)
+                    found, shown = self.find(shard, group, n, first + n, row, pictures), digest_of(pictures)
+                    if isinstance(found, Found):
+                        found, last = found._replace(joins=shown == last), shown
+                    yield found
                 first += n + 1
         except UserError:
             raise
@@ -323,8 +337,9 @@ class ParquetShards(Shards):
         if pictures:
             size, last = pictures[0].size, min(pictures[0].size, 4096)
             content = content_name(size, pictures[0].slice(size - last, last).to_pybytes())
+        self.unread += len(record.images) < len(pictures)
         return Found((shard, group, n, number), content, sum(p.size for p in pictures),
-                     count_words(record), bool(record.turns or not pictures), text)
+                     count_words(record), bool(record.turns or not pictures), False, text)
 
     def make(self, shard: int, number: int, row: dict, pictures: int) -> Record:
         name = f"{self.names[shard].removesuffix('.parquet')}:{number}"
@@ -399,6 +414,15 @@ def read_group(file: Path, group: int, columns: tuple[str, ...]) -> Iterator[tup
         pictures = [batch.column(name) for name in images]
         for n in range(batch.num_rows):
             yield fields[n], [p for column in pictures for p in buffers(column[n])]
+
+
+def digest_of(pictures: list) -> bytes:
+    """Of all bytes of the pictures of a row, each with its size."""
+    digest = hashlib.blake2b(digest_size=16)
+    for p in pictures:
+        digest.update(b"%d " % p.size)
+        digest.update(p)
+    return digest.digest()
 
 
 def holds_bytes(kind) -> bool:

@@ -54,6 +54,9 @@ class ShardedFiles(Files):
             else:
                 self.skip(*flaw)
         self.report_unpaired(unpaired, usable=len(self.shards.items) > 0)
+        if self.shards.unread:
+            note(f"note: {self.shards.unread:,} rows of {self.name} have several pictures and a caption or a "
+                 "question, which is read with the first picture alone; a conversation (messages) shows all")
         chosen = self.choose_items()
         if not len(chosen):
             self.refuse_empty()

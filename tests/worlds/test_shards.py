@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import train
-from support.formats.files import UserError
+from support.formats.files import UserError, note
 from support.formats.shards import declared_split
 from support.worlds import open_data, shards
 from support.worlds.pairs import contrastive_pair
@@ -289,6 +289,45 @@ def test_questions_about_one_picture_that_follow_one_another_are_an_item(tmp_pat
                                            for i in range(6)], group=2)
     found = items(f"parquet:{tmp_path}:all")
     assert sorted(len(item.qas) for item in found) == [3, 3]
+
+
+def bmp(last_row: int) -> bytes:
+    """A white page with one dark row, which the file, written from below, holds ahead of its last 4 KB."""
+    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels[last_row] = 0
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "bmp")
+    return file.getvalue()
+
+
+@KINDS
+def test_pictures_are_the_same_only_if_all_of_their_bytes_are(kind, tmp_path):
+    pages = [bmp(63), bmp(62), bmp(62)]
+    assert len({(len(page), page[-4096:]) for page in pages}) == 1
+    if kind == "wds":
+        write_tar(tmp_path / "0.tar", [(f"{n}.{end}", c) for n, page in enumerate(pages)
+                                       for end, c in (("png", page), ("txt", f"page {n}"))])
+    else:
+        write_parquet(tmp_path / "0.parquet", [dict(image=dict(bytes=page, path=None), text=f"page {n}")
+                                               for n, page in enumerate(pages)])
+    found = {tuple(item.captions): item.image for item in items(f"{kind}:{tmp_path}:all")}
+    assert found.keys() == {("page 0",), ("page 1", "page 2")}
+    assert not found["page 0",][63].any() and not found["page 1", "page 2"][62].any()
+
+
+@pytest.mark.parametrize("several", [lambda a, b: dict(image_0=picture(a), image_1=picture(b)),
+                                     lambda a, b: dict(images=[picture(a), picture(b)])])
+def test_a_caption_or_question_is_about_the_first_of_several_pictures_and_that_is_counted(
+        several, tmp_path, capsys):
+    note.cache_clear()
+    write_parquet(tmp_path / "0.parquet", [several(1, 2) | dict(text="1 2", question=None),
+                                           several(1, 3) | dict(text="1 3", question=None),
+                                           several(4, 5) | dict(text=None, question="what?")])
+    found = items(f"parquet:{tmp_path}:all")
+    assert sorted((number_of(i.image), len(i.pictures), *i.captions) for i in found) == [
+        (1, 1, "1 2"), (1, 1, "1 3"), (4, 1)]
+    said = capsys.readouterr().err
+    assert "note: 3 rows of parquet:" in said and "with the first picture alone" in said
 
 
 # --- memory, order, resumption ------------------------------------------------------------------------------
