@@ -3,6 +3,7 @@
     cat.jpg  cat.txt  animals/dog.png  animals/dog.txt      a caption a line; .caption is read, too
     captions.jsonl      {"image": "cat.jpg", "text": "a cat"}       or images/cat.jpg; "text" may be a list
     captions.csv        image,text, then cat.jpg,a cat              also .tsv, or with semicolons
+    annotations/captions.csv                                its pictures in annotations/ or beside that folder
     train/…  val/…  test/…                                  these sub-folders are the splits
 
 Texts beside pictures and a list may stand together. A JSON list (captions.json), and the names of Hugging
@@ -13,14 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 
 from support.formats.files import refuse_device
-from support.formats.records import (BrokenRecord, ENDINGS, READING, Record, Unpaired, first_existing,
-                                     naming_file, parse_rows, path_inside, picture_key, read_rows, read_table,
-                                     row_object)
+from support.formats.records import (BrokenRecord, ENDINGS, FOLDERS, OTHER_ENDINGS, READING, Record,
+                                     UNREADABLE, Unpaired, first_existing, naming_file, parse_rows,
+                                     path_inside, picture_key, read_rows, read_table, row_object)
 
 LISTS = [f"{stem}.{ending}" for stem in ("captions", "metadata")
          for ending in ("jsonl", "json", "csv", "tsv", "txt")]
@@ -28,6 +30,7 @@ PICTURE_FIELDS = ("image", "file_name", "filename", "image_path", "path", "file"
 TEXT_FIELDS = ("text", "caption", "captions")
 SPLITS = {**dict.fromkeys(("train", "training"), "train"), "test": "test", "testing": "test",
           **dict.fromkeys(("val", "valid", "validation", "dev"), "val")}        # as people call them → ours
+PLACES = (".", "images", "Images")                      # where the pictures of a list may lie
 ADVICE = 'write cat.txt beside cat.jpg, or a line {"image": "cat.jpg", "text": "a cat"} into captions.jsonl'
 
 
@@ -35,6 +38,7 @@ ADVICE = 'write cat.txt beside cat.jpg, or a line {"image": "cat.jpg", "text": "
 class Walk:
     """The files of a folder and its sub-folders, in the order of their paths."""
     pictures: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)             # pictures of OTHER_ENDINGS
     texts: list[str] = field(default_factory=list)              # .txt and .caption, but no list and no README
     lists: list[Path] = field(default_factory=list)             # of each folder one
 
@@ -56,6 +60,8 @@ def walk_folder(folder: Path) -> Walk:
                 continue
             if ending.lower() in ENDINGS:
                 found.pictures.append(os.path.join(place, name))
+            elif ending.lower() in OTHER_ENDINGS:
+                found.others.append(os.path.join(place, name))
             elif ending.lower() in (".txt", ".caption") and name not in LISTS and (
                     stem.split(".")[0].lower() not in ("readme", "license", "licence", "requirements")):
                 found.texts.append(os.path.join(place, name))
@@ -82,6 +88,9 @@ def read_folder(path: Path, split: str) -> Iterator[Record | BrokenRecord | Unpa
     for picture in found.pictures:
         if picture not in beside and picture_key(picture) not in named:
             yield Unpaired(picture, "picture", "text", ADVICE, stops=not lists)
+    for picture in found.others:
+        if picture_key(picture) not in named:
+            yield Unpaired(picture, *UNREADABLE, stops=not lists)
 
 
 @dataclass
@@ -107,7 +116,10 @@ class ListReader:
             raise ValueError("it has more fields than line 1 names; quote a text that holds the separator")
         picture, captions = (row[next((name for name in names if row.get(name) is not None), names[0])]
                              for names in (PICTURE_FIELDS, TEXT_FIELDS))
-        path = path_inside(self.file.parent, picture, ".", "images", "Images")
+        home, places = self.file.parent, PLACES
+        if home.name in FOLDERS and home != self.folder:        # annotations/captions.csv, pictures beside it
+            home, places = home.parent, (*(f"{home.name}/{place}" for place in PLACES), *PLACES)
+        path = path_inside(home, picture, *places)
         i = os.path.normpath(path.removeprefix(f"{self.folder}/"))
         declared = row.get("split") or part_of(i, self.parts)
         if declared.lower() not in SPLITS:
@@ -124,14 +136,16 @@ def read_texts(found: Walk, folder: Path, parts: set[str],
                beside: set[str]) -> Iterator[Record | BrokenRecord | Unpaired]:
     """The texts that lie beside pictures; `beside` receives these pictures."""
     pictures: dict[str, list[str]] = {}                 # path without ending → pictures
-    for picture in found.pictures if found.texts else ():
+    for picture in found.pictures + found.others if found.texts else ():
         for stem in (os.path.splitext(picture)[0], picture):            # cat.txt and cat.jpg.txt
-            pictures.setdefault(stem, []).append(picture)
+            pictures.setdefault(unicodedata.normalize("NFC", stem), []).append(picture)
+    others = {*found.others}                            # they are counted in read_folder
     for text in found.texts:
-        described = pictures.get(os.path.splitext(text)[0], [])
+        described = pictures.get(unicodedata.normalize("NFC", os.path.splitext(text)[0]), [])
         if not described:
             yield Unpaired(text, "text", "picture", "name it as its picture is named")
             continue
+        described = [picture for picture in described if picture not in others]
         beside.update(described)
         try:
             captions = read_captions(text)
@@ -147,15 +161,19 @@ def read_captions(file: str) -> list[str]:
     refuse_device(file)
     with naming_file(Path(file)) if os.path.islink(file) else contextlib.nullcontext():
         with open(file, "rb") as f:
-            content = f.read()
+            captions = caption_lines(f.read())
+    if not captions:
+        raise ValueError("it is empty")
+    return captions
+
+
+def caption_lines(content: bytes) -> list[str]:
+    """The lines of a text, UTF-8 or UTF-16, without the empty ones."""
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is no text in UTF-8") from None
-    captions = [line.strip() for line in text.split("\n") if line.strip()]
-    if not captions:
-        raise ValueError("it is empty")
-    return captions
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def part_of(name: str, parts: set[str]) -> str:

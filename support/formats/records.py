@@ -252,7 +252,15 @@ def link_leaves(folder: Path, path: str) -> bool:
 
 
 ENDINGS = (".jpg", ".jpeg", ".JPG", ".JPEG", ".png", ".PNG", ".webp", ".WEBP", ".gif", ".GIF", ".bmp", ".BMP",
-           ".tif", ".tiff", ".TIF", ".TIFF")
+           ".tif", ".tiff", ".TIF", ".TIFF", ".jfif", ".JFIF", ".ppm", ".PPM", ".pgm", ".PGM")
+OTHER_ENDINGS = (".heic", ".heif", ".avif", ".svg", ".jxl", ".jp2", ".psd", ".raw", ".dng", ".cr2", ".cr3",
+                 ".nef", ".arw", ".orf", ".rw2", ".raf")        # of pictures that read_image does not open
+UNREADABLE = ("picture", "form that is read here", "convert HEIC, AVIF, SVG, raw and the like to JPEG")
+
+
+def plain_ending(ending: str) -> str:
+    """One ending for .JPG, .jpg and .jpeg, and so on."""
+    return {".jpeg": ".jpg", ".tiff": ".tif"}.get(ending.lower(), ending.lower())
 
 
 def find_picture(path: str) -> str:
@@ -271,8 +279,7 @@ def find_picture(path: str) -> str:
     if ending not in ENDINGS and ending.lower() not in ENDINGS:
         spellings = [stem + ending, *(stem + ending + e for e in ENDINGS)]
     else:
-        letter = ending.lower()[1]              # jpg and jpeg, tif and tiff
-        spellings = [stem + ending, *(stem + e for e in ENDINGS if e.lower()[1] == letter)]
+        spellings = [stem + ending, *(stem + e for e in ENDINGS if plain_ending(e) == plain_ending(ending))]
     return next((p for p in spellings if os.path.exists(p)), path)
 
 

@@ -169,3 +169,36 @@ def test_transparent_parts_are_said_once(tmp_path, capsys):
         (tmp_path / f"{i}.txt").write_text("x")
     captions(f"folder:{tmp_path}:all")
     assert capsys.readouterr().err.count("transparent parts of pictures show the colours that are") == 1
+
+
+def test_every_form_that_can_be_read_is_a_picture_and_others_are_one_counted_sentence(tmp_path, capsys):
+    note.cache_clear()
+    write(tmp_path, {f"{n}.{ending}": n for n, ending in enumerate(("JFIF", "ppm", "gif", "tif"))}
+          | {f"{n}.txt": f"{n}" for n in range(6)} | {"4.HEIC": "x", "5.avif": "x", "6.heic": "x"})
+    Image.new("L", (9, 9)).save(tmp_path / "7.pgm")
+    (tmp_path / "7.pgm.txt").write_text("7")
+    assert sorted(c for each in captions(f"folder:{tmp_path}:all").values() for c in each) == [*"01237"]
+    said = capsys.readouterr().err
+    assert "3 pictures of" in said and "have no form that is read here" in said and "4.HEIC" in said
+    assert "to JPEG" in said and said.count("\n") == 1
+    with pytest.raises(UserError, match="4.HEIC: this picture has no form that is read here; convert"):
+        open_data(f"folder:{tmp_path}:all", strict=True)
+    alone = write(tmp_path / "alone", {"1.heic": "x", "2.heic": "x", "1.txt": "one"})
+    with pytest.raises(UserError, match="2 pictures of .* have no form that is read here .* to JPEG"):
+        open_data(f"folder:{alone}")
+    write(tmp_path / "cat", {"cat.ppm": 1, "captions.csv": "image,text\ncat.png,a cat\n"})
+    with pytest.raises(UserError, match="not one picture"):     # another picture than cat.ppm
+        open_data(f"folder:{tmp_path / 'cat'}:all").item(0)
+
+
+def test_the_pictures_of_a_list_in_annotations_lie_beside_that_folder_or_in_it(tmp_path):
+    write(tmp_path, {"a.png": 1, "annotations/b.png": 2, "images/c.png": 3, "d/a.png": 4,
+                     "annotations/captions.csv": "image,text\na.png,a\nb.png,b\nc.png,c\nd/a.png,d\n"})
+    assert captions(f"folder:{tmp_path}:all", strict=True) == {
+        "a.png": ["a"], "annotations/b.png": ["b"], "images/c.png": ["c"], "d/a.png": ["d"]}
+
+
+def test_an_accent_in_one_character_or_in_two_is_the_same_name(tmp_path, capsys):
+    write(tmp_path, {"cafe\u0301.png": 1, "caf\u00e9.txt": "one", "u\u0308.png": 2, "\u00fc.png.txt": "two"})
+    found = captions(f"folder:{tmp_path}:all", strict=True)
+    assert sorted(found.values()) == [["one"], ["two"]] and not capsys.readouterr().err
