@@ -219,7 +219,9 @@ def read_table(file: Path, *columns: str) -> Iterator[dict]:
                             f"among them {columns[0]}.")
         yield from rows
     except csv.Error as e:
-        raise UserError(f"{file}, line {rows.line_num}: {e}; repair the table.") from None
+        first, last = rows.line_num + 1, rows.reader.line_num           # of the row, empty lines before it too
+        lines = f"line {last}" if first == last else f"lines {first} to {last}"
+        raise UserError(f"{file}, {lines}: {e}; repair the table.") from None
 
 
 def same_id(value):

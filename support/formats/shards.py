@@ -1,6 +1,7 @@
 """formats/shards.py: pictures with texts in shards, of which one record at a time is in memory.
 
-    wds:PATH        00000.tar …: cat.jpg, cat.txt (or .json, .caption); a key is the name up to its first dot
+    wds:PATH        00000.tar …: cat.jpg, cat.txt (or .json, .caption); a key is the name up to its first dot;
+                    each line of a text is a caption, as in a folder
     parquet:PATH    train-00000-of-00002.parquet …: a column `image` of {bytes, path}, others of texts
 
 PATH is a shard or a folder of shards, in sub-folders, too. Opening is one pass over the shards: it checks
@@ -20,15 +21,16 @@ import json
 import os
 import re
 import tarfile
+import unicodedata
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
 
 from support.formats.files import UserError
-from support.formats.own_pictures import SPLITS
-from support.formats.records import (BrokenRecord, Record, Unpaired, checked_text, content_name, count_words,
-                                     naming_file)
+from support.formats.own_pictures import SPLITS, caption_lines
+from support.formats.records import (BrokenRecord, ENDINGS, OTHER_ENDINGS, Record, UNREADABLE, Unpaired,
+                                     checked_text, content_name, count_words, naming_file)
 from support.formats.rows import CAPTIONS, FIELDS, IDS, NO_TEXT, TEXTS, row_record
 
 SPLIT_NAME = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./\d]|$)", re.I)
@@ -126,8 +128,9 @@ def flaw_of(where: str, error: Exception, advice: str) -> BrokenRecord | Unpaire
 
 # Tar files --------------------------------------------------------------------------------------------------
 
-PICTURES, NOTES = ("jpg", "jpeg", "png", "webp"), ("txt", "caption", "json")
-LACKING = "a key needs a picture (.jpg, .jpeg, .png, .webp) and a .txt, .caption or .json"
+PICTURES, NOTES = tuple(dict.fromkeys(e[1:].lower() for e in ENDINGS)), ("txt", "caption", "json")
+LACKING = "a key needs a picture (.jpg, .png, .webp …) and a .txt, .caption or .json"
+DOTTED = ("member", "ending of one part", "a key ends at its first dot; rename them, one dot a name")
 
 
 class TarShards(Shards):
@@ -167,7 +170,7 @@ class TarShards(Shards):
             yield Found(place, picture[2], picture[1], count_words(record), bool(record.turns), joins, text)
             last = picture
 
-    def read_members(self, f, file: Path, members: dict) -> Iterator[BrokenRecord]:
+    def read_members(self, f, file: Path, members: dict) -> Iterator[BrokenRecord | Unpaired]:
         """Fill `members`, and yield what is no member that can be used."""
         length, seen = os.fstat(f.fileno()).st_size, False
         try:
@@ -175,9 +178,12 @@ class TarShards(Shards):
                 for member in iter(tar.next, None):
                     seen = True
                     tar.members.clear()                 # or it would keep them all
+                    where = f"{file}, {checked_text(member.name)}"
                     flaw = add_member(f, member, members, length)
-                    if flaw:
-                        yield BrokenRecord(f"{file}, {checked_text(member.name)}", flaw)
+                    if flaw in (DOTTED, UNREADABLE):
+                        yield Unpaired(where, *flaw, stops=flaw is UNREADABLE)
+                    elif flaw:
+                        yield BrokenRecord(where, flaw)
                 end = tar.offset                        # of the last member; two blocks of zeros follow
                 rest = read_part(f, end, 2**16)
         except (tarfile.TarError, OSError, ValueError):
@@ -193,7 +199,7 @@ class TarShards(Shards):
         row = json.loads(fields) if fields.strip() else {}
         if not isinstance(row, dict):
             raise ValueError("its .json holds no object")
-        texts = [" ".join(note.decode("utf-8-sig").split()) for note in (txt, caption) if note]
+        texts = [line for note in (txt, caption) for line in caption_lines(note)]
         if texts:
             row = {name: value for name, value in row.items() if name not in CAPTIONS} | {"captions": texts}
         row = {name: value for name, value in row.items() if name not in IDS}
@@ -211,9 +217,13 @@ class TarShards(Shards):
             return io.BytesIO(read_part(f, offset, size))
 
 
-def add_member(f, member: tarfile.TarInfo, members: dict, length: int) -> str:
-    """Note a picture or a text under its key; says why a member cannot be used, "" where nothing is wrong."""
-    name = member.name.removeprefix("./")
+def add_member(f, member: tarfile.TarInfo, members: dict, length: int) -> str | tuple[str, str, str]:
+    """Note a picture or a text under its key; says why a member cannot be used, "" where nothing is wrong.
+
+    DOTTED and UNREADABLE are said of all such members in one sentence. Masks and the like may be DOTTED:
+    cat.seg.png is no flaw in a shard, so it stops no strict run.
+    """
+    name = unicodedata.normalize("NFC", member.name.removeprefix("./"))     # of an accent in two characters
     folder, _, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     if member.isdir() or not stem or "__MACOSX" in name:
@@ -224,8 +234,10 @@ def add_member(f, member: tarfile.TarInfo, members: dict, length: int) -> str:
         link = member.issym() or member.islnk()
         return "it is a link, and links in a shard are not followed" if link else "it is no plain file"
     ending = ending.lower()
+    if f".{ending}" in OTHER_ENDINGS:
+        return UNREADABLE
     if ending not in PICTURES and ending not in NOTES:
-        return ""
+        return DOTTED if ending.rpartition(".")[2] in (*PICTURES, *NOTES) else ""
     if member.offset_data + member.size > length:       # the pass will say that the shard is cut off
         return ""
     parts = members.setdefault(f"{folder}/{stem}" if folder else stem, {})

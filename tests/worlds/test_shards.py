@@ -176,7 +176,7 @@ def test_each_flaw_of_a_tar_file_is_a_sentence(tmp_path, capsys):
     for i in range(len(world)):
         item = world.item(i)
         found[item.id] = item.captions
-    assert found == {"0/a/cat": ["a cat"], "0/d": ["first"], "0/g": ["g h"]} and len(world) == 4
+    assert found == {"0/a/cat": ["a cat"], "0/d": ["first"], "0/g": ["g", "h"]} and len(world) == 4
     whys = {where.rpartition("/")[2]: why for where, why in world.broken.items()}
     assert "leads out of the shard" in whys["evil.png"] and "it is a link" in whys["0.tar, i.png"]
     assert whys["0.tar, d.txt"] == "its key has a .txt already; the first one counts"
@@ -187,6 +187,35 @@ def test_each_flaw_of_a_tar_file_is_a_sentence(tmp_path, capsys):
     assert "1 text of wds:" in said and "has no picture" in said
     with pytest.raises(UserError, match="or leave --strict out"):
         open_data(f"wds:{tmp_path}:all", strict=True)
+
+
+def test_every_form_of_picture_is_read_and_what_a_key_cannot_name_is_counted(tmp_path, capsys):
+    def encoded(number: int, form: str) -> bytes:
+        file = io.BytesIO()
+        Image.open(io.BytesIO(png(number))).save(file, form)
+        return file.getvalue()
+
+    members = [(f"{form}.{form}", encoded(n, form)) for n, form in enumerate(("gif", "bmp", "tiff", "ppm"))]
+    members += [(f"{form}.txt", form) for form in ("gif", "bmp", "tiff", "ppm", "heic")]
+    members += [("heic.heic", b"x"), ("Screenshot 10.11.12.png", png(5)), ("Screenshot 10.11.12.txt", "five"),
+                ("gif.seg.png", png(6)), ("gif.cls", b"7"), ("cafe\u0301.png", png(8)), ("caf\u00e9.txt", "8")]
+    write_tar(tmp_path / "0.tar", members)
+    found = {item.captions[0]: item for item in items(f"wds:{tmp_path}:all")}
+    assert found.keys() == {"gif", "bmp", "tiff", "ppm", "8"} and number_of(found["tiff"].image) == 2
+    said = capsys.readouterr().err
+    assert "3 members of wds:" in said and "a key ends at its first dot" in said and "10.11.12.png)" in said
+    assert "1 picture of wds:" in said and "has no form that is read here (first: " in said
+    with pytest.raises(UserError, match="heic.heic: this picture has no form that is read here"):
+        open_data(f"wds:{tmp_path}:all", strict=True)
+
+
+def test_each_line_of_a_text_is_a_caption_as_beside_a_picture_of_a_folder(tmp_path):
+    text = "a cat\r\n\n  a grey   cat \n"
+    write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("a.txt", text.encode("utf-16"))])
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "a.txt").write_text(text)
+    for spec in (f"wds:{tmp_path}:all", f"folder:{tmp_path}:all"):
+        assert items(spec, strict=True)[0].captions == ["a cat", "a grey   cat"]
 
 
 @pytest.mark.parametrize("cut, why", [
