@@ -51,7 +51,7 @@ def read_image(path: str | Path | io.BytesIO) -> np.ndarray:
                                 "is white; save it with 8 or 16 bits a pixel.")
             if image.mode.startswith("I"):              # 65,535 = 255 · 257 is white
                 image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
-            if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] < 255:
+            if hides_colours(image):
                 note("note: transparent parts of pictures show the colours that are hidden there, often "
                      "black, as the published processors have it; save such pictures on a background")
             if isinstance(image.info.get("transparency"), bytes):    # an alpha for each colour
@@ -66,6 +66,15 @@ def read_image(path: str | Path | io.BytesIO) -> np.ndarray:
     except Exception as e:                    # Pillow raises OSError, SyntaxError, ValueError, struct.error …
         raise UserError(f"{path}: not a picture that Pillow can read ({type(e).__name__}); "
                         "give a PNG, JPEG or WebP file.") from None
+
+
+def hides_colours(image: Image.Image) -> bool:
+    """Whether a pixel has an alpha below 255: one of its own, or its colour's in the palette."""
+    if image.mode in ("RGBA", "LA"):
+        return image.getchannel("A").getextrema()[0] < 255
+    alphas = image.info.get("transparency")
+    return isinstance(alphas, bytes) and any(alphas[n] < 255 for _, n in image.getcolors(256)
+                                             if n < len(alphas))
 
 
 PROCESSORS = {

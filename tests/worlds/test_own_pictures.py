@@ -162,6 +162,17 @@ def test_a_pipe_beside_a_picture_is_no_text(tmp_path, capsys):
     assert "b.txt: is a pipe or a device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("alphas, said", [(b"\xff\x09", True), (b"\xff\xff\x09", False)])
+def test_transparent_parts_of_a_palette_are_said_where_a_pixel_has_them(alphas, said, tmp_path, capsys):
+    note.cache_clear()
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0] * 9)
+    image.save(tmp_path / "0.png", transparency=alphas)
+    (tmp_path / "0.txt").write_text("x")
+    captions(f"folder:{tmp_path}:all")
+    assert ("transparent parts of pictures" in capsys.readouterr().err) == said
+
+
 def test_transparent_parts_are_said_once(tmp_path, capsys):
     note.cache_clear()
     for i in range(3):
