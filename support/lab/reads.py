@@ -30,8 +30,12 @@ def unread_words(tokenizer: Tokenizer, text: str) -> list[str]:
 
 def trained_items(facts: dict) -> list:
     """The first items of the data sets that a run was trained on, as far as they are here."""
+    return first_items(known_sets(facts))
+
+
+def first_items(sets: list) -> list:
     items = []
-    for world in known_sets(facts):
+    for world in sets:
         if not isinstance(world, Unknown):
             count = min(LOOKED_AT, len(world)) if world.finite else LOOKED_AT
             for n in range(count):
@@ -48,9 +52,14 @@ def what_it_reads(name: str, tokenizer: Tokenizer, facts: dict) -> str:
     if not spec:
         return (f"{name}: a toy decoder of {tokenizer.vocab_size} tokens; it reads the words that it was "
                 "trained on, in lower case, and no others.")
-    texts = [text for item in trained_items(facts)
+    sets = known_sets(facts)
+    texts = [text for item in first_items(sets)
              for text in (*item.captions, *(f"{q.question} {q.answer}" for q in item.qas))]
     words = sorted({word for text in texts for word in re.findall(r"\w+", text)})
     words = [word for word in words if not unread_words(tokenizer, word)]
+    if not words or any(isinstance(each, Unknown) for each in sets):
+        some = f" ({', '.join(words)} among them)" if words else ""
+        return (f"{name}: a toy decoder, trained on {spec}, which is not here, or not all of it; it reads the "
+                f"words of that data{some} and no others.")
     return (f"{name}: a toy decoder, trained on {spec}; it reads these {len(words)} words and no others: "
             f"{', '.join(words)}.")

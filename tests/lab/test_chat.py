@@ -116,6 +116,11 @@ def test_it_says_what_a_toy_cannot_read(untrained_run, picture, monkeypatch, cap
     facts = {"settings": {"data": "shapes", "seed": 0}}
     sentence = what_it_reads("out/mlp-shapes", shapes_tokenizer(), facts)
     assert "orange" in sentence and "triangle" in sentence and "elephant" not in sentence
+    for data, some in (("folder:gone", False), ("folder:gone + shapes", True)):
+        facts = {"settings": {"data": data, "seed": 0}}
+        sentence = what_it_reads("out/own", shapes_tokenizer(), facts)
+        assert f"trained on {data}, which is not here" in sentence and ("orange" in sentence) == some
+        assert "these" not in sentence
     assert unread_words(shapes_tokenizer(), "is there an orange ring at the top left?") == []
     large = type("Large", (), {"vocab_size": 49152})()
     assert unread_words(large, "Where is the elephant?") == []
