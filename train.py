@@ -63,7 +63,7 @@ from support.plumbing.state import TrainState, load_state, require_finite, save_
 from support.worlds import open_data, open_split, reader, take_items, text, unread_settings
 from support.worlds.pairs import require_captions
 from support.worlds.things import FROM_WORLDS, take_turns
-from support.worlds.trained import earlier_sets, name_split
+from support.worlds.trained import earlier_sets, name_split, report_broken
 
 
 # The recipes: the paper's numbers, then the toy's -----------------------------------------------------------
@@ -302,6 +302,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
             progress.line(line, details, device)
     require_finite(state, s, task.describe_batch)       # the last update, too
     seconds = progress.close()
+    report_broken([world for world, _ in sets])
     state.keep_random(device)
     save_state(state, ranks, out)
     stop.release()

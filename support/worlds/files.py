@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from data import Item, QA
 from support.formats.datasets import FORMATS, LAYOUTS, OWN, OWN_TEST, split_at_pictures
@@ -137,8 +138,10 @@ class Files:
         self.seed, self.strict, self.follow_links = seed, strict, follow_links
         self.folder = Path(path) if Path(path).is_dir() else Path(path).parent
         self.name, self.broken, self.order = f"{kind}:{path}", {}, (-1, None)
+        self.said = 0                                   # so many broken records were reported
         self.cuts: dict[str, Image.Image] = {}          # path → cut-out
         self.items = self.open_items(reader, share)
+        self.report_broken()
 
     def open_items(self, reader, share: float) -> list[list[Record]]:
         """The items of this split, or a share of them."""
@@ -247,10 +250,19 @@ class Files:
             raise UserError(f"{where}: {why}; repair it, or leave --strict out to skip it.")
         if where not in self.broken:
             self.broken[where] = why
-            count = len(self.broken)
-            if count & (count - 1) == 0:                # at 1, 2, 4, 8, … broken records
-                print(f"warning: {count} broken records of {self.name} skipped (last: {where}: {why})",
-                      file=sys.stderr)
+            if len(self.broken) & (len(self.broken) - 1) == 0:          # at 1, 2, 4, 8, … broken records
+                self.report_broken()
+
+    def report_broken(self) -> None:
+        """How many records were skipped so far, where that was not said before; each process counts its
+        own."""
+        if len(self.broken) > self.said:
+            self.said = len(self.broken)
+            where, why = list(self.broken.items())[-1]
+            reader = get_worker_info()                  # of --workers
+            by = f" by reader process {reader.id}" if reader else ""
+            print(f"warning: {self.said:,} broken records of {self.name} skipped{by} (last: {where}: {why})",
+                  file=sys.stderr)
 
     def rng(self, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, index))

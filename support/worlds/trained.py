@@ -116,3 +116,10 @@ def earlier_sets(init: str, out: str = "", seen: frozenset[str] = frozenset()) -
         return known_sets(read_json(Path(init) / "config.json"), seen | {folder})
     except UserError as e:
         return [Unknown("", str(e).rstrip("."))]
+
+
+def report_broken(worlds: list) -> None:
+    """The final count of the records that each data set on disk skipped."""
+    for world in worlds:
+        if isinstance(world, Files):
+            world.report_broken()

@@ -422,6 +422,16 @@ def test_a_broken_item_in_a_reader_process_is_the_same_sentence(spec, tmp_path):
     assert texts[0] == texts[1] and "\n" not in texts[0] and "7.png" in texts[0]
 
 
+@pytest.mark.parametrize("workers, said", [(0, ["3 broken records of", " skipped (last"]),
+                                           (1, [" skipped by reader process 0 (last"])])
+def test_a_run_counts_what_it_skipped_to_its_end_or_says_which_process_did(workers, said, spec, tmp_path, capfd):
+    for n in range(1, 4):
+        (Path(spec.partition(":")[2]) / f"{n}.png").write_bytes(b"")
+    run(f"{spec}:all", tmp_path / "run", "--steps", 12, "--workers", workers)
+    lines = [line for line in capfd.readouterr().err.splitlines() if f" broken records of {spec} " in line]
+    assert any(all(part in line for part in said) for line in lines), lines
+
+
 # the cache of features
 
 def features(spec: str, cache: Path | str = "", step: int = 0, task=None) -> torch.Tensor:

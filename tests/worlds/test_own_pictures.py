@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import Shapes
 from support.formats.files import UserError, note
 from support.worlds import open_data
 from support.worlds.pairs import contrastive_pair
+from support.worlds.trained import report_broken
 
 
 def own_pictures(folder: Path, count: int = 12) -> Path:
@@ -47,6 +49,22 @@ def test_broken_records_of_a_folder_are_counted_or_stop_a_strict_run(tmp_path, c
     assert "4 broken records" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"captions.jsonl, line 13"):
         open_data(f"folder:{folder}", strict=True)
+
+
+def test_the_last_count_of_broken_records_is_the_whole_one(tmp_path, capsys):
+    folder = own_pictures(tmp_path)
+    with open(folder / "captions.jsonl", "a") as f:
+        f.write("\nnot json" * 7)
+    world = open_data(f"folder:{folder}:all")           # those of the list are known when it is open
+    assert "warning: 7 broken records of" in capsys.readouterr().err.splitlines()[-1]
+    for n in range(6):
+        (folder / f"{n}.png").write_text("no picture")
+    for n in range(12):
+        world.item(n)
+    assert "warning: 8 broken records of" in capsys.readouterr().err.splitlines()[-1]
+    for _ in range(2):                                  # said once
+        report_broken([Shapes(), world])
+    assert capsys.readouterr().err.count("broken records") == 1 and world.said == 13
 
 
 def test_an_empty_folder_is_refused_in_one_sentence(tmp_path):
