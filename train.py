@@ -63,7 +63,7 @@ from support.plumbing.state import TrainState, load_state, require_finite, save_
 from support.worlds import open_data, open_split, reader, take_items, text, unread_settings
 from support.worlds.pairs import require_captions
 from support.worlds.things import FROM_WORLDS, take_turns
-from support.worlds.trained import earlier_sets, name_split, report_broken
+from support.worlds.trained import data_digests, earlier_sets, name_split, report_broken
 
 
 # The recipes: the paper's numbers, then the toy's -----------------------------------------------------------
@@ -203,6 +203,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
     # 2. data ------------------------------------------------------------------------------------------------
     sets = [(open_data(spec, s.seed, s.strict, s.share / 100, s.follow_links, "train" * s.augment), weight)
             for spec, weight in parse_weighted(s.data)]
+    facts = {"settings": dataclasses.asdict(s), **data_digests(s.data, [world for world, _ in sets])}
     ranks.require_divisible(s.batch, len(sets))
 
     # 3. model: load, freeze, print the table ----------------------------------------------------------------
@@ -235,7 +236,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
             print(f"resume   at step {state.step} of {out}")
     elif ranks.first:
         clean_folder(out, RECIPES, (s.init, s.lm, s.vit, *(getattr(w, "path", "") for w, _ in sets)))
-        write_json(out / "config.json", {"settings": dataclasses.asdict(s)})
+        write_json(out / "config.json", facts)
 
     # 6. the loop --------------------------------------------------------------------------------------------
     task.module.train()
@@ -302,7 +303,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
             progress.line(line, details, device)
     require_finite(state, s, task.describe_batch)       # the last update, too
     seconds = progress.close()
-    report_broken([world for world, _ in sets])
+    report_broken(sets)
     state.keep_random(device)
     save_state(state, ranks, out)
     stop.release()
@@ -314,8 +315,8 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
     task.module = ranks.gather_module(task.module, lambda: make_task().module).eval()
     if ranks.first:
         learned = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
-        facts = {"settings": dataclasses.asdict(s), "steps": state.step, "seconds": round(seconds, 1),
-                 "trained_parameters": learned, "training_examples": state.step * s.batch}
+        facts |= {"steps": state.step, "seconds": round(seconds, 1), "trained_parameters": learned,
+                  "training_examples": state.step * s.batch}
         task.save(out, facts)
         report_saved(out, state.step, seconds)
         with ranks.eager_layers(), autocast(enabled=task.mixed):

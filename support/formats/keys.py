@@ -111,6 +111,7 @@ CONFIG = {
         "data": TEXT, **these("init out", Key((str,), null=True)),
         "seed": Key((int,), dict(least=0)), "share": number(above=0, most=100),
         "follow_links": FLAG}),
+    "data_digests": Key((dict,), each=TEXT),
     **these("trained_parameters training_examples seconds", number(null=True, least=0)),
     **these("n_visual_tokens shared_emb_dim", size(null=True)),
     **these("adapter_layers adapter_len query_len v_num_heads num_heads", size(null=True)),     # of a bridge

@@ -219,7 +219,7 @@ def read_table(file: Path, *columns: str) -> Iterator[dict]:
                             f"among them {columns[0]}.")
         yield from rows
     except csv.Error as e:
-        first, last = rows.line_num + 1, rows.reader.line_num           # of the row, empty lines before it too
+        first, last = rows.line_num + 1, rows.reader.line_num           # of the row, with empty lines before
         lines = f"line {last}" if first == last else f"lines {first} to {last}"
         raise UserError(f"{file}, {lines}: {e}; repair the table.") from None
 

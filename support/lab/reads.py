@@ -57,9 +57,9 @@ def what_it_reads(name: str, tokenizer: Tokenizer, facts: dict) -> str:
              for text in (*item.captions, *(f"{q.question} {q.answer}" for q in item.qas))]
     words = sorted({word for text in texts for word in re.findall(r"\w+", text)})
     words = [word for word in words if not unread_words(tokenizer, word)]
-    if not words or any(isinstance(each, Unknown) for each in sets):
+    if not words or any(isinstance(each, Unknown) and not each.path for each in sets):
         some = f" ({', '.join(words)} among them)" if words else ""
-        return (f"{name}: a toy decoder, trained on {spec}, which is not here, or not all of it; it reads the "
-                f"words of that data{some} and no others.")
+        return (f"{name}: a toy decoder, trained on {spec}, which is not here, or not all of it; it reads "
+                f"the words of that data{some} and no others.")
     return (f"{name}: a toy decoder, trained on {spec}; it reads these {len(words)} words and no others: "
             f"{', '.join(words)}.")

@@ -88,7 +88,7 @@ def measured_tables(runs: list[str], count: int, beams: int, device: str, follow
     rows, baselines, worlds = {}, {}, {}
     for run in runs:
         vlm, tokenizer, facts = open_run(run, device)
-        trained = training_sets(facts["settings"], follow_links)
+        trained = training_sets(facts["settings"], follow_links, facts.get("data_digests"))
         world, label = trained[0], row_label(Path(run).name, facts)
         if not has_answers(world):
             own = loss_rows(vlm, tokenizer, trained, count, label, facts["settings"])

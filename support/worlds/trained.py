@@ -1,14 +1,16 @@
 """worlds/trained.py: which data sets a run has met, and so what a table may call held-out."""
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from support.formats.files import UserError, read_json
-from support.formats.records import MOST_COMPARED, name_contents
+from support.formats.records import MOST_COMPARED, find_picture, name_contents
 from support.worlds import WORLDS, open_data
 from support.worlds.files import Files
 from support.worlds.shards import ShardedFiles
@@ -18,13 +20,21 @@ MAYBE = "perhaps trained-on"
 
 @dataclass(frozen=True)
 class Unknown:
-    """A data set that a model has met and that cannot be opened here.
+    """A data set that a model has met and that cannot be opened here, or not as it was then.
 
     kind: as in its spec; "published" for what others trained on, which was no generated world of ours; "" if
-    nothing is known of it.
+    nothing is known of it. path: of one that is here, but has changed.
     """
     kind: str
     why: str
+    path: str = ""
+
+    def may_hold(self, world) -> bool:
+        """Whether an item of `world` may have been in it."""
+        on_disk = isinstance(world, Files)
+        if self.path:
+            return on_disk and same_place(world.path, self.path)
+        return not self.kind or on_disk == (self.kind not in WORLDS)
 
 
 def name_split(world, trained: list) -> str:
@@ -36,9 +46,12 @@ def name_split(world, trained: list) -> str:
     known = [other for other in trained if not isinstance(other, Unknown)]
     if any(has_met(world, other) for other in known):
         return "trained-on"
-    on_disk = isinstance(world, Files)
     unknown = [other for other in trained if isinstance(other, Unknown)]
-    return MAYBE if any(not u.kind or on_disk == (u.kind not in WORLDS) for u in unknown) else "held-out"
+    return MAYBE if any(u.may_hold(world) for u in unknown) else "held-out"
+
+
+def same_place(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def has_met(world, other) -> bool:
@@ -79,15 +92,50 @@ def say_not_compared(*names: str) -> None:
           "by path and COCO's numbers alone; a copy under another name counts as held-out.", file=sys.stderr)
 
 
-def training_sets(settings: dict, follow_links: bool = False) -> list:
+def specs_of(data: str) -> list[str]:
+    """The data sets of the setting `data`, without their weights."""
+    return [part.split(" * ")[0].strip() for part in data.split(" + ")]
+
+
+def data_digests(data: str, sets: list) -> dict[str, dict[str, str]]:
+    """For config.json: spec → set_digest, of those of the data sets that lie on the disk; {} without one."""
+    found = {spec: set_digest(world) for spec, world in zip(specs_of(data), sets) if isinstance(world, Files)}
+    return {"data_digests": found} if found else {}
+
+
+def set_digest(world: Files) -> str:
+    """Of the pictures of a data set, by name and size, and of records without one; of shards of everything.
+
+    A picture that is added or leaves may move others into another split (own_split).
+    """
+    if isinstance(world, ShardedFiles):
+        return world.digest
+    digest = hashlib.sha256()
+    for records in world.items:
+        facts = [(path, size_of(path)) for path in records[0].images] or records
+        digest.update(f"{facts}\n".encode("utf-8", "replace"))
+    return digest.hexdigest()[:32]
+
+
+def size_of(path: str) -> int:
+    with contextlib.suppress(OSError):
+        return os.stat(find_picture(path)).st_size
+    return -1
+
+
+def training_sets(settings: dict, follow_links: bool = False, digests: dict | None = None) -> list:
     """The data sets that a run with these settings was trained on, its own first.
 
     After them come those of the run that it began with (--init); what is not on this machine is Unknown.
+    digests: "data_digests" of its config.json; what has another digest by now is Unknown, too.
     """
     links = settings.get("follow_links") or follow_links
-    sets = [open_data(part.split(" * ")[0].strip(), settings["seed"], share=settings.get("share", 100) / 100,
-                      follow_links=links) for part in settings["data"].split(" + ")]
-    return sets + earlier_sets(settings.get("init", ""), settings.get("out", ""))
+    sets = [open_data(spec, settings["seed"], share=settings.get("share", 100) / 100, follow_links=links)
+            for spec in specs_of(settings["data"])]
+    changed = [Unknown(world.kind, f"{spec} has changed since the run was trained on it", world.path)
+               for spec, world in zip(specs_of(settings["data"]), sets)
+               if spec in (digests or {}) and digests[spec] != set_digest(world)]
+    return sets + changed + earlier_sets(settings.get("init", ""), settings.get("out", ""))
 
 
 def known_sets(facts: dict, seen: frozenset[str] = frozenset()) -> list:
@@ -99,11 +147,11 @@ def known_sets(facts: dict, seen: frozenset[str] = frozenset()) -> list:
     if not isinstance(settings, dict) or not isinstance(settings.get("data"), str):
         return [Unknown("published", "its config.json does not say what it was trained on")]
     sets = []
-    for part in settings["data"].split(" + "):
+    for part in specs_of(settings["data"]):
         try:
-            sets += training_sets({**settings, "data": part, "init": ""})
+            sets += training_sets({**settings, "data": part, "init": ""}, digests=facts.get("data_digests"))
         except (KeyError, UserError) as e:
-            sets.append(Unknown(part.strip().partition(":")[0], str(e).rstrip(".")))
+            sets.append(Unknown(part.partition(":")[0], str(e).rstrip(".")))
     return sets + earlier_sets(settings.get("init", ""), settings.get("out", ""), seen)
 
 
@@ -118,8 +166,8 @@ def earlier_sets(init: str, out: str = "", seen: frozenset[str] = frozenset()) -
         return [Unknown("", str(e).rstrip("."))]
 
 
-def report_broken(worlds: list) -> None:
-    """The final count of the records that each data set on disk skipped."""
-    for world in worlds:
+def report_broken(sets: list[tuple]) -> None:
+    """The final count of the records that each data set on disk skipped. sets: (data set, weight)."""
+    for world, _ in sets:
         if isinstance(world, Files):
             world.report_broken()

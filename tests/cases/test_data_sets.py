@@ -344,7 +344,8 @@ def test_a_quoted_text_of_a_table_may_go_on_in_the_next_line_and_a_broken_quote_
     table = tmp_path / "captions.csv"
     table.write_text('image,text\ncat.jpg,"a cat\nthat sits"\n')
     assert open_data(f"folder:{tmp_path}:all").item(0).captions == ["a cat\nthat sits"]
-    for broken, where in (('cat.jpg,"a cat\ncat.jpg,a cat\n', "lines 3 to 4"), ('cat.jpg,"a" cat\n', "line 3")):
+    for broken, where in (('cat.jpg,"a cat\ncat.jpg,a cat\n', "lines 3 to 4"),
+                          ('cat.jpg,"a" cat\n', "line 3")):
         table.write_text("image,text\ncat.jpg,a\n" + broken)
         with pytest.raises(UserError, match=f"captions.csv, {where}: .*; repair the table"):
             open_data(f"folder:{tmp_path}:all")

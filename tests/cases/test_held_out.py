@@ -22,7 +22,7 @@ from support.worlds.commands import main as show
 from support.worlds.pairs import contrastive_pair
 from support.formats import records, save_vlm
 from support.plumbing.folder import clean_folder
-from support.worlds.trained import earlier_sets, name_split, training_sets
+from support.worlds.trained import earlier_sets, known_sets, name_split, training_sets
 
 RUN = ["--bridge", "linear", "--steps", "1", "--batch", "2", "--dtype", "float32", "--device", "cpu",
        "--eval-items", "4", "--samples", "1"]
@@ -84,6 +84,33 @@ def test_what_an_earlier_stage_met_counts_too(tmp_path):
     for world in (Shapes("test"), open_data(f"{spec}:val")):
         assert name_split(world, sets) == "perhaps trained-on"
     assert len(training_sets(dict(data=spec, seed=0, init=str(first), out=str(first)))) == 1
+
+
+def test_a_set_that_changed_since_the_training_may_hold_what_was_trained_on(tmp_path, capsys):
+    spec = own_pictures(tmp_path / "own")
+    train.main(["--data", spec, "--out", str(tmp_path / "run"), *RUN])
+    facts = json.loads((tmp_path / "run/config.json").read_text())
+    assert [*facts["data_digests"]] == [spec]
+
+    def named(asked: str, facts: dict = facts) -> str:
+        return name_split(open_data(asked), known_sets(facts))
+
+    other = own_pictures(tmp_path / "other", 11, ".bmp")
+    assert named(f"{spec}:val") == named(f"{other}:val") == "held-out"
+    before = open_data(f"{spec}:val").pictures
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "own/a.png")
+    lines = (tmp_path / "own/captions.jsonl").read_text()
+    (tmp_path / "own/captions.jsonl").write_text('{"image": "a.png", "text": "a"}\n' + lines)
+    assert open_data(f"{spec}:val").pictures != before                      # one that training has met
+    assert named(f"{spec}:val") == "perhaps trained-on" and named(f"{other}:val") == "held-out"
+    assert named(f"{spec}:val", {"settings": facts["settings"]}) == "held-out"          # an older run
+    later = {"settings": dict(data="shapes", seed=0, init=str(tmp_path / "run"))}
+    assert named(f"{spec}:val", later) == "perhaps trained-on" and named("shapes:test", later) == "held-out"
+    capsys.readouterr()
+    evaluation.main([str(tmp_path / "run"), "--items", "2", "--device", "cpu"])
+    assert "run, perhaps trained-on" in capsys.readouterr().out
+    evaluation.main(["compare", str(tmp_path / "run"), "--items", "2", "--shots", "0", "--device", "cpu"])
+    assert f"{spec} has changed since the run was trained on it" in capsys.readouterr().out
 
 
 def coco(folder: Path, part: str, file: str) -> str:

@@ -424,7 +424,7 @@ def test_a_broken_item_in_a_reader_process_is_the_same_sentence(spec, tmp_path):
 
 @pytest.mark.parametrize("workers, said", [(0, ["3 broken records of", " skipped (last"]),
                                            (1, [" skipped by reader process 0 (last"])])
-def test_a_run_counts_what_it_skipped_to_its_end_or_says_which_process_did(workers, said, spec, tmp_path, capfd):
+def test_a_run_counts_what_it_skipped_or_says_which_process_did(workers, said, spec, tmp_path, capfd):
     for n in range(1, 4):
         (Path(spec.partition(":")[2]) / f"{n}.png").write_bytes(b"")
     run(f"{spec}:all", tmp_path / "run", "--steps", 12, "--workers", workers)

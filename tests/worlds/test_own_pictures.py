@@ -63,7 +63,7 @@ def test_the_last_count_of_broken_records_is_the_whole_one(tmp_path, capsys):
         world.item(n)
     assert "warning: 8 broken records of" in capsys.readouterr().err.splitlines()[-1]
     for _ in range(2):                                  # said once
-        report_broken([Shapes(), world])
+        report_broken([(Shapes(), 1.0), (world, 1.0)])
     assert capsys.readouterr().err.count("broken records") == 1 and world.said == 13
 
 
