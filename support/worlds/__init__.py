@@ -94,18 +94,18 @@ def open_split(world, split: str):
     """Another split of a world, all of it, with the same seed, to evaluate on: see Files.evaluates."""
     if isinstance(world, Files):
         other = type(world)(world.kind, world.path, split, world.seed, follow_links=world.follow_links)
-        other.evaluates = True
+        other.evaluates, other.size = True, world.size
         return other
     return type(world)(split, world.seed)
 
 
-def take_items(world, count: int, turns: int | None = None) -> list[Item]:
+def take_items(world, count: int, turns: int | None = None, track=iter) -> list[Item]:
     """The first `count` items of a world that open_split opened; all of them where it has fewer.
 
     An item whose picture is missing is left out, and counted on standard error.
     """
     items, count = [], min(count, len(world)) if world.finite else count
-    for i in range(count):
+    for i in track(range(count)):
         with contextlib.suppress(MissingPicture):
             items.append(world.item(i, turns))
     if len(items) < count:

@@ -20,7 +20,7 @@ from support.formats.records import (BrokenRecord, MOST_COMPARED, Record, Unpair
                                      find_picture, link_leaves, name_contents, picture_key, reading_inside)
 from support.worlds.augment import augment, cut_out, may_mirror
 
-KEPT = 4096                     # so many cut-outs are kept in memory: 64 MB
+KEPT = 2**26                    # bytes of cut-outs that are kept in memory: 4,096 of 64 x 64 pixels
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}       # the names of LLaVA's files → ours
 
 
@@ -123,7 +123,7 @@ class Files:
     of the items, the same ones for the same seed. A picture behind a link that leaves the folder is a broken
     one, and its records there are refused, unless follow_links. The path itself may be a link.
     """
-    size = 64                       # side of the pictures in pixels, for a ViT trained here
+    size = 64                       # side of new renderings in pixels; see fit_size
     finite, says_scenes = True, False
     kinds = FORMATS
     renderings = ""                 # of worlds.augmented: "train" or "new"
@@ -313,11 +313,11 @@ class Files:
         return read_image(file)
 
     def show(self, path: str, item: int = 0, number: int = 0) -> np.ndarray | Image.Image:
-        """The picture, or where it is rendered anew its cut-out; the last KEPT ones are kept."""
+        """The picture, or where it is rendered anew its cut-out; the last ones, KEPT bytes, are kept."""
         if not self.renderings:
             return self.read_picture(path, item, number)
         if path not in self.cuts:
-            if len(self.cuts) >= KEPT:
+            if len(self.cuts) >= max(1, KEPT // (4 * self.size**2)):
                 self.cuts.pop(next(iter(self.cuts)))
             self.cuts[path] = cut_out(self.read_picture(path, item, number), self.size)
         return self.cuts[path]
@@ -354,3 +354,10 @@ class Files:
         image = images[0] if images else None
         return Item(image, captions, qas, str(r.id), images=images, turns=conversation,
                     chunks=split_at_pictures(r))
+
+
+def fit_size(worlds: list, vit) -> None:
+    """New renderings of pictures on disk have the size that this ViT reads; None: a new ViT fits itself."""
+    for world in worlds:
+        if isinstance(world, Files) and vit is not None:
+            world.size = vit.config.image_size
