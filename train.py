@@ -49,18 +49,19 @@ from support.plumbing.cli import parse_options, parse_weighted, run_cli, setting
 from support.plumbing.curves import draw_curves
 from support.plumbing.device import frozen_dtype, pick_dtype
 from support.plumbing.digest import data_digest, parts_digest
-from support.plumbing.doctor import (advise_at_end, first_look, gate_details, gradient_norms,
-                                     print_modules)
+from support.plumbing.doctor import advise_at_end, first_look, gate_details, gradient_norms, print_modules
 from support.plumbing.features import FeatureCache
 from support.plumbing.folder import clean_folder, owned
 from support.plumbing.log import rewind_log
-from support.plumbing.meter import Meter, Progress, count_flops, count_positions, report_end, report_saved
+from support.plumbing.meter import (Meter, Progress, count_flops, count_positions, report_end, report_saved,
+                                    track)
 from support.plumbing.optimizers import clip_gradients, make_optimizers, schedule
 from support.plumbing.packing import pack_documents, require_room
 from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
 from support.worlds import open_data, open_split, reader, take_items, text, unread_settings
+from support.worlds.files import fit_size
 from support.worlds.pairs import require_captions
 from support.worlds.things import FROM_WORLDS, take_turns
 from support.worlds.trained import data_digests, earlier_sets, name_split, report_broken
@@ -514,11 +515,12 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
         generate_texts=generate_texts, take_items=take_items, trained=trained, **FROM_WORLDS,
         open_held_out=lambda: open_split(world, world.held_out), part=ranks.part, gather=ranks.gather,
-        name_split=lambda split: name_split(split, trained),
+        name_split=lambda split: name_split(split, trained), track=track,
         worlds=take_turns(sets) if recipe.task == "clip" else [world])
     if world.says_scenes:                               # its words have a tokenizer of their own
         given.tokenizer = text.shapes_tokenizer()
     LOADERS[recipe.task](given, s.lm, s.vit, s.init)
+    fit_size([each for each, _ in sets], given.vit or getattr(given.clip, "vit", None))
     if recipe.task not in ("answer", "lm", "clip"):
         require_captions(world)
     if issubclass(TASKS[recipe.task], AnswerTask):

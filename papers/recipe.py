@@ -89,7 +89,7 @@ class Ingredients:
     clip: Any = None                # both towers (clip), their tokenizer, and begin: ids ahead of a text
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
-    named_pictures: Callable | None = None              # (world, known?) → pictures, their names
+    named_pictures: Callable | None = None              # (world) → known and held-out pictures, their names
     one_word_things: Callable | None = None             # (world, word fits?, how many words) → things to draw
     preference_pair: Callable | None = None             # (world, i) → Item, captions: a true and a false one
     save_grid: Callable | None = None                   # (file, pictures, columns): writes them as one
@@ -99,6 +99,7 @@ class Ingredients:
     name_split: Callable[[Any], str] = lambda world: "held-out"     # or trained-on, if the run has met it
     worlds: list = field(default_factory=list)          # all data sets; one * 3 thrice; none: `world` alone
     part: tuple[int, int] = (0, 1)  # of a batch, which this process reads: its number, how many there are
+    track: Callable = lambda work, what: work           # (work, "pictures") → work; says how far it has come
     gather: Callable[[Tensor], Tensor] = lambda x: x    # rows (b, …) of all parts → (B, …), with gradients
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
 

@@ -17,11 +17,13 @@ may be meant, and the nearest word to a blend is often a third one: the second p
 
 No decoder runs in the loss, so a minute trains it. Names of several tokens are left out.
 
-Run       python train.py --recipe word --data emoji --examples 50 --vit weights/vit-pictures --lm SMOLLM2
+Run       python train.py --recipe word --data emoji --examples 50 --vit weights/vit-pictures \
+              --lm HuggingFaceTB/SmolLM2-135M-Instruct
 Content   WordTask, RECIPES
 """
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ ASK = "What is a<image>? Answer in one sentence."
 BETA = 30
 RENDERINGS = 4                                          # of each thing in the report
 SHOWN = 6                                               # things that are asked about, and as many failures
+LISTED = 200                                            # names that are printed
 
 
 class WordTask:
@@ -49,11 +52,13 @@ class WordTask:
         if self.visual_tokens != 1 or not self.module.bridge.soft_tokens:
             raise ValueError(f"recipe word trains a bridge that writes one soft token, and {g.bridge.name} "
                              f"writes {self.visual_tokens}; give --option constants=1 with mapl.")
-        self.things = g.one_word_things(self.world, lambda word: len(self.ids(word)) == 1, g.examples)
+        self.things = g.one_word_things(self.world, lambda word: len(self.ids(word)) == 1, g.examples,
+                                        g.track)
         self.words = [*dict.fromkeys(self.things.words)]
         if len(self.words) < 2:
             raise ValueError(f"of {self.world.name} this language model writes {len(self.words)} names as "
-                             "one token, and recipe word needs two; give other data, or another --lm.")
+                             "one token, and recipe word needs two; give other data (captions that "
+                             'are names: "a dog"), or another --lm.')
         table = self.module.decoder.embed.weight.detach()
         self.token_ids = torch.tensor([self.ids(word)[0] for word in self.things.words], device=table.device)
         self.table = F.normalize(table.float(), dim=-1)                         # (V, D)
@@ -61,8 +66,10 @@ class WordTask:
         own = self.rows[[self.things.words.index(w) for w in self.words]]
         self.scale = (own - own.mean(0)).square().mean()
         self.expect = f"(the mean of all names gets 1 + at most ln {len(table)} = {np.log(len(table)):.2f})"
-        print(f"words    {len(self.words)} of {len(self.things.words)} things in {self.world.name}, each one "
-              f"token of {len(table):,}")
+        shown = sorted(self.words)[:LISTED] + ["…"] * (len(self.words) > LISTED)
+        print(f"words    {len(self.words)} names of {len(self.things.words)} things, of {self.things.total} "
+              f"in {self.world.name}; each name is one token of {len(table):,}")
+        print(textwrap.fill(", ".join(shown), 110, initial_indent=" " * 9, subsequent_indent=" " * 9))
 
     def ids(self, word: str) -> list[int]:
         return self.tokenizer.encode(" " + word, preceded_by="text")
@@ -111,9 +118,10 @@ class WordTask:
     def name_new(self, renderings: int) -> tuple[list[np.ndarray], Tensor, list[str], list[str]]:
         """Pictures of new renderings of every thing, their features, their words, and what is read."""
         numbers = [n for n in range(len(self.things.words)) for _ in range(renderings)]
-        images = [self.things.draw(n, i, True) for i, n in enumerate(numbers)]
+        track = self.given.track
+        images = [self.things.draw(n, i, True) for i, n in track([*enumerate(numbers)], "renderings")]
         parts = [self.features(self.pixels(images[i:i + 128]).to(self.given.device))
-                 for i in range(0, len(images), 128)]
+                 for i in track(range(0, len(images), 128), "renderings")]
         read = [word for part in parts for word in self.read(part)]
         return images, torch.cat(parts), [self.things.words[n] for n in numbers], read
 

