@@ -288,7 +288,7 @@ def _(bridge: PrefixTuning, image: int) -> int:
 
 
 @torch.no_grad()
-def attention_to_patches(vlm: VLM, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+def attention_to_patches(vlm: VLM, tokens: Tensor, features: Tensor, **text) -> tuple[Tensor, Tensor]:
     """Where one text (1, T) about one picture (1, N, Di) looks: words (L, H, T', K) and patches (K, N),
     float32.
 
@@ -296,7 +296,7 @@ def attention_to_patches(vlm: VLM, tokens: Tensor, features: Tensor) -> tuple[Te
     l-th layer that reads them. Soft tokens share a softmax with the words: a row sums to the picture's share.
     Prompts and latents have one of their own: a row sums to 1, and a gate decides. patches[k]: of which ViT
     tokens visual token k is made (`rollout`). words @ patches (L, H, T', N) leads from the words to the
-    picture.
+    picture. text: bridge_tokens for a Q-Former that reads the question, as in VLM.prepare.
     """
     at = (tokens == IMAGE).nonzero()
     if len(tokens) != 1 or len(at) != 1:
@@ -304,7 +304,7 @@ def attention_to_patches(vlm: VLM, tokens: Tensor, features: Tensor) -> tuple[Te
                         f"{len(at)}; call it for each.")
     first = int(at[0, 1])
     behind = tokens.shape[1] - first - 1                                        # T'
-    _, attention = run_with_attention(vlm, tokens, features=features)
+    _, attention = run_with_attention(vlm, tokens, features=features, **text)
     patches, pattern = rollout(vlm.bridge, attention, features)[0], reading_layers(vlm.bridge)
     layers = [w for name, w in attention.items() if fnmatch.fnmatch(name, pattern)]
     words = torch.stack([w[0, :, w.shape[2] - behind:] for w in layers])
@@ -345,13 +345,14 @@ def seen_picture(vlm: VLM, pixels: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, features: Tensor,
-                   document: data.Document, out: Path) -> str:
+                   document: data.Document, out: Path, **text) -> str:
     """Where a document looks in its picture: words.png, tokens.png in `out`; returns a legend and tables.
 
-    pixels: (1, 3, S, S) of the picture; features: (1, N, Di), what the bridge reads of it.
+    pixels: (1, 3, S, S) of the picture; features: (1, N, Di), what the bridge reads of it; text: as in
+    attention_to_patches.
     """
     tokens = torch.tensor([document.tokens], device=features.device)
-    words, patches = attention_to_patches(vlm, tokens, features)
+    words, patches = attention_to_patches(vlm, tokens, features, **text)
     picture, prefix = seen_picture(vlm, pixels), vlm.bridge.soft_tokens
     gates = vlm.bridge.gates()
     gates = [None] * len(words) if gates is None else gates.abs().mean(-1)
@@ -374,6 +375,6 @@ def draw_attention(vlm: VLM, tokenizer: Tokenizer, pixels: Tensor, features: Ten
     for l, (w, gate) in enumerate(zip(words, gates)):
         lines.append(f"layer {l:3d}  attention to the picture {100 * float(w.sum(-1).mean()):5.1f} %")
         lines[-1] += "" if gate is None else f"  mean |gate| {gate:.3f}"
-    for n, row in enumerate(nearest_words(vlm, tokenizer, features) if prefix else ()):
+    for n, row in enumerate(nearest_words(vlm, tokenizer, features, **text) if prefix else ()):
         lines.append(f"token {n:3d}  nearest words  " + "  ".join(f"{w!r} {c:.2f}" for w, c in row))
     return "\n".join(lines)

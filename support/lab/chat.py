@@ -145,7 +145,7 @@ class Chat:
             raise UserError("/look shows where the last question looks; ask one first.")
         document = talk.document(talk.turns[-2], alone=True)
         print(draw_attention(speaker.model, speaker.tokenizer, talk.pixels, talk.features, document,
-                             self.out))
+                             self.out, **talk.bridge_text(talk.turns[-2])))
 
 
 def note(text: str) -> None:

@@ -56,7 +56,8 @@ def where_it_looks(talk: Conversation, question: str) -> tuple[np.ndarray | None
     if not isinstance(features, torch.Tensor) or features.shape[1] == 1:
         return None, "This model reads tiles, or the picture as a whole: there is no map."
     tokens = torch.tensor([talk.document(question).tokens], device=features.device)
-    words, patches = attention_to_patches(vlm, tokens, features)                # (L, H, T', K), (K, N)
+    text = talk.bridge_text(question)
+    words, patches = attention_to_patches(vlm, tokens, features, **text)        # (L, H, T', K), (K, N)
     weights = (words.mean((0, 1, 2)) @ patches).cpu()                           # (N,)
     picture = overlay_attention(seen_picture(vlm, talk.pixels), weights, side=CANVAS)
     if not vlm.bridge.soft_tokens:

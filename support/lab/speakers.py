@@ -192,13 +192,18 @@ class Conversation:
             self.cut = len(taken) == count and taken[-1] not in s.tokenizer.stop
             self.turns += [question, written]
 
+    def bridge_text(self, question: str) -> dict[str, Tensor]:
+        """The question for a bridge that reads it, as VLM.prepare takes it; {} for any other."""
+        words = self.speaker.words
+        if words is None:
+            return {}
+        ids = [*words.begin, *words.encode(question), *words.end]
+        return {"bridge_tokens": torch.tensor([ids], device=self.speaker.decoder.embed.weight.device)}
+
     def embed(self, tokens: Tensor, question: str) -> dict:
         """What the decoder reads of tokens (1, T): embeds (1, T', D), and what its seams need."""
-        s, text = self.speaker, {}
+        s = self.speaker
         if isinstance(s.model, Decoder):
             return {"embeds": s.model.embed(tokens)}
-        if s.words is not None:
-            ids = [*s.words.begin, *s.words.encode(question), *s.words.end]
-            text["bridge_tokens"] = torch.tensor([ids], device=tokens.device)
-        inputs, _ = s.model.prepare(tokens, features=self.features, **text)
+        inputs, _ = s.model.prepare(tokens, features=self.features, **self.bridge_text(question))
         return {name: value for name, value in inputs.items() if name != "mask"}     # one row has no padding

@@ -11,18 +11,19 @@ from support.formats.tokenizers import Tokenizer
 
 
 @torch.no_grad()
-def nearest_words(vlm: VLM, tokenizer: Tokenizer, features: Tensor,
-                  k: int = 5) -> list[list[tuple[str, float]]]:
+def nearest_words(vlm: VLM, tokenizer: Tokenizer, features: Tensor, k: int = 5,
+                  bridge_tokens: Tensor | None = None) -> list[list[tuple[str, float]]]:
     """The k words nearest to each soft token h of a picture (1, N, Di): K lists of (word, cosine).
 
     (A1)  cos(h, e_v) = h · e_v / (‖h‖ ‖e_v‖)        e_v: row v of the embedding matrix
 
-    Lengths are left out because soft tokens are far longer than words.
+    Lengths are left out because soft tokens are far longer than words. bridge_tokens: as in VLM.prepare.
     """
     if not vlm.bridge.soft_tokens:
         raise UserError(f"a {vlm.bridge.name} bridge puts no soft tokens among the words, so none has a "
                         "nearest word.")
-    soft = vlm.bridge.prefix(vlm.bridge.see(features))[0].float()               # (K, D)
+    text = {} if bridge_tokens is None else {"text": bridge_tokens}
+    soft = vlm.bridge.prefix(vlm.bridge.see(features, **text))[0].float()       # (K, D)
     words = vlm.decoder.embed.weight[:vlm.decoder.config.vocab_size].float()
     near = (F.normalize(soft, dim=-1) @ F.normalize(words, dim=-1).T).topk(k)   # (K, k) (A1)
     return [[(tokenizer.decode([v], special=True), c) for v, c in zip(*row)]

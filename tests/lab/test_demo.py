@@ -9,13 +9,15 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, shapes_vlm
+import torch
+from conftest import ROOT, shapes_vlm, speaking
 from PIL import Image
 
 import data
 import eval as evaluation
 from support.formats import save_vlm
 from support.formats.files import UserError
+from support.lab.chat import Chat
 from support.lab.demo import answer_all, enlarge, examples_of, flatten, reading_lines, where_it_looks
 from support.lab.speakers import Conversation, open_speaker
 
@@ -70,6 +72,23 @@ def test_a_bridge_without_a_grid_has_no_map_and_says_so(tmp_path):
     talk.look_at(SCENE)
     picture, said = where_it_looks(talk, "what color is the ring?")
     assert picture is None and "as a whole" in said
+
+
+def test_the_map_of_a_model_whose_bridge_reads_the_question_knows_the_question(tmp_path, monkeypatch):
+    """InstructBLIP: the page, /look and their words show the very forward that answers."""
+    import support.lab.attention as attention
+    talk = Conversation(open_speaker(str(speaking(tmp_path, "instructblip-llama")), "cpu"), 4)
+    talk.look_at(SCENE)
+    given, see = [], type(talk.speaker.model.bridge).see
+    monkeypatch.setattr(type(talk.speaker.model.bridge), "see", lambda self, *a, **text:
+                        given.append(text.get("text")) or see(self, *a, **text))
+    [*talk.answer("hello there")]
+    where_it_looks(talk, "hello there")
+    words = []
+    monkeypatch.setattr(attention, "nearest_words", lambda *a, **text: words.append(text) or [])
+    Chat(talk, tmp_path / "maps", typed=False).look()
+    assert len(given) == 3 and given[0] is not None and all(torch.equal(t, given[0]) for t in given)
+    assert torch.equal(words[0]["bridge_tokens"], given[0])
 
 
 def test_the_page_says_what_can_be_read_and_has_examples(untrained_run, flamingo_run):
