@@ -11,6 +11,7 @@ notes go to standard error, and the first mistake ends the command.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import readline             # input() edits its line and keeps a history
 import signal
@@ -129,10 +130,10 @@ class Chat:
             self.say_what_it_reads()
 
     def show(self, file: str) -> None:
-        """The picture in a file; its name may stand in quotes, and begin with ~."""
+        """The picture in a file, whose name may be written as a shell reads it."""
         if not file:
             raise UserError("/image needs a file: /image scene.png.")
-        picture = read_image(str(Path(file.strip("'\"")).expanduser()))
+        picture = read_image(str(named_file(file)))
         self.conversation.look_at(picture)
         note(f"{file}: {picture.shape[1]} x {picture.shape[0]} pixels; a new conversation about it.")
 
@@ -146,6 +147,35 @@ class Chat:
         document = talk.document(talk.turns[-2], alone=True)
         print(draw_attention(speaker.model, speaker.tokenizer, talk.pixels, talk.features, document,
                              self.out, **talk.bridge_text(talk.turns[-2])))
+
+
+def named_file(text: str) -> Path:
+    """The file of this name: as it stands, in quotes, or with \\ before blanks as a terminal writes what is
+    dragged into it; each may begin with ~."""
+    bare = text.strip("'\"")
+    names = [os.path.expanduser(name) for name in (text, bare, re.sub(r"\\(.)", r"\1", bare))]
+    return Path(next(filter(os.path.exists, names), names[1]))
+
+
+def complete(line: str, n: int) -> str | None:
+    """What TAB makes of a whole line: its n-th completion, of a command or of the file behind /image."""
+    head, blank, rest = line.partition(" ")
+    if not blank:
+        found = [name.split()[0] for name in COMMANDS if name.startswith(line) and line]
+    else:
+        given, slash, begin = rest.rpartition("/")
+        folder = Path(os.path.expanduser(given + slash))
+        found = [f"{head} {given}{slash}{p.name}{'/' * p.is_dir()}" for p in sorted(folder.glob("*"))
+                 if p.name.startswith(begin) and (begin or p.name[0] != ".")] if head == "/image" else []
+    return found[n] if n < len(found) else None
+
+
+def use_tab() -> None:
+    """TAB completes lines; macOS has libedit in readline's place, which binds keys in other words."""
+    libedit = "libedit" in (readline.__doc__ or "") or getattr(readline, "backend", "") == "editline"
+    readline.set_completer_delims("")                   # a name may hold blanks
+    readline.set_completer(complete)
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
 
 
 def note(text: str) -> None:
@@ -188,8 +218,7 @@ def main(argv: list[str]) -> None:
     if args.image:
         chat.show(args.image)
     if typed:
-        readline.set_completer_delims(" \t\n")
-        readline.parse_and_bind("tab: complete")        # file names
+        use_tab()
         chat.say_what_it_reads()
         note("Ask, or /help; Ctrl-C stops an answer, Ctrl-D leaves."
              + (" First give it a picture: /image FILE" if speaker.needs and not args.image else ""))

@@ -18,7 +18,7 @@ from PIL import Image
 import data
 import eval as evaluation
 from support.formats.files import UserError
-from support.lab.chat import CONTROL
+from support.lab.chat import CONTROL, complete, named_file, use_tab
 from support.lab.reads import unread_words, what_it_reads
 from support.lab.speakers import Conversation, open_speaker
 from support.worlds.text import shapes_tokenizer
@@ -162,6 +162,48 @@ def test_look_draws_the_last_question(untrained_run, picture, tmp_path, monkeypa
     said = converse(["where is the ring?", "what color is the ring?", "/look"], untrained_run, "--image",
                     picture, "--out", str(tmp_path / "maps"), monkeypatch=monkeypatch, capsys=capsys)
     assert "attention to the picture" in said.out and (tmp_path / "maps" / "words.png").exists()
+
+
+def test_a_file_is_named_as_it_stands_in_quotes_or_as_a_terminal_writes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("my photo (1).jpg", "back\\slash.jpg", "plain.jpg"):
+        (tmp_path / name).touch()
+    dragged = "my\\ photo\\ \\(1\\).jpg"
+    for text in ("my photo (1).jpg", dragged, "'my photo (1).jpg'", f"~/{dragged}"):
+        assert named_file(text).name == "my photo (1).jpg" and named_file(text).exists(), text
+    assert named_file("back\\slash.jpg").name == "back\\slash.jpg"
+    assert str(named_file("'no file.jpg'")) == "no file.jpg"
+    assert str(named_file("~nobody-here/a")) == "~nobody-here/a" and len(str(named_file("x" * 9999))) == 9999
+
+
+def test_tab_completes_commands_and_names_with_blanks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    (tmp_path / "my photos" / "a cat.png").touch()
+    (tmp_path / ".hidden").touch()
+
+    def completions(line: str) -> list[str]:
+        found = []
+        while (text := complete(line, len(found))) is not None:
+            found.append(text)
+        return found
+    assert completions("/i") == ["/image"] and completions("/re") == ["/reset"]
+    assert completions("/image my p") == completions("/image ") == ["/image my photos/"]
+    assert completions("/image my photos/a c") == ["/image my photos/a cat.png"]
+    assert completions(f"/image {tmp_path}/my photos/") == [f"/image {tmp_path}/my photos/a cat.png"]
+    assert completions("where is") == completions("") == completions("/image none") == []
+
+
+@pytest.mark.parametrize("says, binds", [("… uses GNU readline.", "tab: complete"),
+                                         ("… uses libedit.", "bind ^I rl_complete")])
+def test_tab_is_bound_in_the_words_of_the_line_editor(says, binds, monkeypatch):
+    import readline
+    bound = []
+    monkeypatch.setattr(readline, "__doc__", says)
+    monkeypatch.setattr(readline, "parse_and_bind", bound.append)
+    use_tab()
+    assert bound == [binds]
 
 
 # ---- in a terminal -----------------------------------------------------------------------------------------
