@@ -149,6 +149,7 @@ class WordTask:
         asked = shown + failed
         documents = [Document(self.tokenizer).chat(ASK) for _ in asked]
         told = self.given.generate_texts(self.module, documents, self.tokenizer, 40, features=features[asked])
+        self.given.save_grid(out / "first.png", images[:1], 1, 1)               # for eval.py chat
         self.given.save_grid(out / "words.png", [images[i] for i in asked], SHOWN)
         lines = [dict(shows=words[i], read=read[i], right=right[i], told=text)
                  for i, text in zip(asked, told)]

@@ -9,7 +9,8 @@
 MODEL is a run of train.py, a published vision-language model (LLaVA, InstructBLIP, BLIP-2's first stage,
 IDEFICS, Llama 3.2 Vision) or a decoder: a folder, or a name on the Hugging Face hub. What it holds decides.
 A run is asked in the form that it was trained in, a published model in the chat template that its folder
-publishes; one that publishes none continues the prompt as it stands. --template takes another one.
+publishes; one that publishes none continues the prompt as it stands. --template takes another one. After
+recipe word the picture stands where <image> does: --prompt "Where does a<image> live?".
 """
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ import data
 from eval import generate_ids, generate_texts
 from model import Decoder, IMAGE, VLM, ViT
 from papers.mllama_vit import TiledViT, Tiles
+from papers.word import ASK
 from support.formats.chat import TEMPLATES, alpaca_prompt, use_template
 from support.formats.files import UserError, at_the_door, read_json
 from support.formats.generation import left_out
@@ -35,7 +37,7 @@ from support.formats.pictures import load_processor, read_image, tile_pixels
 from support.formats.tokenizer_files import load_tokenizer
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import LAYOUTS, load_vlm, open_run
-from support.lab.protocols import PROTOCOLS, learned_chat
+from support.lab.protocols import PROTOCOLS, WORD, learned_chat
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.plumbing.packed import packed
 
@@ -66,13 +68,11 @@ def ask_run(run: str, request: Request) -> str:
     """
     vlm, tokenizer, facts = open_run(run, request.device, request.dtype)
     check_length(vlm.decoder, request)
-    chat = learned_chat(facts, tokenizer)
-    if request.template:
-        use_template(request.template, tokenizer)
-    if request.template or chat:
-        why = "by --template" if request.template else "in which it was trained"
+    chat = learned_chat(facts, tokenizer, request.template)
+    if chat:
+        why = "its language model's own" if chat == WORD else "in which it was trained"
+        why = "by --template" if request.template else why
         print(f"{run}: asked in the chat template {tokenizer.template.name}, {why}.", file=sys.stderr)
-        chat = request.template or chat
     pixels, document = read_question(vlm, tokenizer, request.image, request.prompt, chat)
     features = vlm.features(pixels.to(request.device, next(vlm.vit.parameters()).dtype))
     return generate_texts(vlm, [document], tokenizer, request.max_new_tokens, request.beams, features)[0]
@@ -91,8 +91,15 @@ def read_question(vlm: VLM, tokenizer: Tokenizer, image: str, prompt: str,
 def question_document(tokenizer: Tokenizer, turns: list[str], chat: str = "") -> data.Document:
     """A run's conversation about one picture, up to the place of its next answer.
 
-    turns: questions and answers in turn, the last a question; "" asks for a caption. chat: see learned_chat.
+    turns: questions and answers in turn, the last a question; "" asks for a caption. chat: see learned_chat;
+    of WORD the picture stands where the first question has <image>, or in a sentence of its own before it.
     """
+    if chat == WORD:
+        turns = [q if n % 2 else q or ASK.replace("a<image>", "it" if n else "a<image>")
+                 for n, q in enumerate(turns)]
+        first, *rest = turns
+        first = first if "<image>" in first else f"This is a<image>. {first}"
+        return data.Document(tokenizer).chat(as_messages([first, *rest]))
     if not chat:
         document, forms = data.Document(tokenizer).image(), [data.QUESTION.format(q) if q else data.CAPTION
                                                              for q in turns[::2]]

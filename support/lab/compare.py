@@ -125,7 +125,7 @@ def measure_run(run: OpenedRun, blind: bool, datasets: dict[str, EvaluationSet],
     if not settings.protocol:
         settings = replace(settings, protocol="llava" if chat else "ours")
         if chat:
-            notes.append(f"{run.name} was trained on conversations: it is asked as LLaVA asks, in the chat "
+            notes.append(f"{run.name} answers in conversations: it is asked as LLaVA asks, in the chat "
                          f"template {run.tokenizer.template.name}; --protocol names another form")
     for spec in run.specs(settings):
         if spec not in datasets:

@@ -17,6 +17,7 @@ import data
 from eval import generate_texts, vision_features
 from model import IGNORE, VLM
 from support.formats.benchmarks import scienceqa_text
+from support.formats.chat import use_template
 from support.formats.files import UserError
 from support.formats.tokenizers import Tokenizer
 from support.worlds import CONVERSATIONS
@@ -58,19 +59,24 @@ PROTOCOLS = {
     "mme": Protocol(data.QUESTION.format("{} Please answer yes or no."), data.CAPTION),
 }
 
+WORD = "word"                   # the recipe, and the form, in which a picture is a word of the sentence
 
-def learned_chat(facts: dict, tokenizer: Tokenizer) -> str:
-    """The chat template in which a run learned to answer: a --template, or "own", its decoder's; else "".
 
-    facts: its config.json. It is what its first data set taught, where that holds conversations. From now on
-    the tokenizer's answers end as they do there.
+def learned_chat(facts: dict, tokenizer: Tokenizer, template: str = "") -> str:
+    """The chat form in which a run is asked; "" = as data.QUESTION has it. facts: its config.json.
+
+    A --template, given by hand or learned; "own", its decoder's, where its first data set held conversations;
+    WORD after recipe word, whichever template writes it. From now on the tokenizer's answers end as there.
     """
     settings = facts.get("settings", {})
     spec = (settings.get("data") or "").split(" + ")[0].split(" * ")[0].strip()
-    if spec.partition(":")[0] not in CONVERSATIONS:
-        return ""
-    tokenizer.text_end = tokenizer.template.text_end
-    return settings.get("template") or "own"
+    word = settings.get("recipe") == WORD
+    chat = settings.get("template") or "own" if word or spec.partition(":")[0] in CONVERSATIONS else ""
+    if template:
+        use_template(template, tokenizer)
+    elif chat:
+        tokenizer.text_end = tokenizer.template.text_end
+    return WORD if word else template or chat
 
 
 @dataclass(frozen=True)

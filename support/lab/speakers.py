@@ -13,7 +13,6 @@ from torch import Tensor
 import data
 from model import Decoder, IMAGE, VLM
 from papers.mllama_vit import Tiles
-from support.formats.chat import use_template
 from support.formats.files import UserError, at_the_door, read_json
 from support.formats.hub import fetch, print_licence
 from support.formats.llama import load_decoder
@@ -77,10 +76,7 @@ def open_speaker(name: str, device: str, dtype: torch.dtype | None = None, templ
 def open_trained(name: str, device: str, dtype: torch.dtype | None, template: str) -> Speaker:
     """A run of train.py, asked as its first data set taught it."""
     vlm, tokenizer, facts = open_run(name, device, dtype)
-    chat = learned_chat(facts, tokenizer)
-    if template:
-        use_template(template, tokenizer)
-        chat = template
+    chat = learned_chat(facts, tokenizer, template)
     weight = next(vlm.vit.parameters())
 
     def write(turns: list[str], pictured: bool) -> data.Document:

@@ -13,10 +13,12 @@ import support.lab.protocols
 import train
 from conftest import shapes_vlm
 from model import IMAGE
+from papers.word import ASK
 from support.formats import save_vlm
 from support.formats.chat import TEMPLATES, use_template
 from support.formats.files import UserError, read_json
 from support.formats.vlm import open_run
+from support.lab.speakers import Conversation, open_speaker
 from support.worlds.text import shapes_tokenizer
 
 RUN = "--bridge linear --steps 1 --batch 2 --threads 1 --device cpu --dtype float32 --log-every 1".split()
@@ -82,6 +84,34 @@ def test_a_run_on_questions_is_asked_as_before_but_for_template(untrained_run, t
     assert "Human: " in seen[-1] and "llava_v0, by --template" in capsys.readouterr().err
     with pytest.raises(UserError, match="--template llama3 writes .* no such token"):
         evaluation.main([*ask, "--prompt", "what?", "--template", "llama3"])
+
+
+@pytest.mark.parametrize("prompt, want", [
+    ("", "what is a<image>? answer in one sentence."),
+    ("where does it live?", "this is a<image>. where does it live?"),
+    ("where does a<image> live?", "where does a<image> live?")])
+def test_a_picture_that_is_a_word_is_asked_about_as_the_recipes_report_asks(prompt, want, talks, tmp_path,
+                                                                            monkeypatch, capsys):
+    """In the language model's own template or --template's, never as "Question: … Answer:"."""
+    save_vlm(shapes_vlm("mapl", constants=1), tmp_path, {"settings": {"data": "emoji", "recipe": "word"}},
+             vit="weights/vit", decoder="weights/decoder")
+    seen, ask = asked(monkeypatch, support.lab.ask), ["ask", str(tmp_path), "--image", str(talks / "0.png")]
+    evaluation.main([*ask, "--prompt", prompt])
+    evaluation.main([*ask, "--prompt", prompt, "--template", "llava_v0"])
+    assert seen[0].removeprefix("<|begin|>").lower() == want
+    assert seen[1].lower().endswith(f"###human: {want}###assistant:")
+    said = capsys.readouterr().err
+    assert "chat template plain, its language model's own" in said and "llava_v0, by --template" in said
+    talk = Conversation(open_speaker(str(tmp_path), "cpu"), 4)
+    talk.look_at(data.Shapes("test").item(0).image)
+    spelled = talk.document(prompt).tokens
+    again = talk.document(prompt, alone=True).tokens
+    assert spelled == again == data.Document(talk.speaker.tokenizer).chat(
+        ASK if not prompt else prompt if "<image>" in prompt else f"This is a<image>. {prompt}").tokens
+    [*talk.answer(prompt)]
+    assert talk.document("").tokens.count(IMAGE) == 1                           # it is about the same picture
+    with pytest.raises(UserError, match="second picture"):
+        talk.document("and a<image>?")
 
 
 def test_an_answer_ends_where_the_form_of_training_ends_it(runs):

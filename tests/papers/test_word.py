@@ -40,6 +40,7 @@ def test_a_short_run_reads_new_renderings_among_all_words(squares, tmp_path, cap
     assert f"6 names of 6 things, of 7 in {squares.removesuffix(':all')}; each name is one token" in printed
     assert "\n         blue, green, purple, red, white, yellow\n" in printed
     assert "new renderings of training's pictures" in printed and printed.count("⟨picture⟩ →") >= 6
+    assert "next     python eval.py chat" in printed and Image.open(out / "first.png").size == (48, 48)
     assert all(row["right"] == (row["shows"] == row["read"]) for row in result["asked"])
 
 
