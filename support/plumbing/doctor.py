@@ -40,6 +40,7 @@ def report_blind_loss(vlm: VLM, pieces: list[dict], scales: list[float], ranks: 
     return blind
 
 
+SCENES_VIT = "weights/vit"      # the bundled ViT of `shapes`
 LONG_WORD = 4                   # letters; a shorter word may well be as many tokens
 DEEP = 12                       # layers from which the toy's options of a bridge inside the layers are wrong
 
@@ -49,8 +50,8 @@ def advise(task, pieces: list[dict], blind: float, loss: float) -> list[str]:
 
     task: an AnswerTask; pieces: the first update; blind, loss: its losses without and with images.
     """
-    return [sentence for sentence in (advise_on_words(task, pieces, blind, loss), advise_on_size(task),
-                                      advise_on_depth(task)) if sentence]
+    return [sentence for sentence in (advise_on_words(task, pieces, blind, loss), advise_on_pictures(task),
+                                      advise_on_size(task), advise_on_depth(task)) if sentence]
 
 
 def advise_on_words(task, pieces: list[dict], blind: float, loss: float) -> str:
@@ -71,6 +72,20 @@ def advise_on_words(task, pieces: list[dict], blind: float, loss: float) -> str:
     if loss > uniform:
         return (f"the first loss is above a uniform guess ({loss:.2f} > {uniform:.2f}): what the new bridge "
                 "writes disturbs the decoder; give a lower --lr or a longer --warmup")
+    return ""
+
+
+def advise_on_pictures(task) -> str:
+    """Has the bundled ViT met such pictures? Scenes on disk have the size that it reads."""
+    s, size = task.s, task.module.vit.config.image_size
+    own = s.init and (Path(s.init) / "vit" / "config.json").exists()            # the ViT of the run --init
+    if s.vit != SCENES_VIT or own or "vit" in task.trained:
+        return ""
+    for world in (world for world, _ in task.sets if not getattr(world, "says_scenes", False)):
+        sizes = {picture.shape[:2] for picture in task.example(world, 0)[1].pictures}
+        if sizes - {(size, size)} or sizes and getattr(world, "renderings", ""):
+            return (f"the ViT {s.vit} has met scenes of {size} x {size} pixels alone, and {world.name} shows "
+                    f"other pictures; give --vit {s.vit}-pictures or a published ViT")
     return ""
 
 

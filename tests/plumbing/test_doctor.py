@@ -5,6 +5,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,8 +15,8 @@ from conftest import SMALL, TINY, shapes_vlm, tiny_vlm
 from data import Shapes
 from model import DecoderConfig, IGNORE, IMAGE
 from papers import make_bridge
-from support.plumbing.doctor import (advise, advise_at_end, advise_on_depth, align_tokens, blind_loss,
-                                     gradient_norms, print_modules)
+from support.plumbing.doctor import (advise, advise_at_end, advise_on_depth, advise_on_pictures,
+                                     align_tokens, blind_loss, gradient_norms, print_modules)
 from support.worlds.text import shapes_tokenizer
 
 
@@ -85,7 +86,7 @@ def task_of(vlm, text: str, words: int | None = None, trained=("bridge",), **set
     ids = tokenizer.encode(f" {text}", preceded_by="text")
     labels = torch.tensor([[IGNORE, *ids, tokenizer.eos]])
     s = SimpleNamespace(**{**dict(lm="weights/decoder", scale="toy", option=[], steps=10, batch=2,
-                                  bridge=vlm.bridge.name), **settings})
+                                  bridge=vlm.bridge.name, vit="", init=""), **settings})
     sets = [(Shapes() if words is None else OnDisk(words), 1.0)]
     task = SimpleNamespace(s=s, module=vlm, trained=trained, tokenizer=tokenizer, sets=sets)
     return task, [dict(labels=labels)]
@@ -117,6 +118,30 @@ def test_more_parameters_than_words_are_said_of_data_that_has_an_end():
     assert said == [] and advise(*task_of(vlm, "a large circle"), 2.0, 2.0) == []
     said, = advise(*task_of(vlm, "a large circle", words=20), 2.0, 2.0)
     assert f"{learned:,} parameters learn from 20 words of 4 items, each shown 5 times" in said
+
+
+SAID = "weights/vit has met scenes of 48 x 48 pixels alone, and folder:x shows other .*; give --vit"
+
+
+@pytest.mark.parametrize("size, settings, trained, said", [
+    (64, {}, ["bridge"], SAID), (48, {}, ["bridge"], "^$"), (48, dict(renderings="train"), ["bridge"], SAID),
+    (64, dict(vit="openai/clip"), ["bridge"], "^$"), (64, {}, ["bridge", "vit"], "^$"),
+    (64, dict(init="RUN"), ["bridge"], "^$")])
+def test_a_vit_that_has_met_scenes_alone_is_named_where_pictures_are_no_scenes(size, settings, trained, said,
+                                                                               tmp_path):
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").touch()
+    world = OnDisk(9)
+    world.name, world.renderings = "folder:x", settings.get("renderings", "")
+    settings = {"vit": "weights/vit", "init": "", **settings}
+    s = SimpleNamespace(vit=settings["vit"], init=settings["init"] and str(tmp_path))
+    vlm = SimpleNamespace(vit=SimpleNamespace(config=SimpleNamespace(image_size=48)))
+    item = SimpleNamespace(pictures=[np.zeros((size, size, 3), np.uint8)])
+    task = SimpleNamespace(s=s, module=vlm, trained=trained, sets=[(world, 1.0)],
+                           example=lambda *_: (None, item))
+    assert re.search(said, advise_on_pictures(task))
+    task.sets = [(Shapes(), 1.0)]
+    assert advise_on_pictures(task) == ""
 
 
 @pytest.mark.parametrize("name, toy, fit, said", [
