@@ -1,6 +1,6 @@
 """train.py: the hand-written loop; what differs between the papers is data, in one table of recipes.
 
-    python train.py                                     a bridge between the bundled frozen towers: 3 minutes
+    python train.py                                     a bridge between the bundled towers: 3 to 6 minutes
     python train.py --bridge qformer --steps 2000       another bridge, for longer
     python train.py --recipe llava                      a paper's system: llava-1, then llava-2
     python train.py --recipe flamingo --data "shapes + shapes-pages * 0.5"      a weighted sum of data sets
@@ -90,7 +90,7 @@ RECIPES = {
         Numbers(1e-4, 1920, 80000, 2000, **systems.BLIP2),
         Numbers(2e-3, 64, 1200, **MUON), "qformer", options=systems.QFORMER_OPTIONS),
     "zero_init": Recipe(
-        "LLaMA-Adapter with images (2303.16199v3 §3.3): prompts, gates and projection learn",
+        "LLaMA-Adapter (2303.16199v3), images as V2's (2304.15010v1): prompts, gates, visual queries learn",
         "ScienceQA, 5 epochs",
         Numbers(2.25e-3, 64, 1000, **systems.ADAPTER),
         Numbers(3e-3, 64, 1000, **MUON), "zero_init", options=systems.ZERO_INIT_OPTIONS),

@@ -178,7 +178,10 @@ def test_what_the_first_command_prints_is_what_was_kept():
     bridges = (RESULTS / "bridges.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.replace("mlp-s0,", "mlp,").split() for line in bridges]
     one_thread = [line for line in kept[:10] if line.startswith("mlp,")]
-    assert len(one_thread) == 3 and all(line.split() in rows for line in one_thread + kept[-2:])
+    bounds = [line for line in kept if line.startswith(("chance (", "oracle ("))]
+    assert (len(one_thread), len(bounds)) == (3, 2)
+    assert all(line.split() in rows for line in one_thread + bounds)
+    assert all(any(line.startswith(word) for line in printed) for word in ("forecast", "saved", "next"))
 
 
 def test_the_lines_of_the_decoder_are_the_lines_of_the_decoder():
