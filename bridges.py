@@ -47,7 +47,7 @@ class Linear(Bridge):
 
 
 class MLP(Bridge):
-    """Two linear maps with an exact GELU between (LLaVA-1.5, 2310.03744v2, §3.2); symbols as in `Linear`.
+    """Two linear maps with an exact GELU between (LLaVA-1.5, 2310.03744v2, §3.3); symbols as in `Linear`.
 
     (L2)  H_v = W_2 · GELU(W_1 · Z_v + b_1) + b_2          middle=n: n more maps, a GELU ahead of each
     """
@@ -384,7 +384,7 @@ class ZeroInitV2(ZeroInit):
 
 # ---- 5. Flamingo: gated cross-attention ahead of frozen layers -------------------------------------------
 
-class FeedForward(nn.Sequential):
+class FeedForward(nn.Module):
     """LN → up → act → down, without biases: the feed-forward of the resampler and of the gated blocks."""
 
     def __init__(self, width: int, mult: int, act: str):

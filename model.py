@@ -54,8 +54,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
 
     `causal` (query t sees keys 0..t; T == S) and `bias` exclude each other. With gradients on a CPU the
     explicit form wins up to EXPLICIT keys (forward and backward in bf16: 4 times at 64, 1.2 at 260, 0.8 at
-    512, 0.3 at 1,024). Everywhere else PyTorch's fused kernel wins. Lengths alone decide, so that a frozen
-    decoder rounds alike with a trained bridge and without.
+    512, 0.3 at 1,024). Everywhere else PyTorch's fused kernel wins. Lengths and the mode decide, not
+    what learns, so that under gradients a frozen decoder rounds alike with a trained bridge and without.
     """
     assert not (causal and bias is not None), "one mask, not two"
     if q.device.type == "cpu" and torch.is_grad_enabled() and k.shape[2] <= EXPLICIT:
@@ -95,7 +95,7 @@ class Bridge(nn.Module):
     """Between the features of a ViT and a decoder. This base class does nothing: with it, a plain LLaMA runs.
 
         see(features)                → visual      once per image: whatever the bridge needs to remember
-        prefix(visual)               → (M, K, D)   soft tokens that take the place of each image in the text
+        prefix(visual)               → (ΣM, K, D)  soft tokens that take the place of each image in the text
         beside(layer, …, visual)     → a term added to the heads of layer ℓ before W_o, or None
         before(layer, x, visual)     → x after a block that runs before layer ℓ
         between(layer, x, visual)    → x after a block between the attention and the feed-forward of layer ℓ
@@ -183,8 +183,8 @@ class DecoderConfig:
     head_width: int = 32              # E
     hidden: int = 384                 # width of the SwiGLU feed-forward
     rope_theta: float = 10000.0       # base of the rotary frequencies
-    rope_scaling: Callable[..., Tensor] | None = None   # θ, positions → θ, see rope_frequencies
-    norm_eps: float = 1e-5            # ε of RMSNorm; always from the checkpoint, never a default
+    rope_scaling: Callable[..., Tensor] | None = None   # a RopeScaling of papers/rope_scaling.py
+    norm_eps: float = 1e-5            # ε of RMSNorm; a checkpoint is read with its own
     tied: bool = True                 # the output projection is the embedding matrix
     attention_bias: bool | str = False    # biases on q, k, v and o, or on those that it names: "qkv" in Qwen2
     mlp_bias: bool = False            # biases in the feed-forward
@@ -208,8 +208,6 @@ def rope_frequencies(config: DecoderConfig, device=None, positions: Tensor | Non
     """(E/2,) float32: angle per position of each rotated pair (RoPE, 2104.09864v5, Eq. 15).
 
     (D3)  θ_i = base^(−2i/E)
-
-    `rope_scaling` changes them for a context longer than the one of pretraining (papers/rope_scaling.py).
     """
     i = torch.arange(0, config.head_width, 2, dtype=torch.float32, device=device)
     theta = 1.0 / config.rope_theta ** (i / config.head_width)              # (D3)
@@ -467,6 +465,8 @@ class Decoder(nn.Module):
         """Logits (B, V) of the first new token, and a cache of the prompt with room for all new ones."""
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for.")
+        if mask is not None and (mask > 1).any():
+            raise ValueError("a mask numbers several documents in a row; a prompt is one document.")
         x = self.embed(tokens) if embeds is None else embeds
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
         for n in sorted({*real.sum(1).tolist()}):

@@ -47,7 +47,7 @@ RECIPES = {
         Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
         options=ZERO_INIT_OPTIONS, template="alpaca", form="QCM-A", start="adapter-1"),
     "adapter-rand": Recipe(
-        "LLaMA-Adapter's ablation (§4.4, Table 6): gates at random instead of zero", "ScienceQA, 5 epochs",
+        "LLaMA-Adapter's ablation (§4.3, Table 5): gates at random instead of zero", "ScienceQA, 5 epochs",
         Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
         options={**ZERO_INIT_OPTIONS, "gate_init": "random"}, template="alpaca", form="QCM-A"),
 }

@@ -248,6 +248,13 @@ def test_a_prompt_that_is_empty_or_beyond_the_context_is_refused(beams):
             generate_ids(decoder, tokens, 3, beams, mask=mask)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_packed_row_is_no_prompt(decoder, beams):
+    """Its numbers say where a document ends; read as plain padding, two documents would be one text."""
+    with pytest.raises(ValueError, match="a prompt is one document"):
+        generate_ids(decoder, PROMPT, 3, beams, mask=torch.tensor([[1, 1, 2, 2]] * len(PROMPT)))
+
+
 def test_the_likeliest_of_one_is_greedy(decoder):
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
