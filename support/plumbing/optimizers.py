@@ -89,8 +89,10 @@ def make_optimizers(module: nn.Module, trained: list[tuple[str, nn.Parameter]],
         linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
         matrices = [p for _, p in trained if id(p) in linear]
         rest = [p for _, p in trained if id(p) not in linear]
-        return [Muon(matrices, numbers.muon_lr * s.lr / numbers.lr, s.weight_decay),
-                torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=fused)]
+        muon = [Muon(matrices, numbers.muon_lr * s.lr / numbers.lr, s.weight_decay)] if matrices else []
+        if not rest:                                    # an optimiser of nothing is an error
+            return muon
+        return [*muon, torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=fused)]
     groups = [{"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
               {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
     return [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=fused)]

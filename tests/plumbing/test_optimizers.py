@@ -1,6 +1,8 @@
 """Muon is torch.optim.Muon where bfloat16 is fast, and the same update in float32 where it is not."""
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 import torch
 from torch import nn
@@ -30,6 +32,17 @@ def test_muon_is_pytorchs(dtype, monkeypatch):
     for a, b in zip(ours, theirs):
         # float32: their five steps round to bfloat16, 2e-2 of a direction of entries below 1, at rate 0.02 √3
         torch.testing.assert_close(a, b, rtol=0, atol=0 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("kind, parts", [
+    ("muon", ["w", "b"]), ("muon", ["w"]), ("muon", ["b"]), ("adamw", ["w", "b"]), ("adamw", ["b"])])
+def test_an_optimiser_that_would_have_nothing_to_do_is_not_made(kind, parts):
+    """A linear bridge without a bias has matrices alone, prompts without a picture have none."""
+    module, settings = nn.Linear(3, 2), Namespace(optimizer=kind, lr=1e-3, beta2=0.98, weight_decay=0.01)
+    trained = [(n, p) for n, p in module.named_parameters() if n[0] in parts]
+    made = optimizers.make_optimizers(module, trained, settings, Namespace(lr=1e-3, muon_lr=0.02))
+    groups = [[p for group in o.param_groups for p in group["params"]] for o in made]
+    assert all(groups) and {id(p) for group in groups for p in group} == {id(p) for _, p in trained}
 
 
 def test_five_steps_bring_the_singular_values_near_one():
