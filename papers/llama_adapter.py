@@ -52,8 +52,8 @@ class OneSoftmax(ZeroInitV2):
     (Z5)  y = softmax([q k(P_l + I)ᵀ ; q kᵀ] / √E) [v(P_l + I) ; v]             in the place of (Z1) and (Z2)
 
     The paper's ablation "rand-init attention" (§4.3, Table 5: ScienceQA 40.77 against 83.85) does not say
-    what it replaces the zero gates by. One reading is gates that start at random (gate_init="random"), the other
-    this one: what the gates were added to. From the first step on, prompts drawn at random take part in it.
+    what it replaces the zero gates by. One reading is gates that start at random (gate_init="random"), the
+    other this one: what the gates were added to. From the first step on, prompts drawn at random take part.
     """
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, prompts: int = 10, adapted: int = 30,

@@ -162,7 +162,8 @@ def mistake(error: Exception) -> str | None:
         return f"{str(error.filename or 'the system'):.200}: {error.strerror}."
     full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if full or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return "memory is full; give a smaller --batch or --longest, or split the batch with --accumulate."
+        return ("memory is full; train.py needs less with a smaller --batch or --longest or with "
+                "--accumulate, and eval.py ask and chat with --dtype bfloat16.")
     return None
 
 

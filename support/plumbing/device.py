@@ -31,7 +31,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if name != "auto":
         raise UserError(f'unknown dtype "{name}"; known: auto, float32, bfloat16.')
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU has it"
         return torch.float32, "this GPU has no bfloat16"
     if device.type != "cpu":

@@ -15,17 +15,23 @@ from tqdm import tqdm
 from model import IMAGE, VLM
 from support.plumbing.log import Board, append_line
 
-# Dense bfloat16 products, operations a second, as the makers publish them. An unknown card has no
-# utilisation.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "L4": 121e12,
-              "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Dense bfloat16 products, operations a second, as the makers publish them, by the whole name of a card: an
+# H100 NVL, a part of an A100 (MIG) and a laptop's RTX 4090 do less. An unknown card has no utilisation.
+PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "L40S": 362e12, "L4": 121e12,
+              "A100-SXM4-40GB": 312e12, "A100-SXM4-80GB": 312e12, "A100-PCIE-40GB": 312e12,
+              "A100 80GB PCIe": 312e12, "GeForce RTX 4090": 165e12, "GeForce RTX 3090": 71e12}
 
 
 def peak_flops(device: torch.device) -> float:
     """Operations a second that the device's maker promises in bfloat16; 0 where we do not know it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), 0.0)
+    return PEAK_FLOPS.get(name.removeprefix("NVIDIA "), 0.0)
+
+
+def count_images(piece: dict) -> int:
+    """Pictures of a piece, one for each row of its features or pixels; where it has neither, its rows."""
+    pictures = piece.get("features", piece.get("pixels"))
+    return len(piece["tokens"] if pictures is None else pictures)
 
 
 def count_positions(piece: dict, K: int) -> int:
@@ -106,7 +112,7 @@ class Meter:
         """Count one process's pieces; the others have read as many rows, of about this length."""
         self.tokens += self.processes * sum(p["tokens"].numel() for p in pieces)
         self.learned += self.processes * sum(p["count"] for p in pieces)
-        self.images += self.processes * sum(len(p["tokens"]) for p in pieces)
+        self.images += self.processes * sum(map(count_images, pieces))
         self.positions += self.processes * sum(count_positions(p, self.K) for p in pieces)
 
     def done(self, step: int) -> None:
@@ -140,12 +146,12 @@ class Meter:
     def rates(self, device: torch.device) -> dict[str, float]:
         """Rates since the last call, which start anew."""
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         seconds = max(time.monotonic() - self.line_start, 1e-9)
         rates = {"tokens_per_s": self.tokens / seconds, "learned_per_s": self.learned / seconds,
                  "images_per_s": self.images / seconds}
         if device.type == "cuda":
-            rates["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            rates["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         if self.flops:
             rates["tflop_per_s"] = self.flops * self.positions / seconds / 1e12
             if peak := peak_flops(device):      # model FLOPs utilisation: needed ÷ what the cards could do

@@ -158,7 +158,8 @@ class Ranks:
         So the update's loss is Σ_m λ_m (mean over the tokens of data set m). DDP and FSDP2 average gradients
         over processes, so each process's part counts `size` times.
         """
-        counts = torch.zeros(1 + max(p["set"] for p in pieces), dtype=torch.float64, device=self.device)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64       # all that Apple has
+        counts = torch.zeros(1 + max(p["set"] for p in pieces), dtype=dtype, device=self.device)
         for p in pieces:
             counts[p["set"]] += p["count"]
         if self.size > 1:

@@ -12,7 +12,7 @@ from model import DecoderConfig
 from papers import make_bridge
 from support.formats.files import UserError
 from support.plumbing.cli import (check_settings, make_parser, parse_flags, parse_options, parse_weighted,
-                                  run_cli, setting)
+                                  mistake, run_cli, setting)
 from support.plumbing.device import cpu_dtype, frozen_dtype, pick_device, pick_dtype
 from train import Settings
 
@@ -136,6 +136,20 @@ def test_a_mistake_exits_with_2_and_a_bug_shows_its_traceback(capsys):
     ("AuthenticAMD avx512f", torch.float32, "no bfloat16"), ("", torch.float32, "no bfloat16")])
 def test_bfloat16_is_taken_where_it_is_faster(cpuinfo, dtype, reason):
     assert cpu_dtype(cpuinfo)[0] == dtype and reason in cpu_dtype(cpuinfo)[1]
+
+
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch):
+    """A T4 and a V100 do: PyTorch counts that as support unless it is asked not to."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert pick_dtype("auto", torch.device("cuda")) == (torch.float32, "this GPU has no bfloat16")
+
+
+def test_full_memory_names_the_flags_of_training_and_those_of_asking():
+    """ask and chat have no --batch."""
+    sentence = mistake(torch.OutOfMemoryError("CUDA out of memory"))
+    training, asking = sentence.split(", and ")
+    assert all(f in training for f in ("train.py", "--batch", "--longest", "--accumulate"))
+    assert all(f in asking for f in ("eval.py ask", "chat", "--dtype bfloat16"))
 
 
 def test_apples_gpu_is_taken_and_said_to_be_untested(monkeypatch, capsys):

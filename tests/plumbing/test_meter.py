@@ -49,12 +49,36 @@ def test_a_frozen_decoder_counts_four_operations_per_parameter_and_position_and_
     assert all(p.grad is None for p in vlm.parameters())
 
 
-def test_an_unknown_card_has_no_utilisation():
+def test_an_unknown_card_has_no_utilisation(monkeypatch):
     assert peak_flops(torch.device("cpu")) == 0
+    gpu = torch.device("cuda:1")
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12), ("L4", 121e12),
+                       ("NVIDIA L40", 0), ("NVIDIA H100 NVL", 0), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 0),
+                       ("NVIDIA GH200 480GB", 0), ("NVIDIA GeForce RTX 4090 Laptop GPU", 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert peak_flops(gpu) == peak, name
     meter = Meter(10, flops=1e6, K=9)
     meter.add([dict(tokens=torch.zeros(2, 5), count=3)])
     rates = meter.rates(torch.device("cpu"))
     assert rates["tflop_per_s"] > 0 and "mfu" not in rates
+
+
+def test_rates_ask_the_gpu_of_the_run(monkeypatch):
+    asked, gpu = [], torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: asked.append(device) or 1e9)
+    assert Meter(10).rates(gpu)["memory_gb"] == 1 and asked == [gpu, gpu]
+
+
+@pytest.mark.parametrize("pictures, images", [
+    (dict(features=torch.zeros(5, 9, 20)), 5), (dict(pixels=torch.zeros(3, 3, 8, 8)), 3),
+    (dict(features=torch.zeros(0, 9, 20)), 0), (dict(), 2)])
+def test_pictures_are_counted_not_rows_of_tokens(pictures, images, monkeypatch):
+    """--pack puts several in a row, a page holds several, a text none; codes of pictures are a row each."""
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    meter = Meter(10, processes=2)
+    meter.add([dict(tokens=torch.zeros(2, 5), count=3, **pictures)])
+    assert meter.images == 2 * images
 
 
 def test_the_line_of_progress_fits_into_120_characters():

@@ -195,11 +195,15 @@ def test_compiled_layers_train_to_the_same_losses(tmp_path, monkeypatch):
     assert a.keys() == b.keys()  # its files are like any other run's
 
 
-def test_one_process_scales_every_piece_by_its_data_set():
+def test_one_process_scales_every_piece_by_its_data_set(monkeypatch):
     """λ_m ÷ the supervised tokens of data set m in the whole update."""
     pieces = [dict(set=0, weight=1.0, count=3), dict(set=1, weight=0.2, count=4),
               dict(set=0, weight=1.0, count=5)]
     assert Ranks("cpu").loss_scales(pieces) == [1 / 8, 0.2 / 4, 1 / 8]
+    apple, asked, zeros = Ranks("cpu"), [], torch.zeros
+    apple.device = torch.device("mps")
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: asked.append((dtype, device)) or zeros(n))
+    assert apple.loss_scales(pieces)[0] == 1 / 8 and asked == [(torch.float32, apple.device)]
 
 
 def double(step: int) -> list[dict]:
