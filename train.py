@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import data
 import papers
-from eval import evaluate, first_items, generate_texts, report_run, scalar_scores
+from eval import evaluate, generate_texts, report_run, scalar_scores
 from model import Bridge, IGNORE, IMAGE, VLM
 from papers import ALL_BRIDGES, arguments, make_bridge, nearest, systems
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task
@@ -60,7 +60,7 @@ from support.plumbing.packing import pack_documents, require_room
 from support.plumbing.ranks import Ranks, prefetch
 from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
-from support.worlds import open_data, open_split, reader, take_items, text, unread_settings
+from support.worlds import has_answers, open_data, open_split, reader, take_items, text, unread_settings
 from support.worlds.files import fit_size
 from support.worlds.pairs import require_captions
 from support.worlds.things import FROM_WORLDS, take_turns
@@ -252,8 +252,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
         if s.check_every and step and step % s.check_every == 0 and new:
             task.module.eval()
             with ranks.unsharded(forward), autocast(enabled=task.mixed):
-                scores = task.check()
-            progress.check(step, scores)
+                progress.check(step, task.check)
             task.module.train()
         rate = schedule(step / s.steps, warmup, s.schedule)
         for o, peak in zip(optimizers, peaks):
@@ -465,8 +464,11 @@ class AnswerTask(Task):
         save_answer_run(self.module, self.trained, out, facts, self.s.lm, self.s.vit, self.s.init)
 
     def check(self) -> dict[str, float]:
-        items = first_items(self.world, self.world.held_out, 100)
-        return scalar_scores(evaluate(self.module, self.tokenizer, items, captions=False, form=self.s.form))
+        items = take_items(held_out := self.given.open_held_out(), 100)
+        if not has_answers(held_out, items[0]):
+            return {"held_out_loss": self.held_out_loss(held_out)}
+        captions = not any(item.qas for item in items)  # they take several times as long to write as answers
+        return scalar_scores(evaluate(self.module, self.tokenizer, items, False, 1, captions, self.s.form))
 
     def report(self, out: Path) -> dict[str, dict]:
         if advice := advise_at_end(out, self.module.decoder.config.vocab_size):
@@ -480,11 +482,11 @@ class AnswerTask(Task):
         except UserError as e:                  # what was trained is saved; only the table cannot be made
             print(f"warning: no final table, {e}", file=sys.stderr)
             return {}
-        if (item.captions or item.qas) and (item.image is not None or held_out.finite):
+        if has_answers(held_out, item):
             report_run(self.module, self.tokenizer, self.given.trained, out, self.s.eval_items,
                        self.s.samples, self.s.form)
             return {}
-        loss = self.held_out_loss(held_out)     # a conversation, page or instruction has no one right answer
+        loss = self.held_out_loss(held_out)
         split = self.given.name_split(held_out)
         print(f"{split} loss {loss:.3f} on {self.world.name}:{self.world.held_out}")
         return {"results.json": {f"{split} loss": loss}}
@@ -494,7 +496,7 @@ class AnswerTask(Task):
         """Mean −log p of a learned token on the first items of the split that training does not see."""
         items = take_items(world, count, self.s.turns)
         pairs = [(self.document(item, i), item) for i, item in enumerate(items)]
-        pieces = self.to_device([self.piece([pair], 0, 1.0) for pair in pairs])
+        pieces = self.to_device([self.piece([pair], 0, 1.0) | {"cut": 0} for pair in pairs])
         return sum(self.loss(**p).item() for p in pieces) / sum(p["count"] for p in pieces)
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import IMAGE, VLM
+from support.formats.files import UserError
 from support.plumbing.log import Board, append_line
 
 # Dense bfloat16 products, operations a second, as the makers publish them, by the whole name of a card: an
@@ -206,9 +207,16 @@ class Progress:
         self.bar.write(text, file=sys.stdout)
         self.printed = time.monotonic()
 
-    def check(self, step: int, scores: dict[str, float]) -> None:
-        """The scores of a short evaluation."""
-        text = "  ".join(f"{k} {100 * v:.1f}" for k, v in scores.items())
+    def check(self, step: int, evaluate: Callable[[], dict[str, float]]) -> None:
+        """The scores of a short evaluation; without a split to read, a warning, and training goes on."""
+        try:
+            scores = evaluate()
+        except UserError as e:
+            if self.first:
+                self.bar.write(f"warning: no check, {e}", file=sys.stderr)
+            return
+        text = "  ".join(f"{k} {v:.2f}" if k in ("cider", "held_out_loss") else f"{k} {100 * v:.1f}"
+                         for k, v in scores.items())
         self.write({"step": step, **scores}, f"check  {step:6d}  {text}")
 
     def step(self, step: int, pieces: list[dict], device: torch.device, every: int) -> bool:

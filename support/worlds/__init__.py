@@ -116,6 +116,11 @@ def take_items(world, count: int, turns: int | None = None, track=iter) -> list[
     return items
 
 
+def has_answers(world, item: Item) -> bool:
+    """Whether it has right answers or captions; a conversation, page or instruction has no one answer."""
+    return bool((item.captions or item.qas) and (item.image is not None or world.finite))
+
+
 def known_split(kind: str, split: str, splits: list[str] | tuple[str, ...]) -> str:
     """The split, or the first one where none is given; a UserError for an unknown name."""
     if split and split not in splits:

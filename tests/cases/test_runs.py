@@ -330,6 +330,15 @@ def test_a_gradient_that_is_not_finite_is_no_update(spec, tmp_path, monkeypatch)
         run(spec, tmp_path / "run", "--steps", 4)
 
 
+@pytest.mark.parametrize("kind, score", [
+    ("", "cider"), ("shapes", "mean"), ("shapes-words", "held_out_loss")])
+def test_a_check_has_a_number_whatever_the_data_hold(kind, score, spec, tmp_path, capsys):
+    """Captions where there are no questions, and the loss where there is no one right answer."""
+    run(kind or spec, tmp_path / "run", "--steps", 2, "--check-every", 1)
+    check, = (x for x in read_log(tmp_path / "run/log.jsonl") if x["step"] == 1 and "loss" not in x)
+    assert check[score] >= 0 and f"{score} " in capsys.readouterr().out.split("check  ")[1]
+
+
 # the end from outside
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
