@@ -256,8 +256,7 @@ def collate(rows: list[Document | list[Document]], left: bool = False) -> tuple[
         for number, d in enumerate(row, 1):
             end = start + len(d.tokens)
             tokens[r, start:end], labels[r, start:end], mask[r, start:end] = d.tokens, d.labels, number
-            if packed:                                  # the token before it belongs to another document
-                labels[r, start] = IGNORE
+            labels[r, start:start + 1] = IGNORE         # nothing of its document stands before it
             start = end
     return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask if packed else mask > 0)
 

@@ -74,6 +74,18 @@ def test_collating_pads_on_one_side_and_masks_the_padding(left):
         assert bool(mask[row, -1 if left else 0]) and (labels[row][~mask[row]] == IGNORE).all()
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_the_first_token_of_a_document_is_not_counted_as_learned(left):
+    """Where a tokenizer puts no token ahead of a text, nothing predicts its first one."""
+    texts = [data.Document(shapes_tokenizer()) for _ in range(3)]
+    for d, ids in zip(texts, ([7, 8, 9, 10], [7, 8], [])):
+        d.tokens, d.labels = [], []
+        d.ids(ids, learn=True)
+    tokens, labels, mask = data.collate(texts, left)
+    vlm = tiny_vlm("linear")
+    assert int((labels != IGNORE).sum()) == 4 == vlm.loss(tokens[:2], labels[:2], mask=mask[:2])[1]
+
+
 # --- the `shapes` world
 
 def test_training_never_shows_or_mentions_a_held_out_shape():
