@@ -192,16 +192,16 @@ def retrieval_recall(i2t, image_of, t2i=None, ks: tuple[int, ...] = (1, 5, 10)) 
 # ---- 2. Texts --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate_ids(model: VLM | Decoder, tokens: Tensor, max_new_tokens: int, beams: int = 1,
+def generate_ids(model: VLM | Decoder, tokens: Tensor | None, max_new_tokens: int, beams: int = 1,
                  mask: Tensor | None = None, stop: tuple[int, ...] = (), **images) -> Tensor:
     """The new tokens (B, T_new) after tokens (B, T): greedy, or with beams > 1 by beam search.
 
-    images: what a VLM sees, as in `VLM.generate`: pixels or features, bridge_tokens, bridge_mask.
+    images: what a VLM sees, as in `VLM.generate`; of a decoder what `VLM.prepare` has made of it.
     """
     if beams == 1:
         return model.generate(tokens, max_new_tokens=max_new_tokens, mask=mask, stop=stop, **images)
     if isinstance(model, Decoder):
-        return beam_search(model, tokens, max_new_tokens, beams, mask=mask, stop=stop)
+        return beam_search(model, tokens, max_new_tokens, beams, mask=mask, stop=stop, **images)
     inputs, _ = model.prepare(tokens, mask=mask, **images)
     return beam_search(model.decoder, None, max_new_tokens, beams, stop=stop, **inputs)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-from eval import generate_ids, generate_texts
+from eval import generate_ids
 from model import Decoder, IMAGE, VLM, ViT
 from papers.mllama_vit import TiledViT, Tiles
 from papers.word import ASK
@@ -67,7 +67,6 @@ def ask_run(run: str, request: Request) -> str:
     request.template stands.
     """
     vlm, tokenizer, facts = open_run(run, request.device, request.dtype)
-    check_length(vlm.decoder, request)
     chat = learned_chat(facts, tokenizer, request.template)
     if chat:
         why = "its language model's own" if chat == WORD else "in which it was trained"
@@ -75,7 +74,8 @@ def ask_run(run: str, request: Request) -> str:
         print(f"{run}: asked in the chat template {tokenizer.template.name}, {why}.", file=sys.stderr)
     pixels, document = read_question(vlm, tokenizer, request.image, request.prompt, chat)
     features = vlm.features(pixels.to(request.device, next(vlm.vit.parameters()).dtype))
-    return generate_texts(vlm, [document], tokenizer, request.max_new_tokens, request.beams, features)[0]
+    tokens = torch.tensor([document.tokens], device=features.device)
+    return write_answer(vlm, tokens, tokenizer, request, features=features)
 
 
 def read_question(vlm: VLM, tokenizer: Tokenizer, image: str, prompt: str,
@@ -129,11 +129,7 @@ def ask_decoder(name: str, folder: Path, request: Request) -> str:
         ids = data.Document(tokenizer).chat(request.prompt).tokens
     if IMAGE in ids:
         raise UserError('a decoder alone sees no picture; leave "<image>" out of --prompt.')
-    answer = write_answer(decoder, torch.tensor([ids], device=request.device), tokenizer, request)
-    if len(ids) + len(tokenizer.encode(answer)) > decoder.config.context:
-        print(f"warning: the answer runs past the {decoder.config.context} positions that this decoder was "
-              "trained on; its end means little.", file=sys.stderr)
-    return answer
+    return write_answer(decoder, torch.tensor([ids], device=request.device), tokenizer, request)
 
 
 def open_tokenizer(folder: Path, template: str) -> Tokenizer:
@@ -182,13 +178,19 @@ def check_length(decoder: Decoder, request: Request) -> None:
                         f"{decoder.config.context} positions; ask for fewer.")
 
 
+@torch.no_grad()
 def write_answer(model: nn.Module, tokens: Tensor, tokenizer: Tokenizer, request: Request, **images) -> str:
+    """The answer after tokens (1, T); images: what a VLM sees, as in `VLM.prepare`."""
     decoder = model.decoder if isinstance(model, VLM) else model
     check_length(decoder, request)
+    inputs = model.prepare(tokens, **images)[0] if isinstance(model, VLM) else {"embeds": model.embed(tokens)}
     long = request.max_new_tokens >= 16         # for fewer, packing costs more than it saves
     with packed(decoder) if long else contextlib.nullcontext():
-        ids = generate_ids(model, tokens, request.max_new_tokens, request.beams, stop=tokenizer.stop,
-                           **images)[0]
+        ids = generate_ids(decoder, None, request.max_new_tokens, request.beams, stop=tokenizer.stop,
+                           **inputs)[0]
+    if inputs["embeds"].shape[1] + len(ids) > decoder.config.context:
+        print(f"warning: the answer runs past the {decoder.config.context} positions that this decoder was "
+              "trained on; its end means little.", file=sys.stderr)
     return tokenizer.answer_text(ids)
 
 

@@ -1,6 +1,8 @@
 """What MODEL holds decides how it is asked: a run about a picture, a decoder alone (published models: see
 tests/formats/test_published.py)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +28,28 @@ def test_a_run_answers_about_a_picture_file_or_captions_it(untrained_run, pictur
 def test_a_decoder_answers_without_a_picture(capsys):
     evaluation.main(["ask", "weights/decoder", "--prompt", "a red circle", "--max-new-tokens", "2"])
     assert capsys.readouterr().out.endswith("\n")
+
+
+@pytest.mark.parametrize("beams", ["1", "2"])
+@pytest.mark.parametrize("kind", ["run", "decoder"])
+def test_an_answer_past_what_the_decoder_was_trained_on_is_warned_of(kind, beams, untrained_run, picture,
+                                                                     monkeypatch, capsys):
+    """A run's and a decoder's, as a published model's; a picture counts for the positions that it takes."""
+    model = [untrained_run, "--image", picture] if kind == "run" else ["weights/decoder"]
+    argv = ["ask", *model, "--prompt", "what color is the ring?", "--max-new-tokens", "2", "--beams", beams]
+    real, room = evaluation.generate_ids, []
+
+    def small(decoder, tokens, *rest, embeds, **kw):
+        room.append(embeds.shape[1])
+        ids = real(decoder, tokens, *rest, embeds=embeds, **kw)
+        decoder.config = replace(decoder.config, context=room[-1] + len(ids[0]) - short)
+        return ids
+
+    monkeypatch.setattr("support.lab.ask.generate_ids", small)
+    for short in (0, 1):
+        evaluation.main(argv)
+        assert ("warning: the answer runs past" in capsys.readouterr().err) == bool(short)
+    assert kind == "decoder" or room[0] > 9             # the patches of the picture
 
 
 def test_a_mistake_is_one_sentence(untrained_run, picture, tmp_path):
