@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ from support.plumbing.meter import (Meter, Progress, count_flops, count_position
 from support.plumbing.optimizers import clip_gradients, make_optimizers, schedule
 from support.plumbing.packing import pack_documents, require_room
 from support.plumbing.ranks import Ranks, prefetch
-from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest
+from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest, stages
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
 from support.worlds import has_answers, open_data, open_split, reader, take_items, text, unread_settings
 from support.worlds.files import fit_size
@@ -172,10 +173,9 @@ class Settings:
 def main(argv: list[str] | None = None) -> nn.Module:
     """Parse, then train: one recipe, or the stages of a system one after the other."""
     asked, resume = settings_from(argv)
-    command = " ".join(sys.argv[1:] if argv is None else argv)
-    for stage in SYSTEMS.get(asked.recipe, (asked.recipe,)):
-        s = asked if resume else with_recipe(asked, stage)
-        with owned(Path(s.out)), stoppable(Path(s.out)) as stop:
+    command = shlex.join(sys.argv[1:] if argv is None else argv)
+    for s, *commands in [(asked,)] if resume else stages(asked, command, RECIPES, SYSTEMS):
+        with owned(Path(s.out)), stoppable(Path(s.out), *commands) as stop:
             module = train(s, stop, command, resume)
     return module
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 from pathlib import Path
+from typing import Iterator
 
 from support.formats.files import UserError, read_json
 from support.plumbing.cli import check_settings, flag_name, make_parser, parse_flags
@@ -80,6 +82,24 @@ def fill_settings(s, name: str, recipes: dict):
                             "train that first, give --init RUN, or --init none to start fresh.")
         s.init = start
     return dataclasses.replace(s, out=out, init="" if s.init == "none" else s.init)
+
+
+def stages(asked, command: str, recipes: dict, systems: dict) -> Iterator[tuple[object, str, str]]:
+    """The settings of each stage of a system, the command of this stage alone, and that of the next one.
+
+    Each starts from the run of the one before. A recipe is one stage without such commands; command: the
+    flags that were given.
+    """
+    names, own = systems.get(asked.recipe, (asked.recipe,)), ""
+    for name, later in zip(names, (*names[1:], "")):
+        s, after = fill_settings(asked, name, recipes), ""
+        init = asked.init or s.out
+        if later:
+            flags = re.sub(rf"(?<=--recipe[ =]){re.escape(asked.recipe)}(?!\S)", later, command)
+            out = f" --out {shlex.quote(f'{asked.out}/{later}')}" if asked.out else ""
+            after = f"python train.py {flags} --init {shlex.quote(init)}{out}"
+        yield s, own, after
+        asked, own = dataclasses.replace(asked, init=init), after
 
 
 def settings_digest(s) -> str:

@@ -61,8 +61,11 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stoppable(out: Path) -> Iterator[Stop]:
-    """While it lasts, Ctrl-C and SIGTERM stop the run in folder `out`: Stopped says how to go on with it."""
+def stoppable(out: Path, own: str = "", after: str = "") -> Iterator[Stop]:
+    """While it lasts, Ctrl-C and SIGTERM stop the run in folder `out`: Stopped says how to go on with it.
+
+    own, after: of a stage of a system, the commands that start it alone, and the next stage.
+    """
     stop, earlier = Stop(), {}
     if threading.current_thread() is threading.main_thread():       # no other thread may set handlers
         earlier = {number: signal.signal(number, stop) for number in CODES}
@@ -73,7 +76,8 @@ def stoppable(out: Path) -> Iterator[Stop]:
             raise                       # asked: a library may have made another error of the interrupt
         hint = f"go on with: python train.py --resume {shlex.quote(str(out))}"
         if not (out / "state.safetensors").exists():
-            hint = "no state was saved yet, so start it again"
+            hint = f"no state was saved yet, so start it again{own and f': {own}'}"
+        hint += after and f"; then: {after}"
         raise Stopped(f"stopped; {hint}", CODES[stop.asked or signal.SIGINT]) from None
     finally:
         for number, handler in earlier.items():

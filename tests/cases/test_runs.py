@@ -370,6 +370,44 @@ def test_a_signal_before_the_first_step_or_in_the_final_table_ends_at_once(spec,
     assert (tmp_path / "late/results.json").exists()
 
 
+def stages_of(*argv: str):
+    return train.stages(train.settings_from([*argv])[0], " ".join(argv), train.RECIPES, train.SYSTEMS)
+
+
+def test_a_system_that_is_stopped_names_the_commands_of_its_other_stages(tmp_path, monkeypatch):
+    """Stage 1 goes on by --resume, which ends with it; what follows is a command that begins where it ended."""
+    asked = f"--recipe llava --steps 4 --out {tmp_path}".split() + QUICK
+    first, second = (tmp_path / name for name in train.SYSTEMS["llava"])
+    with monkeypatch.context() as m, pytest.raises(Stopped) as e:
+        at_progress(m, 0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train.main(asked)
+    assert f"--resume {first}; then: python train.py --recipe llava-2" in str(e.value)
+    resume, after = (said.split("train.py ")[1].split() for said in str(e.value).split("; then: "))
+    train.main(resume)
+    with monkeypatch.context() as m, pytest.raises(Stopped, match="start it again") as e:
+        m.setattr(train, "load_task", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+        for s, *commands in stages_of(*asked):
+            if s.recipe == "llava-2":
+                with train.stoppable(second, *commands) as stop:
+                    train.train(s, stop)
+    assert str(e.value).endswith(f"start it again: python train.py {' '.join(after)}")
+    train.main(after)
+    train.main([*asked[:-1], "2", "--out", str(tmp_path / "unbroken")])
+    for stage in ("llava-1", "llava-2"):
+        kept, whole = (x / stage / "bridge.safetensors" for x in (tmp_path, tmp_path / "unbroken"))
+        assert kept.read_bytes() == whole.read_bytes()
+
+
+def test_each_stage_of_a_system_starts_from_the_run_of_the_one_before(tmp_path, monkeypatch):
+    """Without --out, too, where folders are named by the data, and each stage may have data of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in train.SYSTEMS:
+        before = ""
+        for s, *_ in stages_of("--recipe", name):
+            assert s.init == before
+            Path(before := s.out).mkdir(parents=True, exist_ok=True)
+
+
 def test_an_interrupt_that_a_library_makes_another_error_is_still_one(spec, tmp_path, monkeypatch, capsys):
     def library(*_):
         try:
