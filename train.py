@@ -92,14 +92,14 @@ RECIPES = {
         Numbers(2e-3, 64, 1200, **MUON), "qformer", options=systems.QFORMER_OPTIONS),
     "zero_init": Recipe(
         "LLaMA-Adapter (2303.16199v3), images as V2's (2304.15010v1): prompts, gates, visual queries learn",
-        "ScienceQA, 5 epochs",
-        Numbers(2.25e-3, 64, 1000, **systems.ADAPTER),
-        Numbers(3e-3, 64, 1000, **MUON), "zero_init", options=systems.ZERO_INIT_OPTIONS),
+        f"ScienceQA, {systems.ADAPTER_RATE}", Numbers(2.25e-3, 64, 1000, **systems.ADAPTER),
+        Numbers(3e-3, 64, 1000, **MUON), "zero_init", options=systems.ZERO_INIT_OPTIONS,
+        paper_options=systems.ADAPTER_V1),
     "flamingo": Recipe(
         "Flamingo (2204.14198v2 §2.4): resampler and gated blocks learn; "
         "Σ_m λ_m E_m, one update for all data sets", "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
         Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999),
-        Numbers(2e-3, 64, 1000, **MUON), "flamingo",
+        Numbers(2e-3, 64, 1000, **MUON), "flamingo", paper_options=systems.FLAMINGO_9B,
         options=dict(reads=-2, every=1, latents=16, depth=2, heads=4, head_width=32)),
     **papers.RECIPES, **reader.RECIPES,
 }
@@ -254,7 +254,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
             with ranks.unsharded(forward), autocast(enabled=task.mixed):
                 progress.check(step, task.check)
             task.module.train()
-        rate = schedule(step / s.steps, warmup, s.schedule)
+        rate = schedule(step / s.steps, warmup, s.schedule, recipe.numbers(s.scale).floor)
         for o, peak in zip(optimizers, peaks):
             for group, lr in zip(o.param_groups, peak):
                 group["lr"] = lr * rate
@@ -547,7 +547,7 @@ def new_bridge(s: Settings, name: str, decoder, vision_width: int, **options) ->
     """A bridge in the sizes of the recipe (toy) or of its paper, with what --option changes."""
     own = parse_options(s.option)
     with at_the_door("--option"):
-        sizes = toy_options(name, s.recipe) if s.scale == "toy" else {}
+        sizes = bridge_options(name, s.recipe, s.scale)
         bridge = make_bridge(name, decoder, vision_width, **{**sizes, **own, **options})
     unread = sorted({*own} - ({"version", "reads", "reads_cls", *arguments(type(bridge))} - {*options}))
     if unread:
@@ -556,10 +556,10 @@ def new_bridge(s: Settings, name: str, decoder, vision_width: int, **options) ->
     return bridge
 
 
-def toy_options(bridge: str, recipe: str) -> dict:
-    """The toy sizes of a bridge: the recipe's own where that is its bridge, else its own recipe's."""
+def bridge_options(bridge: str, recipe: str, scale: str = "toy") -> dict:
+    """The options of a bridge: the recipe's own where that is its bridge, else its own recipe's."""
     r = RECIPES[recipe] if RECIPES[recipe].bridge == bridge else RECIPES.get(bridge)
-    return r.options if r else {}
+    return {} if not r else r.options if scale == "toy" else r.paper_options
 
 
 # From the command line to settings --------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def towers() -> tuple[ViT, Decoder, Tokenizer]:
 def untrained(name: str) -> Bridge:
     """A bridge between these towers as a run starts it: random, in the sizes of its recipe."""
     vit, decoder, _ = towers()
-    return make_bridge(name, decoder.config, vit.config.width, **train.toy_options(name, name)).eval()
+    return make_bridge(name, decoder.config, vit.config.width, **train.bridge_options(name, name)).eval()
 
 
 def run_folder(run: str | Path) -> Path:

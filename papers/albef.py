@@ -176,7 +176,7 @@ class Albef(nn.Module):
 RECIPES = {
     name: Recipe(
         f"ALBEF (2107.07651v2): {summary}", "14.1M pictures with captions, 30 epochs",
-        Numbers(1e-4, 512, 826000, 1000, weight_decay=0.02, beta2=0.999, clip=0),
+        Numbers(1e-4, 512, 826000, 1000, weight_decay=0.02, beta2=0.999, clip=0, floor=0.1),
         Numbers(5e-4, 32, 500, weight_decay=0.02), trained=("towers", "match_head"), task=name)
     for name, summary in (
         ("albef", "contrast, then fusion: matching and masked words; a slow copy teaches"),

@@ -170,11 +170,12 @@ def attend_within_images(f: Callable[..., Tensor], where: ImagePositions, q: Ten
 # The authors train the ViT, too, at a tenth of the rate.
 PAPER = Numbers(1e-5, 1024, 6000)
 TOY = Numbers(2e-3, 64, 800, optimizer="muon", muon_lr=0.04)
+NO_EXPERTS = dict(attention=False, mlp=False)
 RECIPES = {
     "cogvlm": Recipe(
         "CogVLM's fine-tuning (2311.03079v2 §2.3): experts and adapter learn, the decoder is frozen",
         "VQA and conversations; before, 1.5B pairs", PAPER, TOY, "cogvlm"),
     "cogvlm-tuned": Recipe(
         "CogVLM's ablation (Table 4): no experts, the decoder learns instead", "as cogvlm",
-        PAPER, TOY, "cogvlm", ("bridge", "decoder"), options=dict(attention=False, mlp=False)),
+        PAPER, TOY, "cogvlm", ("bridge", "decoder"), options=NO_EXPERTS, paper_options=NO_EXPERTS),
 }

@@ -101,6 +101,6 @@ class Idefics(Flamingo):
 RECIPES = {"idefics": Recipe(
     "IDEFICS 9B: resampler, gated blocks and the new words learn",
     "OBELICS, LAION, Wikipedia, PMD; 1.3M tokens a batch",
-    Numbers(1e-5, 1280, 200000, 2000, weight_decay=0.1, beta2=0.999),
+    Numbers(1e-5, 1280, 200000, 2000, weight_decay=0.1, beta2=0.999, floor=0.6),
     Numbers(2e-3, 64, 1000, **MUON), "idefics",
     options=dict(reads=-2, every=1, latents=16, depth=2, resampler_heads=4, resampler_head_width=32))}

@@ -110,5 +110,5 @@ RECIPES = {
     "magma-tuned": Recipe(
         "beside MAGMA: the prefix and the whole decoder learn, without adapters", "CC12M, 3.8M pairs",
         PAPER, Numbers(1e-3, 64, 600), "magma", ("bridge", "decoder"),
-        options=dict(reads=-2, mlp="none")),
+        options=dict(reads=-2, mlp="none"), paper_options=dict(mlp="none")),
 }

@@ -93,7 +93,7 @@ class MiniGPT4Llama2(Bridge):
 
 # The paper's cosine falls to 80 % of the peak, ours to 2 %. The bundled ViT has rows of 3 patches, but the
 # bundled decoder learned to read one thing per position (worlds/text.py), so the toy joins none.
-PAPER = Numbers(1e-4, 256, 20000, 5000, "cosine", 0.05, 0.999, 0)
+PAPER = Numbers(1e-4, 256, 20000, 5000, "cosine", 0.05, 0.999, 0, floor=0.8)
 SIZES = {k: v for k, v in blip2_stage1.RECIPES["blip2-1"].options.items() if k != "dropout"}
 RECIPES = {
     "minigpt4": Recipe(

@@ -26,12 +26,13 @@ class Numbers:
     batch: int | None               # pictures (or texts) per update; None: not in our sources, give --batch
     steps: int
     warmup: float = 0.05            # linear, a share of the steps; from 1 on: so many steps
-    schedule: str = "cosine"        # after the warm-up: cosine (to 2 % of the peak), constant, linear (to 0)
+    schedule: str = "cosine"        # after the warm-up: cosine (to `floor`), constant, linear (to 0)
     weight_decay: float = 0.01      # on matrices only
     beta2: float = 0.98             # AdamW's second β; the first is 0.9
     clip: float = 1.0               # largest gradient norm; 0 = no clipping
     optimizer: str = "adamw"        # adamw, or muon: matrices of Linear layers by Muon, the rest by AdamW
     muon_lr: float = 0.02           # Muon's peak learning rate; lr is AdamW's
+    floor: float = 0.02             # where a cosine ends, a share of the peak; a paper that names none: ours
 
 
 MUON = dict(optimizer="muon")
@@ -48,7 +49,9 @@ class Recipe:
     trained: tuple[str, ...] = ("bridge",)              # the parts that learn; the others are frozen
     one_file: bool = False          # its run is one file of all that learned, without a folder for a part
     task: str = "answer"            # the loss: a key of train.py's TASKS
-    options: dict = field(default_factory=dict)         # the bridge's toy sizes; its defaults are the paper's
+    options: dict = field(default_factory=dict)         # of the bridge, in toy sizes
+    # of the bridge in the paper, where its defaults are published code's or the recipe is an ablation
+    paper_options: dict = field(default_factory=dict)
     captions: float = 0.2           # share of documents that ask for a caption instead of answers
     template: str = ""              # a key of support.formats.chat.TEMPLATES; "" = as the model knows it
     form: str = "QCM-LEA"           # order of a multiple choice's parts: reasoning, then the answer

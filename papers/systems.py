@@ -14,8 +14,14 @@ LINEAR_OPTIONS, MLP_OPTIONS = dict(reads=-2), dict(reads=-2)
 QFORMER_OPTIONS = blip2_stage1.RECIPES["blip2-1"].options
 ZERO_INIT_OPTIONS = dict(reads=-2, prompts=16, adapted=4, version=2, width=128, depth=2, heads=4)
 LLAVA = dict(weight_decay=0.0, warmup=0.03, beta2=0.999, clip=1.0)
-ADAPTER = dict(weight_decay=0.02, warmup=0.4, beta2=0.95, clip=0)              # 2 of 5 epochs warm up
-BLIP2 = dict(weight_decay=0.05, clip=0)
+# 2 of 5 epochs warm up. Rate and floor are the code's: 9e-3 for 256 texts is 2.25e-3 for 64.
+ADAPTER = dict(weight_decay=0.02, warmup=0.4, beta2=0.95, clip=0, floor=0.0)
+ADAPTER_RATE = "5 epochs; the code's learning rate, §4.1 says 0.009"
+ADAPTER_V1 = dict(version=1)            # §3.3: one image vector; of which of CLIP's layers is not said
+BLIP2 = dict(weight_decay=0.05, clip=0, floor=0.5)      # stage 2: down to 5e-5
+# heads · 128 = D = 4096, the width of its decoder; a bridge's own defaults are OpenFlamingo's
+FLAMINGO_9B = dict(heads=32, head_width=128, resampler_heads=16, resampler_head_width=128,
+                   act="squared_relu", norm_media=True)
 
 RECIPES = {
     "llava-1": Recipe(
@@ -40,16 +46,21 @@ RECIPES = {
         options=QFORMER_OPTIONS, start="blip2-1"),
     "adapter-1": Recipe(
         "LLaMA-Adapter (§3.1, §4.1): prompts and gates learn instructions without pictures",
-        "Alpaca-52K, 5 epochs", Numbers(2.25e-3, 64, 4060, **ADAPTER), Numbers(3e-3, 64, 200, **MUON),
-        "zero_init", options=ZERO_INIT_OPTIONS, template="alpaca", toy_data="shapes-words"),
+        f"Alpaca-52K, {ADAPTER_RATE}", Numbers(2.25e-3, 64, 4060, **ADAPTER), Numbers(3e-3, 64, 200, **MUON),
+        "zero_init", options=ZERO_INIT_OPTIONS, paper_options=ADAPTER_V1, template="alpaca",
+        toy_data="shapes-words"),
     "adapter-2": Recipe(
-        "LLaMA-Adapter (§3.3): prompts, gates and projection learn from pictures", "ScienceQA, 5 epochs",
+        "LLaMA-Adapter (§3.3): prompts, gates and projection learn from pictures",
+        f"ScienceQA, {ADAPTER_RATE}",
         Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
-        options=ZERO_INIT_OPTIONS, template="alpaca", form="QCM-A", start="adapter-1"),
+        options=ZERO_INIT_OPTIONS, paper_options=ADAPTER_V1, template="alpaca", form="QCM-A",
+        start="adapter-1"),
     "adapter-rand": Recipe(
-        "LLaMA-Adapter's ablation (§4.3, Table 5): gates at random instead of zero", "ScienceQA, 5 epochs",
+        "LLaMA-Adapter's ablation (§4.3, Table 5): gates at random instead of zero",
+        f"ScienceQA, {ADAPTER_RATE}",
         Numbers(2.25e-3, 64, 1000, **ADAPTER), Numbers(3e-3, 64, 1000, **MUON), "zero_init",
-        options={**ZERO_INIT_OPTIONS, "gate_init": "random"}, template="alpaca", form="QCM-A"),
+        options={**ZERO_INIT_OPTIONS, "gate_init": "random"}, template="alpaca", form="QCM-A",
+        paper_options={**ADAPTER_V1, "gate_init": "random"}),
 }
 SYSTEMS = {                                             # a system → its stages, run one after the other
     "llava": ("llava-1", "llava-2"), "llava-1.5": ("llava-1.5-1", "llava-1.5-2"),
@@ -66,8 +77,9 @@ def print_recipes(recipes: dict[str, Recipe], systems: dict[str, tuple[str, ...]
         print(f"{name}   ({'; '.join(facts)})" if r.bridge else name)
         for column, numbers, data in (("paper", r.paper, r.data), ("toy  ", r.toy, r.toy_data)):
             print(f"    {column}  {describe_numbers(numbers) if numbers else 'no numbers,'} on {data}")
-        sizes = f"; toy sizes: {', '.join(f'{k}={v}' for k, v in r.options.items())}" if r.options else ""
-        print(f"    {r.summary}{sizes}")
+        said = {"toy": r.options, "paper": r.paper_options}
+        print(f"    {r.summary}" + "".join(f"; {scale} options: {', '.join(f'{k}={v}' for k, v in o.items())}"
+                                           for scale, o in said.items() if o))
     for name, stages in systems.items():
         print(f"{name}\n    {', then '.join(stages)}")
 
@@ -75,6 +87,7 @@ def print_recipes(recipes: dict[str, Recipe], systems: dict[str, tuple[str, ...]
 def describe_numbers(n: Numbers) -> str:
     muon = f"Muon {n.muon_lr:g}, " if n.optimizer == "muon" else ""
     warmup = f"{n.warmup:,.0f} warm-up steps" if n.warmup >= 1 else f"{100 * n.warmup:g} % warm-up"
+    kind = f"cosine to {100 * n.floor:g} %" if n.schedule == "cosine" else n.schedule
     batch = n.batch or "? (not in our sources)"
-    return (f"{muon}AdamW {n.lr:g} (0.9, {n.beta2:g}), wd {n.weight_decay:g}, {n.schedule}, {warmup}, "
+    return (f"{muon}AdamW {n.lr:g} (0.9, {n.beta2:g}), wd {n.weight_decay:g}, {kind}, {warmup}, "
             f"clip {n.clip or 'none'}, batch {batch}, {n.steps:,} steps")

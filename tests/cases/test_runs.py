@@ -375,14 +375,14 @@ def stages_of(*argv: str):
 
 
 def test_a_system_that_is_stopped_names_the_commands_of_its_other_stages(tmp_path, monkeypatch):
-    """Stage 1 goes on by --resume, which ends with it; what follows is a command that begins where it ended."""
+    """--resume ends with stage 1; the command that follows begins stage 2 where that has ended."""
     asked = f"--recipe llava --steps 4 --out {tmp_path}".split() + QUICK
     first, second = (tmp_path / name for name in train.SYSTEMS["llava"])
     with monkeypatch.context() as m, pytest.raises(Stopped) as e:
         at_progress(m, 0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
         train.main(asked)
     assert f"--resume {first}; then: python train.py --recipe llava-2" in str(e.value)
-    resume, after = (said.split("train.py ")[1].split() for said in str(e.value).split("; then: "))
+    resume, after = (x.split(" train.py ")[1].split() for x in e.value.args[0].split("; then: "))
     train.main(resume)
     with monkeypatch.context() as m, pytest.raises(Stopped, match="start it again") as e:
         m.setattr(train, "load_task", lambda *a: os.kill(os.getpid(), signal.SIGINT))

@@ -6,6 +6,7 @@ The six bridges' own recipes run in tests/test_train.py.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import IGNORE, IMAGE
+from model import ACTIVATIONS, DecoderConfig, IGNORE, IMAGE
 from papers import ALL_BRIDGES
+from papers.llama_adapter import ZeroInitV1
+from papers.systems import print_recipes
 from support.formats.llama import load_decoder
 from support.formats.tokenizer_files import load_tokenizer
 from support.formats.vision import load_vit
@@ -74,6 +77,42 @@ def test_a_step_of_each_first_stage_in_bfloat16(name, tmp_path):
     run("--recipe", name, "--steps", 2, "--warmup", "0", out=tmp_path,
         more=["--dtype", "bfloat16", "--batch", "4", "--eval-items", "2"])
     assert np.isfinite(losses(tmp_path)).all() and len(losses(tmp_path)) == 2
+
+
+def paper_bridge(recipe: str, *flags: str) -> torch.nn.Module:
+    """The bridge of `--scale paper` beside LLaMA-7B and CLIP's ViT-B, without its numbers."""
+    s = train.settings_from(["--recipe", recipe, "--scale", "paper", *flags])[0]
+    llama = DecoderConfig(32_000, 4096, 32, 32, 32, 128, 11_008)
+    with torch.device("meta"):
+        return train.new_bridge(s, train.RECIPES[recipe].bridge, llama, 768)
+
+
+def test_the_papers_scale_is_the_papers_bridge():
+    """Its class's defaults are published code's where the two differ; an ablation stays one."""
+    for name in ("zero_init", "adapter-1", "adapter-2", "adapter-rand"):        # the paper's total: 1.79M
+        bridge = paper_bridge(name)
+        assert type(bridge) is ZeroInitV1 and sum(p.numel() for p in bridge.parameters()) == 1_788_530, name
+    assert paper_bridge("adapter-rand").options["gate_init"] == "random"
+    assert paper_bridge("magma-tuned").options["mlp"] == "none"
+    assert paper_bridge("cogvlm-tuned").options == dict(attention=False, mlp=False)
+    flamingo = paper_bridge("flamingo")
+    for block in (*flamingo.blocks, *flamingo.resampler.layers):
+        assert block.ff.act is ACTIVATIONS["squared_relu"] and block.q.out_features == 128 * block.heads
+    assert flamingo.blocks[0].heads * 128 == 4096 and flamingo.blocks[0].norm_media is not None
+    assert paper_bridge("flamingo", "--option", "heads=16").blocks[0].heads == 16
+    assert paper_bridge("qformer").queries.shape == (32, 768)
+
+
+def test_a_cosine_ends_at_the_floor_that_the_paper_names(tmp_path, monkeypatch, capsys):
+    assert train.RECIPES["blip2-2"].paper.floor * train.RECIPES["blip2-2"].paper.lr == 5e-5
+    r, floors = train.RECIPES["linear"], []
+    monkeypatch.setitem(train.RECIPES, "linear", replace(r, paper=replace(r.paper, floor=0.3)))
+    monkeypatch.setattr(train, "schedule", lambda progress, *rest: floors.append(rest[-1]) or 1.0)
+    for scale in ("toy", "paper"):
+        run("--recipe", "linear", "--scale", scale, "--steps", 1, out=tmp_path)
+    assert floors == [0.02, 0.3]
+    print_recipes(train.RECIPES, {})
+    assert "cosine to 30 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("system", [pytest.param(name, marks=[pytest.mark.slow] * (name != "llava"))
