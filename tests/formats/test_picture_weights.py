@@ -32,4 +32,4 @@ def test_new_renderings_of_known_drawings_are_nearest_to_their_own_names():
     shown = [*range(0, len(names), 8)]                  # 120 of 959
     pictures = [world.draw([world.drawings[n]], world.rng(n)) for n in shown]
     nearest = (clip.embed_images(pictures) @ clip.embed_texts(names).T).argmax(1).numpy()
-    assert np.mean(nearest == shown) > 0.35             # chance: 0.1 %
+    assert np.mean(nearest == shown) > 0.75             # of all 959: 0.87; chance: 0.1 %
