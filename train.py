@@ -131,8 +131,7 @@ class Settings:
     captions: float = setting(None, "share of documents that ask for a caption", least=0, most=1)
     template: str = setting(None, "how a conversation is written, instead of as the model knows it",
                             choices=tuple(TEMPLATES))
-    form: str = setting(None,
-                        "multiple choice: QCM-LEA reasoning first, QCM-ALE answer first, QCM-A answer alone")
+    form: str = setting(None, "multiple choice: QCM-LEA reasons first, QCM-ALE answer first, QCM-A alone")
     longest: int = setting(2048, "longest document, in tokens; longer ones are cut", least=2, most=10**7)
     augment: bool = setting(False, "new renderings: place, scale, turn, mirror, tint, background")
     follow_links: bool = setting(False, "read pictures behind links that leave their data set's folder, too")
@@ -276,8 +275,7 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
         require_finite(state, s, task.describe_batch, loss, norm)
         if step == 0 and new:
             if ranks.first:
-                print(f"step 0   loss {loss:.3f}   {task.expect}")
-                print(f"gradient {norms}")
+                print(f"step 0   loss {loss:.3f}   {task.expect}\ngradient {norms}")
             with ranks.unsharded(forward):
                 task.first_step(pieces, scales, out, loss)
         asked = ranks.any(stop.asked > 0)
@@ -298,11 +296,10 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
         if progress.step(step, pieces, device, s.log_every):
             with ranks.unsharded(forward):
                 metrics, details = task.metrics(), task.log_details()
-            line = {"step": step, "loss": loss, "ema": state.smooth_loss, "grad_norm": norm,
-                    "lr": s.lr * rate, **metrics}
-            progress.line(line, details, device)
+            progress.line({"step": step, "loss": loss, "ema": state.smooth_loss, "grad_norm": norm,
+                           "lr": s.lr * rate, **metrics}, details, device)
     require_finite(state, s, task.describe_batch)       # the last update, too
-    seconds = progress.close()
+    seconds = round(progress.close(), 1)
     report_broken(sets)
     state.keep_random(device)
     save_state(state, ranks, out)
@@ -314,9 +311,8 @@ def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> n
             p.copy_(mean[n])
     task.module = ranks.gather_module(task.module, lambda: make_task().module).eval()
     if ranks.first:
-        learned = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
-        facts |= {"steps": state.step, "seconds": round(seconds, 1), "trained_parameters": learned,
-                  "training_examples": state.step * s.batch}
+        facts |= {"steps": state.step, "training_examples": state.step * s.batch, "seconds": seconds,
+                  "trained_parameters": sum(p.numel() for p in task.module.parameters() if p.requires_grad)}
         task.save(out, facts)
         report_saved(out, state.step, seconds)
         with ranks.eager_layers(), autocast(enabled=task.mixed):
