@@ -66,9 +66,12 @@ class FlavaTask(AlignTask):
         return super().piece(items, seed, paired) | masks
 
     def row(self, i: int, seed: tuple[int, ...]) -> dict:
-        """A picture with its own text, or in half of the cases with the next item's; match says which."""
+        """A picture with its own text, or in half of the cases with one outside the batch; match says which.
+
+        One inside would be the right text of another row's picture, which (V3) would count as wrong.
+        """
         item, match = self.world.item(i), bool(np.random.default_rng((*seed, 0)).random() < 0.5)
-        text = item if match else self.world.item(i + 1)
+        text = item if match else self.world.item(i + self.given.batch)
         return self.piece([replace(item, captions=text.captions)], seed) | {"match": torch.tensor([match])}
 
     def batch(self, step: int) -> list[dict]:
