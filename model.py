@@ -389,10 +389,10 @@ class Decoder(nn.Module):
         self.checkpoint = False             # True: recompute activations in the backward pass
 
     def init_weights(self, generator: torch.Generator | None = None) -> Decoder:
-        """N(0, 0.02) everywhere: a tied embedding with a larger std starts above ln V."""
-        for p in self.parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, 0.0, 0.02, generator=generator)
+        """N(0, 0.02) but in norms: a tied embedding with a larger std starts above ln V."""
+        for part in self.modules():
+            if isinstance(part, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(part.weight, 0.0, 0.02, generator=generator)
         return self
 
     def head(self, x: Tensor) -> Tensor:

@@ -93,6 +93,9 @@ def make_optimizers(module: nn.Module, trained: list[tuple[str, nn.Parameter]],
         if not rest:                                    # an optimiser of nothing is an error
             return muon
         return [*muon, torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=fused)]
-    groups = [{"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": s.weight_decay},
-              {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    norms = {id(p) for m in module.modules() if type(m).__name__.endswith("Norm") for p in m.parameters()}
+    decayed, rest = [], []          # a norm with a weight per head, as Chameleon's, is no matrix
+    for _, p in trained:
+        (decayed if p.ndim >= 2 and id(p) not in norms else rest).append(p)
+    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=fused)]

@@ -130,6 +130,17 @@ def task() -> ChameleonTask:
     return ChameleonTask(given)
 
 
+def test_a_run_begins_with_norms_of_weight_1_and_bias_0(task):
+    """The norms of (H3) are matrices in shape alone; with weights of N(0, 0.02) attention is uniform."""
+    model = task.module
+    for layer in model.layers:
+        norm = layer.attention.qk_norm
+        assert all((p == 1).all() for p in norm.weight.values()) and norm.weight["q"].ndim == 2
+        assert all((p == 0).all() for p in norm.bias.values())
+    for matrix in (model.embed, model.layers[0].attention.q, model.layers[-1].mlp.down):
+        assert matrix.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_half_of_the_documents_are_drawn_and_half_are_asked_about(task):
     piece, = task.batch(0)
     for row, (tokens, labels) in enumerate(zip(piece["tokens"], piece["labels"])):

@@ -1,12 +1,14 @@
 """Muon is torch.optim.Muon where bfloat16 is fast, and the same update in float32 where it is not."""
 from __future__ import annotations
 
-from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from conftest import TINY
+from papers.chameleon import QKLayerNorm
 from support.plumbing import optimizers
 
 SHAPES = [(12, 12), (24, 8), (8, 24)]
@@ -38,9 +40,9 @@ def test_muon_is_pytorchs(dtype, monkeypatch):
     ("muon", ["w", "b"]), ("muon", ["w"]), ("muon", ["b"]), ("adamw", ["w", "b"]), ("adamw", ["b"])])
 def test_an_optimiser_that_would_have_nothing_to_do_is_not_made(kind, parts):
     """A linear bridge without a bias has matrices alone, prompts without a picture have none."""
-    module, settings = nn.Linear(3, 2), Namespace(optimizer=kind, lr=1e-3, beta2=0.98, weight_decay=0.01)
+    module, settings = nn.Linear(3, 2), SimpleNamespace(optimizer=kind, lr=1e-3, beta2=0.98, weight_decay=0.01)
     trained = [(n, p) for n, p in module.named_parameters() if n[0] in parts]
-    made = optimizers.make_optimizers(module, trained, settings, Namespace(lr=1e-3, muon_lr=0.02))
+    made = optimizers.make_optimizers(module, trained, settings, SimpleNamespace(lr=1e-3, muon_lr=0.02))
     groups = [[p for group in o.param_groups for p in group["params"]] for o in made]
     assert all(groups) and {id(p) for group in groups for p in group} == {id(p) for _, p in trained}
 
@@ -50,3 +52,14 @@ def test_five_steps_bring_the_singular_values_near_one():
         G = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         values = torch.linalg.svdvals(optimizers.orthogonalize(G))
         assert 0.5 < values.min() and values.max() < 1.3, values
+
+
+def test_matrices_decay_and_norms_do_not_whatever_their_shape():
+    module = nn.ModuleDict({"qk_norm": QKLayerNorm(TINY), "linear": nn.Linear(3, 4), "norm": nn.LayerNorm(4),
+                            "words": nn.Embedding(5, 4)})
+    trained = [*module.named_parameters()]
+    settings = SimpleNamespace(optimizer="adamw", lr=1e-3, beta2=0.98, weight_decay=0.1)
+    optimizer, = optimizers.make_optimizers(module, trained, settings, None)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [name for name, p in trained if decays[id(p)]] == ["linear.weight", "words.weight"]
+    assert len(decays) == len(trained) and {*decays.values()} == {0.0, 0.1}
