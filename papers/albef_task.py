@@ -68,6 +68,10 @@ class AlbefTask(AlignTask):
         guess = math.log(given.batch + queue) + math.log(2) + math.log(V)
         self.expect = f"(uniform guesses: ITC ln {given.batch + queue} + ITM ln 2 + MLM ln {V} = {guess:.2f})"
 
+    def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:
+        """The teacher stays float32: in bfloat16 the small steps of (A7) would be rounded off."""
+        super().freeze(trained, torch.float32)
+
     def batch(self, step: int) -> list[dict]:
         """alpha rises in the first of 30 epochs, a thirtieth of the run."""
         alpha = self.most * min(1.0, 30 * step / self.given.steps)

@@ -8,15 +8,17 @@ ANSWERS = {"bridge", "turns", "captions", "template", "form", "longest", "cache"
 CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"}
 TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
 PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
-PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal", "vilt",
-              "vilt-unaligned", "albef", "albef-fused", "albef-easy", "albef-untaught")     # papers/masked.py
+NOTHING_FROZEN = ("vilt", "vilt-unaligned", "albef", "albef-fused", "albef-easy", "albef-untaught")
+PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal",
+              *NOTHING_FROZEN)                                                              # papers/masked.py
 CHAMELEON_TASKS = ("chameleon", "chameleon-no-qk", "chameleon-no-z", "chameleon-z",
                    "chameleon-even", "chameleon-words")
 FLAVA_TASKS = ("flava-2", "flava-pairs", "flava-contrast", "flava-local")
 UNREAD = {                          # task → the settings of the command line that it does not read
     **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),
     "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
-    **dict.fromkeys(PAIR_TASKS, PAIRS), **dict.fromkeys(FLAVA_TASKS, PAIRS | {"vit"}),
+    **dict.fromkeys(PAIR_TASKS, PAIRS), **dict.fromkeys(NOTHING_FROZEN, PAIRS | {"frozen"}),
+    **dict.fromkeys(FLAVA_TASKS, PAIRS | {"vit", "frozen"}),
     **dict.fromkeys(("coca", "coca-1", "coca-contrast", "coca-caption"), CLIP - {"vit"}),
     **dict.fromkeys(("simvlm", "simvlm-causal", "simvlm-pairs", "simvlm-linear"), CLIP),
     **dict.fromkeys(("dalle", *CHAMELEON_TASKS), (CLIP | TEXT) - {"init", "examples"}),

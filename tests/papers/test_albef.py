@@ -12,6 +12,7 @@ from model import IGNORE, ViT, ViTConfig
 from papers.albef import Albef, Towers
 from papers.albef_task import AlbefTask
 from papers.recipe import Ingredients
+from papers.unread import UNREAD
 from support.formats import load_vit
 from support.formats.albef import load_albef
 from support.worlds.text import shapes_tokenizer
@@ -147,3 +148,16 @@ def test_behind_a_step_the_batch_enters_the_queues_and_the_teacher_follows(task)
     assert not torch.equal(memory["image_queue"][:4], before["image_queue"][:4])
     assert torch.equal(memory["image_queue"][4:], before["image_queue"][4:])
     torch.testing.assert_close(memory["teacher.vit.cls"], before["teacher.vit.cls"] + 0.005)
+
+
+def test_the_teacher_moves_whatever_frozen_parts_are_stored_in(task):
+    """A step moves it by 0.005 of what the weights are ahead: in bfloat16 the sum would be rounded off."""
+    task.freeze(("towers", "match_head"), torch.bfloat16)
+    slow, fast = task.module.teacher.vit.positions, task.module.towers.vit.positions
+    assert slow.dtype == torch.float32 and not slow.requires_grad and not task.mixed
+    with torch.no_grad():
+        fast.copy_(slow + 0.01 * slow.abs())
+    before = slow.clone()
+    task.module.update_teacher()
+    torch.testing.assert_close(slow - before, 0.005 * (fast - before).detach(), rtol=1e-2, atol=1e-7)
+    assert "frozen" in UNREAD["albef"]                  # the flag would have nothing to say
