@@ -26,8 +26,8 @@ to nothing or all, a third on average. The paper's positions are sinusoidal; her
 
 In miniature a picture is 9 codes, one for each cell of a scene: a perfect tokenizer in the place of the
 VQ-GAN (papers/vq.py is one). The document is the picture, then its caption, so that a code in the middle
-of the picture is told only by what stands behind it. A code is then filled in from both sides, guessed
-from the left side alone, and a whole picture is drawn from its caption.
+of the picture is told only by what stands behind it. The code of a thing is then filled in from both sides,
+guessed from the left side alone, and a whole picture is drawn from its caption.
 """
 from __future__ import annotations
 
@@ -129,30 +129,52 @@ class Cm3Task(Task):
         return total
 
     @torch.no_grad()
-    def check(self, count: int = 100) -> dict[str, float]:
-        """Shares of codes named right, of things in scenes that were not seen in training (split val)."""
+    def measure(self, count: int) -> dict[str, float]:
+        """Of things in scenes that were not seen in training (split val): shares of codes named right, and
+        −log P of a code behind those to its left, in nats.
+
+        Both sides and the left side name the likeliest of the codes of things; an empty cell, which is more
+        common than any of them, would win on the left side.
+        """
         world, rng = Shapes("val", self.given.seed), np.random.default_rng((self.given.seed, 3))
         right: dict[str, list[bool]] = {"from both sides": [], "from the left": [], "from the caption": []}
+        losses, codes = [], slice(self.first + 1, self.masks[0])
         for i in range(count):
             things = world.scene(world.rng(i))
-            tokens, cell = self.document(things), int(rng.choice([t.cell for t in things]))
-            document, tail = infill(tokens, [(cell, cell + 1)], self.masks, self.end)
-            right["from both sides"].append(self.next(document + tail[:1], 1) == tail[1:2])
-            right["from the left"].append(self.next(tokens[:cell] or [self.end], 1) == tail[1:2])
+            tokens = self.document(things)
             document, tail = infill(tokens, [(0, 9)], self.masks, self.end)
             drawn = self.next(document + tail[:1], 9)
             right["from the caption"] += [drawn[t.cell] == tail[1 + t.cell] for t in things]
-        return {name: float(np.mean(hits)) for name, hits in right.items()} | {"chance": 1 / len(self.things)}
+            cells = [t.cell for t in things if t.cell]                  # the first has nothing to its left
+            if cells:
+                cell = int(rng.choice(cells))
+                document, tail = infill(tokens, [(cell, cell + 1)], self.masks, self.end)
+                both, left = self.log_probs(document + tail[:1]), self.log_probs(tokens[:cell])
+                for name, p in (("from both sides", both), ("from the left", left)):
+                    right[name].append(codes.start + int(p[codes].argmax()) == tokens[cell])
+                losses.append(-left[tokens[cell]].item())
+        found = {name: float(np.mean(hits or [False])) for name, hits in right.items()}
+        found["chance"], found["loss from the left"] = 1 / len(self.things), float(np.mean(losses or [0.0]))
+        return found
+
+    def log_probs(self, prompt: list[int]) -> Tensor:
+        """(V,) of the next token."""
+        tokens = torch.tensor([prompt], device=self.given.device)
+        return self.module["decoder"](tokens)[0, -1].float().log_softmax(-1)
 
     def next(self, prompt: list[int], count: int) -> list[int]:
         """The likeliest next tokens, one after the other."""
         tokens = torch.tensor([prompt], device=self.given.device)
         return self.module["decoder"].generate(tokens, count)[0].tolist()
 
+    def check(self) -> dict[str, float]:
+        return {name: value for name, value in self.measure(100).items() if "loss" not in name}
+
     def report(self, out: Path) -> dict[str, dict]:
-        result = self.check(self.given.eval_items)
-        scores = "  ".join(f"{name} {100 * share:.1f}" for name, share in result.items())
-        print(f"codes of things in new scenes, % right: {scores}")
+        result = self.measure(self.given.eval_items)
+        *shares, (_, loss) = result.items()
+        scores = "  ".join(f"{name} {100 * share:.1f}" for name, share in shares)
+        print(f"codes of things in new scenes, % right: {scores};  loss from the left {loss:.2f} nats")
         return {"results.json": result}
 
 

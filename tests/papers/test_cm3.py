@@ -1,6 +1,8 @@
 """CM3: spans move to the end as in the authors' code, sentinels carry no loss, a span sees both its sides."""
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -89,5 +91,24 @@ def test_the_loss_leaves_sentinels_and_padding_out(task):
 
 def test_the_report_asks_for_codes_from_both_sides_from_the_left_and_from_the_caption(task, tmp_path, capsys):
     result = task.report(tmp_path)["results.json"]
-    assert [*result] == ["from both sides", "from the left", "from the caption", "chance"]
-    assert all(0 <= share <= 1 for share in result.values()) and "% right" in capsys.readouterr().out
+    assert [*result] == ["from both sides", "from the left", "from the caption", "chance",
+                         "loss from the left"]
+    assert {*task.check()} == {*result} - {"loss from the left"}                # what is printed in percent
+    assert all(0 <= share <= 1 for share in [*result.values()][:4]) and "% right" in capsys.readouterr().out
+
+
+def test_a_model_that_knows_a_cell_is_rarely_full_is_still_asked_which_thing_it_holds(task, monkeypatch):
+    """From the left a perfect model finds an empty cell likeliest; of things, it names the right one."""
+    tokens = task.document(Shapes("val").scene(Shapes("val").rng(0)))
+    after = {tuple(tokens[:cell]): tokens[cell] for cell in range(1, 9) if tokens[cell] != task.first}
+    assert after
+
+    def log_probs(prompt: list[int]) -> torch.Tensor:
+        p = torch.full((task.end + 1,), 0.1 / task.end)
+        p[task.first], p[after.get(tuple(prompt), task.first + 1)] = 0.7, 0.2
+        return p.log()
+
+    monkeypatch.setattr(task, "log_probs", log_probs)
+    found = task.measure(1)
+    assert (found["from the left"], found["from both sides"]) == (1, 0)
+    assert found["loss from the left"] == pytest.approx(-math.log(0.2))
