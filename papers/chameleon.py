@@ -114,14 +114,14 @@ class Only(Bridge):
 RECIPES = {
     name: Recipe(
         f"Chameleon (2405.09818v1): a decoder learns to read and to write pictures as words; {what}",
-        "9.2T tokens of text, pairs and documents",
-        Numbers(1e-4, 2048, 600_000, 4000, "linear", 0.1, 0.95), Numbers(1.5e-3, 16, 3500),
+        "4.4T tokens of text, pairs and documents, 2.1 times; its decay to 0 is exponential",
+        Numbers(1e-4, 2048, 1_097_000, 4000, "linear", 0.1, 0.95), Numbers(1.5e-3, 16, 3500),
         trained=("embed", "layers", "norm"), task=name.removesuffix("-2"), start="vq")
     for name, what in (("chameleon-2", "QK-norm, z-loss"), ("chameleon-no-qk", "without QK-norm"),
                        ("chameleon-no-z", "without z-loss"), ("chameleon-z", "z-loss of weight 0.01"))}
 RECIPES |= {
     f"chameleon-{name}": Recipe(
-        f"Chameleon's fine-tuning (§3): of the answers {share} are pictures",
+        f"Chameleon's balance of modalities (§3), from the start: of the answers {share} are pictures",
         "1.6M texts to 64K pictures, batch 128, 1e-5; the steps are not in our sources", None,
         Numbers(1.5e-3, 16, 300), trained=("embed", "layers", "norm"), task=f"chameleon-{name}",
         start="vq")

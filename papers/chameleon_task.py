@@ -123,9 +123,10 @@ class ChameleonTask(Task):
 
 
 class ModalityTask(ChameleonTask):
-    """Fine-tuning on captions that are answered by a picture or by words, as the request says (§3).
+    """Captions that are answered by a picture or by words, as the request says (§3).
 
-    Where the modalities are unbalanced, the paper says, a model learns a prior of writing the commoner one.
+    The paper fine-tunes; here a new decoder learns nothing else. Where the modalities are unbalanced, the
+    paper says, a model learns a prior of writing the commoner one.
     `pictures`: the share of the requests that ask for one.
     """
     pictures, wanted = 0.5, {True: "\nPicture:", False: "\nWords:"}

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from model import IGNORE, EncoderBlock, ViT, visible_to_bias
 from papers.contrasts import mean_count
-from papers.masked import WordEmbedding, WordHead
+from papers.masked import WordEmbedding, WordHead, init_bert
 from papers.recipe import Numbers, Recipe
 
 
@@ -67,7 +67,7 @@ class Flava(nn.Module):
         def blocks(n: int, inner: int) -> nn.ModuleList:
             return nn.ModuleList(EncoderBlock(D, heads, inner, "gelu", 1e-12) for _ in range(n))
 
-        self.vit, self.mask_patch = vit, nn.Parameter(torch.zeros(D))
+        self.mask_patch = nn.Parameter(torch.zeros(D))
         self.embedding, self.layers = WordEmbedding(vocab_size, D, positions), blocks(layers, hidden)
         self.text_norm = nn.LayerNorm(D, eps=1e-12)
         self.cls = nn.Parameter(torch.zeros(D))                                 # CLS_M
@@ -78,9 +78,8 @@ class Flava(nn.Module):
         self.mim_head, self.mlm_head = MaskedHead(D, codes), MaskedHead(D, vocab_size)
         self.mmm_image_head, self.mmm_text_head = MaskedHead(D, codes), MaskedHead(D, vocab_size)
         self.pooler, self.match_head = nn.Linear(D, D), nn.Linear(D, 2)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, 0.0, 0.02)
+        init_bert(self)
+        self.vit = vit                                                          # keeps its weights
 
     def image(self, pixels: Tensor, hidden: Tensor | None = None) -> Tensor:
         x = self.vit.embed(pixels)

@@ -28,7 +28,7 @@ import data
 from model import IGNORE, ViT, ViTConfig
 from papers.albef_task import AlignTask
 from papers.flava import Flava
-from papers.masked import SPECIAL
+from papers.masked import SPECIAL, init_bert
 from papers.recipe import Ingredients
 from papers.scene_reader import UNIT
 from papers.short import block_mask
@@ -44,6 +44,7 @@ class FlavaTask(AlignTask):
 
     def __init__(self, given: Ingredients):
         given.vit = ViT(TOY_VIT)
+        init_bert(given.vit)
         nn.init.normal_(given.vit.positions, std=0.5)           # see papers/clip.py
         super().__init__(given)
         V, K = self.words + SPECIAL, len(given.images.codes)

@@ -58,7 +58,7 @@ class VisualBertConfig:
     hidden: int = 3072          # width of the feed-forward
     positions: int = 512        # longest text, and rows of the regions' own table
     region: int = 2048          # width of a region's vector
-    dropout: float = 0.1
+    dropout: float = 0.1        # in the layers; BERT has it behind the embeddings, too
     join: int = 0               # regions come in ahead of this layer; `layers`: of one more layer
 
 

@@ -102,9 +102,9 @@ def test_bert_s_words_stand_between_cls_and_sep_whatever_bos_is(case, tmp_path, 
     words = load_tokenizer(folder if case == "blip2-itm-itc" else folder / "qformer_tokenizer")
     want = [words.special["[CLS]"], *words.encode("hello"), words.special["[SEP]"]]
     assert words.bos == words.special["[DEC]"] != want[0]
-    generate, itm = VLM.generate, Stage1.itm
-    monkeypatch.setattr(VLM, "generate", lambda self, *a, **k: (
-        seen.append(k["bridge_tokens"][0].tolist()), generate(self, *a, **k))[1])
+    prepare, itm = VLM.prepare, Stage1.itm
+    monkeypatch.setattr(VLM, "prepare", lambda self, *a, **k: (
+        seen.append(k["bridge_tokens"][0].tolist()), prepare(self, *a, **k))[1])
     monkeypatch.setattr(Stage1, "itm", lambda self, image, ids: (
         seen.append(ids[0].tolist()), itm(self, image, ids))[1])
     Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "picture.png")

@@ -40,7 +40,8 @@ def test_muon_is_pytorchs(dtype, monkeypatch):
     ("muon", ["w", "b"]), ("muon", ["w"]), ("muon", ["b"]), ("adamw", ["w", "b"]), ("adamw", ["b"])])
 def test_an_optimiser_that_would_have_nothing_to_do_is_not_made(kind, parts):
     """A linear bridge without a bias has matrices alone, prompts without a picture have none."""
-    module, settings = nn.Linear(3, 2), SimpleNamespace(optimizer=kind, lr=1e-3, beta2=0.98, weight_decay=0.01)
+    settings = SimpleNamespace(optimizer=kind, lr=1e-3, beta2=0.98, weight_decay=0.01)
+    module = nn.Linear(3, 2)
     trained = [(n, p) for n, p in module.named_parameters() if n[0] in parts]
     made = optimizers.make_optimizers(module, trained, settings, SimpleNamespace(lr=1e-3, muon_lr=0.02))
     groups = [[p for group in o.param_groups for p in group["params"]] for o in made]

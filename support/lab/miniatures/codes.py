@@ -33,7 +33,7 @@ def chameleon(recipe: str) -> Arm:
 
 
 def tuned(recipe: str) -> Arm:
-    """Behind a caption a picture or words are asked for; how likely is a picture?"""
+    """A new decoder, behind a caption asked for a picture or for words; how likely is a picture?"""
     flags = ("--recipe", recipe, "--batch", "16", "--eval-items", "200")
     return Arm(flags, start="VQ", measures=("modality",))
 
@@ -63,8 +63,8 @@ CLAIMS = {
         columns=(SCORE, LOG_Z),
         note="In 40 steps a z-loss of the paper's weight, 1e-5, is too small to show; at 0.01 it shows."),
     "modality": Claim(
-        says="Fine-tuning with few pictures teaches a prior against them, whatever is asked.",
-        source="document 3; Chameleon, §3, on balancing modalities, without numbers",
+        says="Training with few pictures teaches a prior against them, whatever is asked.",
+        source="document 3; Chameleon, §3, on balancing modalities in fine-tuning, without numbers",
         expect=(
             Expectation(Side("half pictures", UNSAID), ">", Side("1 picture in 20", UNSAID)),
             Expectation(Side("half pictures", ASKED), ">", Side("1 picture in 20", ASKED)),

@@ -57,8 +57,8 @@ CLAIMS = {
             Expectation(Side("ALBEF"), ">", Side("ALBEF, no teacher")),
         ),
         columns=(WORDS, PAIRS, FOUND, NAMED),
-        note="The bundled ViT comes from CLIP's contrast: pictures and words are aligned before any arm "
-             "begins, so fusing at once loses nothing; what it does not learn is to find one by the other. "
+        note="The ViT was taught by captions, in CLIP's contrast, before any arm begins; the encoder of "
+             "words is new. Fusing at once loses nothing; what it does not learn is to find one by the other. "
              "Without a teacher, pairs are judged by chance in some seeds."),
     "flava": Claim(
         says="The contrast over all processes beats that of each; masked and matched pairs help; pictures "
@@ -71,7 +71,7 @@ CLAIMS = {
         ),
         columns=(FOUND, NAMED, WORDS, PAIRS)),
     "coca": Claim(
-        says="One pooled token serves recognition almost as well as many; captions need many.",
+        says="Many pooled tokens serve captions better than one, and recognition somewhat better.",
         source="CoCa, its ablation: zero-shot ImageNet, VQA",
         expect=(
             Expectation(Side("CoCa", CAPTION), ">", Side("CoCa, 1 query", CAPTION), paper="69.0, 64.4"),
