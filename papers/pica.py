@@ -40,7 +40,8 @@ Claim     Captions by a trained bridge or the true scene; S in {0, 1, 4, 8}, of 
           random ones, too; J = 5 at S = 1. Similar examples beat random ones; J = 5 is at least as good as
           J = 1; all stay below a trained mapper; what the true scene gains over the bridge's caption is what
           those words lost. The decoder must know this form of prompt (recipe lm-prompts). Document 1's own
-          numbers hold this only without examples: MAPL 33.54 / 45.13 / 45.21 on VQAv2. python eval.py claims pica
+          numbers hold this only without examples: MAPL 33.54 / 45.13 / 45.21 on VQAv2. In miniature: python
+          eval.py claims pica
 """
 from __future__ import annotations
 

@@ -68,4 +68,4 @@ CLAIMS = {
             Expectation(Side(TUNED, TEXT_LOSS), ">", Side("CogVLM", TEXT_LOSS))),
         columns=(*BY_KIND, TEXT_LOSS, TEXT_CHANGE),
         note="Looked at: each seed. Random experts end at 59, 79 and 70 %, at a loss of 0.40, 0.19 and 0.26, "
-             "still on their way; copies at 89, 81 and 88. Three seeds that differ so widely decide nothing.")}
+             "still on their way; copies at 89, 81 and 88. Three seeds so far apart decide nothing.")}

@@ -58,8 +58,8 @@ CLAIMS = {
         ),
         columns=(WORDS, PAIRS, FOUND, NAMED),
         note="The ViT was taught by captions, in CLIP's contrast, before any arm begins; the encoder of "
-             "words is new. Fusing at once loses nothing; what it does not learn is to find one by the other. "
-             "Without a teacher, pairs are judged by chance in some seeds."),
+             "words is new. Fusing at once loses nothing; what it does not learn is to find one by the "
+             "other. Without a teacher, pairs are judged by chance in some seeds."),
     "flava": Claim(
         says="The contrast over all processes beats that of each; masked and matched pairs help; pictures "
              "and texts alone do not, unless the encoders were trained alone before.",
