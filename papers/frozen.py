@@ -29,8 +29,14 @@ class Frozen(Bridge):
         return self.map(visual.mean(1)).unflatten(-1, (self.tokens, -1))        # (ΣM, n, D)   (R1)
 
 
-RECIPES = {"frozen": Recipe(
-    "Frozen (2106.13884v2 §3.2): the vision encoder and its map to 2 tokens learn THROUGH the frozen decoder",
-    "CC3M, 3.3M pairs", Numbers(3e-4, 128, 39000, 1, "constant", 0.0, 0.95, 0),
-    Numbers(2e-3, 64, 1000, **MUON),
-    "frozen", ("bridge", "vit"), options=dict(reads=-1, tokens=2))}
+PAPER = Numbers(3e-4, 128, 39000, 1, "constant", 0.0, 0.95, 0)
+RECIPES = {
+    "frozen": Recipe(
+        "Frozen (2106.13884v2 §3.2): the vision encoder and a map to 2 tokens learn THROUGH a frozen decoder",
+        "CC3M, 3.3M pairs", PAPER, Numbers(2e-3, 64, 1000, **MUON),
+        "frozen", ("bridge", "vit"), options=dict(reads=-1, tokens=2)),
+    "frozen-tuned": Recipe(
+        "Frozen's ablation (§4): the decoder learns, too", "CC3M, 3.3M pairs", PAPER,
+        Numbers(2e-3, 64, 1000, optimizer="muon", muon_lr=0.01),
+        "frozen", ("bridge", "vit", "decoder"), options=dict(reads=-1, tokens=2)),
+}
