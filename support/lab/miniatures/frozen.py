@@ -5,10 +5,10 @@ from __future__ import annotations
 from support.lab.claims_list import BY_KIND, CIDER, Arm, Claim, Expectation, Side
 
 TUNED = "Frozen, decoder tuned"
-ARMS = {TUNED: Arm(("--recipe", "frozen-tuned", "--vit", "random", "--captions", "1"),
-                   measures=("answers", "captions"))}
+FLAGS = ("--recipe", "frozen-tuned", "--vit", "random", "--captions", "1")
+ARMS = {TUNED: Arm(FLAGS, measures=("answers", "captions"))}
 CLAIMS = {"frozen": Claim(
-    says="A language model that is tuned on captions answers questions about pictures worse than a frozen one.",
+    says="A language model tuned on captions answers questions about pictures worse than a frozen one.",
     source="document 3; Frozen, whose frozen model has 29.5 on VQAv2 without an example",
     expect=(Expectation(Side("Frozen"), ">", Side(TUNED)),
             Expectation(Side(TUNED, CIDER), ">", Side("Frozen", CIDER))),
