@@ -18,10 +18,10 @@ def arm(recipe: str, measure: str, steps: str) -> Arm:
 ARMS = {"SimVLM": arm("simvlm", "own text", "600"), "SimVLM, causal": arm("simvlm-causal", "own text", "600"),
         "SimVLM, pairs alone": arm("simvlm-pairs", "own text", "600"),
         "SimVLM, linear patches": arm("simvlm-linear", "own text", "600"),
-        "CM3": arm("cm3", "infilled", "3000"), "CM3, no spans": arm("cm3-causal", "infilled", "3000")}
-MEASUREMENTS = {"own text": measure_results, "infilled": measure_results}
+        "CM3": arm("cm3", "codes named", "3000"), "CM3, no spans": arm("cm3-causal", "codes named", "3000")}
+MEASUREMENTS = {"own text": measure_results, "codes named": measure_results}
 MEASURED = {"own text": {TEXT.name, CHANCE.name},
-            "infilled": {BOTH.name, LEFT.name, CAPTION.name, CHANCE.name, LEFT_LOSS.name}}
+            "codes named": {BOTH.name, LEFT.name, CAPTION.name, CHANCE.name, LEFT_LOSS.name}}
 CLAIMS = {
     "simvlm": Claim(
         says="A prefix beats a causal mask, convolutions beat linear patches, and texts help beside pairs.",
