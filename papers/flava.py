@@ -79,7 +79,7 @@ class Flava(nn.Module):
         self.mmm_image_head, self.mmm_text_head = MaskedHead(D, codes), MaskedHead(D, vocab_size)
         self.pooler, self.match_head = nn.Linear(D, D), nn.Linear(D, 2)
         init_bert(self)
-        self.vit = vit                                                          # keeps its weights
+        self.vit = vit                                                          # as it was given
 
     def image(self, pixels: Tensor, hidden: Tensor | None = None) -> Tensor:
         x = self.vit.embed(pixels)

@@ -104,3 +104,11 @@ def test_no_key_of_its_config_is_ignored(part, key, value, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"config.json.*{'heads' if 'heads' in key else key}"):
         load_flava(tmp_path)
+
+
+def test_the_vit_that_it_is_given_stays_as_it_was():
+    vit = ViT(ViTConfig(8, 4, 8, 1, 2, 16, "gelu", pre_norm=False, patch_bias=True))
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    model = Flava(vit, 10, 5, 1, 2, 16, 1, 16, 8, 4)
+    assert model.vit is vit and all(torch.equal(vit.state_dict()[name], x) for name, x in before.items())
+    assert not model.image_in.bias.any() and 0.01 < model.image_in.weight.std() < 0.03
