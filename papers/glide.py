@@ -28,8 +28,8 @@ alone, the loss (0.107 without a text) was 0.102 after 2,000 steps without all t
 them.
 
 The claim: guidance buys what the text says with variety (Fig. 6), and people prefer it to CLIP's (Elo +82.7
-against −73.2 for looks, +110.9 against +29.3 for the caption; zero-shot FID on COCO 12.24). In miniature: how
-many of the named things are found in the pictures, at s = 3 (`eval.py draw --count`).
+against −73.2 for looks, +110.9 against +29.3 for the caption; zero-shot FID on COCO 12.24). It is not measured
+here; a run reports how many of the named things are found in its pictures, at one strength of guidance.
 
     python train.py --recipe glide && python eval.py draw out/glide-shapes "a large red ring at the top left"
 """
@@ -82,7 +82,8 @@ class Denoiser(ViT):
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
         self.last = nn.Linear(text_width, D)                                    # W'
         self.phrase = nn.Conv1d(text_width, text_width, PHRASE)
-        nn.init.zeros_(self.phrase.weight)
+        nn.init.zeros_(self.phrase.weight)                                      # V
+        nn.init.zeros_(self.phrase.bias)
         self.pixels = nn.ConvTranspose2d(D, 3, config.patch, stride=config.patch)       # a token → its patch
         nn.init.normal_(self.positions, std=0.5)                                # see papers/clip.py
         nn.init.zeros_(self.pixels.weight)

@@ -88,6 +88,11 @@ def test_the_loss_of_a_batch_is_a_function_of_the_step_and_a_fifth_has_no_text()
     torch.testing.assert_close(task.loss(**piece), grey, atol=0, rtol=0.05)
 
 
+def test_at_first_the_states_are_those_of_the_frozen_decoder():
+    states = torch.randn(2, 8, 20)
+    assert not Denoiser(SMALL, 8).phrase(states).any()                          # (G9): V = 0, without a bias
+
+
 def test_a_patch_begins_by_reading_the_phrase_of_its_place_and_nothing_else_learned():
     """Under noise alone the last word of its phrase gets most of a patch's attention; by chance one of 35."""
     decoder, tokenizer, world = load_decoder(ROOT / "weights/decoder"), shapes_tokenizer(), Shapes("val")
