@@ -111,17 +111,18 @@ class Only(Bridge):
         return logits.masked_fill(ids < self.first, -math.inf)
 
 
+# The paper's 9.2T tokens (4.4T, 2.1 times) are so many batches of 2²³; its decay is exponential, not linear.
 RECIPES = {
     name: Recipe(
         f"Chameleon (2405.09818v1): a decoder learns to read and to write pictures as words; {what}",
-        "4.4T tokens of text, pairs and documents, 2.1 times; its decay to 0 is exponential",
+        "9.2T tokens of text, pairs and documents",
         Numbers(1e-4, 2048, 1_097_000, 4000, "linear", 0.1, 0.95), Numbers(1.5e-3, 16, 3500),
         trained=("embed", "layers", "norm"), task=name.removesuffix("-2"), start="vq")
     for name, what in (("chameleon-2", "QK-norm, z-loss"), ("chameleon-no-qk", "without QK-norm"),
                        ("chameleon-no-z", "without z-loss"), ("chameleon-z", "z-loss of weight 0.01"))}
 RECIPES |= {
     f"chameleon-{name}": Recipe(
-        f"Chameleon's balance of modalities (§3), from the start: of the answers {share} are pictures",
+        f"Chameleon's data of fine-tuning (§3), learned from scratch: of the answers {share} are pictures",
         "1.6M texts to 64K pictures, batch 128, 1e-5; the steps are not in our sources", None,
         Numbers(1.5e-3, 16, 300), trained=("embed", "layers", "norm"), task=f"chameleon-{name}",
         start="vq")

@@ -123,10 +123,10 @@ class ChameleonTask(Task):
 
 
 class ModalityTask(ChameleonTask):
-    """Captions that are answered by a picture or by words, as the request says (§3).
+    """Captions that are answered by a picture or by words, as the request says: the paper's fine-tuning (§3).
 
-    The paper fine-tunes; here a new decoder learns nothing else. Where the modalities are unbalanced, the
-    paper says, a model learns a prior of writing the commoner one.
+    Here the decoder learns them from scratch; only the tokenizer of pictures is trained before. Where the
+    modalities are unbalanced, the paper says, a model learns a prior of writing the commoner one.
     `pictures`: the share of the requests that ask for one.
     """
     pictures, wanted = 0.5, {True: "\nPicture:", False: "\nWords:"}

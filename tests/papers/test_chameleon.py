@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import data
 from conftest import TINY, check, golden, stir
 from model import Decoder
-from papers.chameleon import (SIZE_34B, SIZE_7B, Z_WEIGHT, Chameleon, Only, QKLayerNorm, chameleon_loss,
-                              z_loss)
+from papers.chameleon import (RECIPES, SIZE_34B, SIZE_7B, Z_WEIGHT, Chameleon, Only, QKLayerNorm,
+                              chameleon_loss, z_loss)
 from papers.chameleon_task import TASKS, ChameleonTask
 from papers.recipe import Ingredients
 from papers.vq import VQ, vq_loss
@@ -119,6 +119,8 @@ def test_published_sizes():
     count = [sum(p.numel() for p in m.parameters()) for m in (seven, vq, big)]
     assert count[0] + count[1] == 7_043_090_432 and count[1] == 29_423_616
     assert 34.0e9 < count[2] < 34.6e9
+    paper = RECIPES["chameleon-2"].paper
+    assert paper.steps * paper.batch * SIZE_7B.context == pytest.approx(9.2e12, rel=1e-3)       # tokens
 
 
 @pytest.fixture(scope="module")

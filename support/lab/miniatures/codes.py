@@ -32,8 +32,8 @@ def chameleon(recipe: str) -> Arm:
     return Arm(("--recipe", recipe, "--steps", "40", "--batch", "8"), start="VQ", measures=("stability",))
 
 
-def tuned(recipe: str) -> Arm:
-    """A new decoder, behind a caption asked for a picture or for words; how likely is a picture?"""
+def asked(recipe: str) -> Arm:
+    """From scratch; behind a caption a picture or words are asked for, and how likely is a picture?"""
     flags = ("--recipe", recipe, "--batch", "16", "--eval-items", "200")
     return Arm(flags, start="VQ", measures=("modality",))
 
@@ -42,7 +42,7 @@ ARMS = {"VQ": Arm(CODES, measures=("painted",)),
         "Chameleon": chameleon("chameleon-2"), "Chameleon, no QK-norm": chameleon("chameleon-no-qk"),
         "Chameleon, no z-loss": chameleon("chameleon-no-z"),
         "Chameleon, z-loss 0.01": chameleon("chameleon-z"),
-        "half pictures": tuned("chameleon-even"), "1 picture in 20": tuned("chameleon-words")}
+        "half pictures": asked("chameleon-even"), "1 picture in 20": asked("chameleon-words")}
 MEASUREMENTS = {"painted": measure_results, "modality": measure_results, "stability": measure_stability}
 MEASURED = {"painted": {SMALL.name, LARGE.name, ERROR.name}, "stability": {LOG_Z.name, SCORE.name},
             "modality": {ASKED.name, WORDS.name, UNSAID.name}}
@@ -63,13 +63,14 @@ CLAIMS = {
         columns=(SCORE, LOG_Z),
         note="In 40 steps a z-loss of the paper's weight, 1e-5, is too small to show; at 0.01 it shows."),
     "modality": Claim(
-        says="Training with few pictures teaches a prior against them, whatever is asked.",
+        says="Few pictures among the answers teach a prior against pictures, whatever is asked.",
         source="document 3; Chameleon, §3, on balancing modalities in fine-tuning, without numbers",
         expect=(
             Expectation(Side("half pictures", UNSAID), ">", Side("1 picture in 20", UNSAID)),
             Expectation(Side("half pictures", ASKED), ">", Side("1 picture in 20", ASKED)),
         ),
         columns=(ASKED, WORDS, UNSAID),
-        note="Where the request does not say what is wanted, both write words; a picture is five times as "
-             "likely after a balanced tuning, but seeds differ by as much."),
+        note="Here the decoder is trained from scratch. Where the request does not say what is wanted, both "
+             "write words; a picture is five times as likely after balanced answers, but seeds differ by as "
+             "much."),
 }
