@@ -57,9 +57,10 @@ CLAIMS = {
             Expectation(Side("ALBEF"), ">", Side("ALBEF, no teacher")),
         ),
         columns=(WORDS, PAIRS, FOUND, NAMED),
-        note="The ViT was taught by captions, in CLIP's contrast, before any arm begins; the encoder of "
-             "words is new. Fusing at once loses nothing; what it does not learn is to find one by the "
-             "other. Without a teacher, pairs are judged by chance in some seeds."),
+        note="Only the ViT was trained before, by CLIP's contrast; the text encoder and the projections are "
+             "new in every arm. Fusing at once loses nothing, perhaps because this ViT tells what stands "
+             "where; what it does not learn is to find one by the other. Without a teacher, pairs are judged "
+             "by chance in some seeds."),
     "flava": Claim(
         says="The contrast over all processes beats that of each; masked and matched pairs help; pictures "
              "and texts alone do not, unless the encoders were trained alone before.",
@@ -71,7 +72,7 @@ CLAIMS = {
         ),
         columns=(FOUND, NAMED, WORDS, PAIRS)),
     "coca": Claim(
-        says="Many pooled tokens serve captions better than one, and recognition somewhat better.",
+        says="Many pooled tokens serve captions better than one, and recognition, too, by less.",
         source="CoCa, its ablation: zero-shot ImageNet, VQA",
         expect=(
             Expectation(Side("CoCa", CAPTION), ">", Side("CoCa, 1 query", CAPTION), paper="69.0, 64.4"),

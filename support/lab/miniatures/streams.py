@@ -44,7 +44,8 @@ CLAIMS = {
             Expectation(Side("ViLBERT", PAIRS), "≥", Side("ViLBERT, equal depths", PAIRS)),
         ),
         columns=(WORDS, OTHER, PAIRS),
-        note="Equal depths are fewer layers, too: 700,010 parameters learn in the place of 774,794."),
+        note="With equal depths there is a layer less, and there are fewer parameters: 700,010 against "
+             "774,794."),
     "vilt": Claim(
         says="The transport plan aligns words and patches without a label of either.",
         source="ViLT, Fig. 4: heat maps without numbers",
