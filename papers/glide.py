@@ -28,8 +28,8 @@ alone, the loss (0.107 without a text) was 0.102 after 2,000 steps without all t
 them.
 
 The claim: guidance buys what the text says with variety (Fig. 6), and people prefer it to CLIP's (Elo +82.7
-against −73.2 for looks, +110.9 against +29.3 for the caption; zero-shot FID on COCO 12.24). It is not measured
-here; a run reports how many of the named things are found in its pictures, at one strength of guidance.
+against −73.2 for looks, +110.9 against +29.3 for the caption; zero-shot FID on COCO 12.24). It is not
+measured here: a run reports how many of the named things are found in its pictures, at one guidance (s = 3).
 
     python train.py --recipe glide && python eval.py draw out/glide-shapes "a large red ring at the top left"
 """
