@@ -35,7 +35,7 @@ norm of the layer, is the bridge's own.
 
 The paper's claim: with little data the unit wins, by up to 10.8 CIDEr over the best baseline on 0.1 to 1 % of
 COCO, 5.4 on Conceptual Captions. In miniature: the same cross-attention with mix = "learned" at τ 0 and 0.2,
-"residual" (H + X) and "tanh" (H + tanh(g) X, Flamingo's gate), from 1 % of the pictures.
+"residual" (H + X) and "tanh" (H + tanh(g) X, Flamingo's gate), from 96 pictures.
 """
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ MIXTURES = ("learned", "sigmoid", "residual", "tanh")
 
 
 class VisualEncoder(nn.Module):
-    """18,117,120 parameters at Di 2048, D 768, as many as the authors' encoder uses."""
+    """18,117,120 parameters at Di 2048, D 768, as many as the authors' encoder uses.
+
+    Theirs starts with Xavier's matrices, ours as PyTorch's layers do.
+    """
 
     def __init__(self, vision_width: int, width: int, levels: int, heads: int, hidden: int, dropout: float):
         super().__init__()
@@ -75,7 +78,11 @@ def srau(h: Tensor, x: Tensor, alpha: Tensor, tau: float) -> Tensor:
 
 
 class MixingBlock(nn.Module):
-    """Cross-attention to the levels of the picture, and the mixture that follows the self-attention."""
+    """Cross-attention to the levels of the picture, and the mixture that follows the self-attention.
+
+    W_q, W_k, W_v and the gates start as the authors'. W_o starts as PyTorch's layers do, its bias too, where
+    theirs is GPT-2's: N(0, 0.02) and no bias.
+    """
 
     def __init__(self, width: int, heads: int, levels: int, mix: str, tau: float):
         super().__init__()
@@ -145,6 +152,7 @@ class VisualGPT(Flamingo):
         return torch.stack(gates).detach().float().tanh() if gates else None
 
 
+# The published code groups its parameters for a decay of 0.01, but gives AdamW all of them: its default is 0.
 RECIPES = {"visualgpt": Recipe(
     "VisualGPT (2102.10407v5): encoder, units and decoder learn from captions; then CIDEr itself, at 1e-5",
     "0.1, 0.5 or 1 % of COCO, 5,664 captions: 227 steps are an epoch, early stopping says how many",

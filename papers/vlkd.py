@@ -127,5 +127,5 @@ class VlkdTask(Task):
 RECIPES = {"vlkd": Recipe(
     "VLKD (2203.06386v2): the decoder learns CLIP's text space, and to write from CLIP's pictures",
     "CC3M; the paper's numbers are not in our sources, here stand ClipCap's",
-    Numbers(2e-5, 40, 150_000, 5000, "linear", 0.01, 0.999, 0), Numbers(1e-3, 64, 600), "vlkd",
+    Numbers(2e-5, 40, 150_000, 5000, "linear", 0.0, 0.999, 0), Numbers(1e-3, 64, 600), "vlkd",
     ("bridge", "decoder"), task="vlkd", options=dict(joint=128), captions=1.0)}
