@@ -30,9 +30,9 @@ bit would be gone.
 
 The claim (Table 4: COCO CIDEr / VQAv2): all experts 142.8 / 80.0; none ("adapter only") 131.2 / 73.8; the
 decoder tuned instead 140.3 / 78.9; feed-forwards only 140.0 / 78.6; every 4th layer 138.7 / 77.6; experts
-that start at random 138.0 / 79.1; a full mask inside a picture 141.0 / 79.6. In miniature: these rows, with
-every 2nd layer of four and without the full mask. Expected: experts over none, copies over random, and the
-loss of text unchanged, exactly, unless the decoder is tuned.
+that start at random 138.0 / 79.1; a full mask inside a picture 141.0 / 79.6. In miniature: these rows
+without the full mask, and every 2nd layer instead of every 4th; expected: experts over none, copies over
+random, and the loss of text unchanged, exactly, unless the decoder is tuned.
 """
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ several pictures. Document 4 is right: the picture's tokens see all of the text.
     (T1)  p(w, y) = Π_t p(w_t | w_<t) Π_n p(y_n | w, y_<n)          words among V + T ids, codes among K
     (T2)  L = (1 · CE(w) + 7 · CE(y)) / 8                           each a mean over its positions
     (T3)  y_n ~ p(· | w, y_<n)^(1/temperature);  the picture: argmax over samples of CLIP(text, picture)
-    (T4)  n sees m of the picture: row: side ≥ n − m ≥ 0 in steps of one; column: steps of side;
+    (T4)  n sees m of the picture: row: side ≥ n − m ≥ 0 in steps of one; column: n ≥ m in steps of side;
           conv: a square behind it. All see all of the text.
 
 The paper has 12 billion parameters in 64 layers; (T4) is sparse: of four layers three by row and one

@@ -1,11 +1,11 @@
 """KOSMOS-1 (2302.14045v2): one attention of learned queries brings a picture into a decoder that is trained
 from scratch.
 
-Document 2 names it in one line with BLIP-2 and FROMAGe, among other large multimodal models, without an
-equation. What sets it apart is not the way in: the decoder (24 layers, 1.3B parameters, 1.6B with CLIP) is
-never a finished language model that is later shown pictures. It learns text, pairs and interleaved documents
-at once, a picture standing in the text between <image> and </image>; of CLIP ViT-L/14 only the last layer
-learns.
+Document 2 names it in one line, with BLIP-2 and FROMAGe, among models that learn from pairs of a picture and
+a text, without an equation. What sets it apart is not the way in: the decoder (24 layers, 1.3B parameters,
+1.6B with CLIP) is never a finished language model that is later shown pictures. It learns text, pairs and
+interleaved documents at once, a picture standing in the text between <image> and </image>; of CLIP ViT-L/14
+only the last layer learns.
 
 The paper says that a resampler pools the picture and publishes no weights. What is here is the connector that
 KOSMOS-2 (2306.14824) publishes:

@@ -31,7 +31,7 @@ Paper     COCO: k 45, α 0.1, β 2, 16 tokens with the start token; Flickr30k: k
           About 27 times as fast as the baseline that follows CLIP's gradient (abstract). On the 100 COCO
           pictures of Socratic Models: CIDEr 56.2, BLEU-4 11.4.
 Slips     The published loop catches every error, so a picture that fails leaves the score; here it raises.
-Claim     A decoder tuned on the captions of a world, and CLIP of that world; β in {0, 0.5, 2}, k 10.
+Claim     A decoder tuned on the captions of a world, and CLIP of that world; β in {0, 0.5, 2}.
           β > 0 recalls far more attributes than β = 0, which is blind, and far fewer than a trained linear
           bridge. The toy's decoder (recipe lm-prompts) is tuned without (MG4). python eval.py claims magic
 """

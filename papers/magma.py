@@ -101,7 +101,7 @@ class Magma(Limber):
         return self.adapters[part][layer](f, *x) if part in self.adapters else f(*x)
 
 
-# The paper decays to 0 over 300,000 steps and stops halfway; --scale paper ends at 0.
+# The paper decays to 0 over 300,000 steps and stops halfway; this column reaches 0 where it stops.
 PAPER = Numbers(8e-4, 256, 150_000, 100, "linear", 0.0, 0.95)
 RECIPES = {
     "magma": Recipe(

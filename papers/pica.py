@@ -36,12 +36,11 @@ Paper     "Full": S = 16, J = 5, (PC1). "Base": 16 random examples, J = 1. CLIP 
 Slips     The instruction says "above context" and stands above it. (PC3) is not divided by the length, so
           short answers win. The published code's accuracy is (PC4), not VQA's: tables use eval.py's. With
           S = 0 its slice [-0:] chooses all examples; the prompt has none, and here none are chosen.
-Claim     Captions by a trained bridge or the true scene; S in {0, 1, 4, 8}, of 1 and 4
-          random ones, too; J = 5 at S = 1. Similar examples beat random ones; J = 5 is at least as good as
-          J = 1; all stay below a trained mapper; what the true scene gains over the bridge's caption is what
-          those words lost. The decoder must know this form of prompt (recipe lm-prompts). Document 1's own
-          numbers hold this only without examples: MAPL 33.54 / 45.13 / 45.21 on VQAv2. In miniature: python
-          eval.py claims pica
+Claim     Captions by a trained bridge, S in {0, 1, 4, 8}; random and similar examples at S = 1 and 4, J = 5
+          at S = 1, the true scene at S = 4. Similar examples beat random ones; J = 5 is no worse than J = 1;
+          all stay below a trained mapper; what the true scene gains over the bridge's caption is what those
+          words lost. The decoder must know this form of prompt (recipe lm-prompts). Document 1's own numbers
+          hold this only without examples: MAPL 33.54 / 45.13 / 45.21 on VQAv2. python eval.py claims pica
 """
 from __future__ import annotations
 

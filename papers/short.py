@@ -98,7 +98,10 @@ class Beit(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(vit.config.width) * 0.02)    # e
 
     def loss(self, pixels: Tensor, masked: Tensor, codes: Tensor) -> Tensor:
-        """(B, 3, S, S), (B, N) bool, (B, N) int64 → (T3). A hidden patch has pixels 0, the mean colour."""
+        """(B, 3, S, S), (B, N) bool, (B, N) int64 → (T3).
+
+        A masked patch has pixels of 0, the mean colour, which are embedded as 0, or as the bias.
+        """
         c = self.vit.config
         hidden = F.interpolate(masked.view(-1, 1, c.side, c.side).float(), scale_factor=c.patch) > 0
         z = self.vit.embed(pixels.masked_fill(hidden, 0))                       # (B, N, Di)

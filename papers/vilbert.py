@@ -59,7 +59,7 @@ class ViLBertConfig:
     shared: int = 1024              # width of the co-attention and of h
     shared_heads: int = 8
     connect: tuple[tuple[int, int], ...] = tuple((n, 6 + n) for n in range(6))      # (region, text) layers
-    dropout: float = 0.1
+    dropout: float = 0.1            # BERT's inside its layers; BERT's behind the embeddings is not here
 
 
 class Side(nn.Module):

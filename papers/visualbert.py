@@ -51,6 +51,7 @@ from papers.recipe import Ingredients, Numbers, Recipe
 
 @dataclass(frozen=True)
 class VisualBertConfig:
+    """dropout: BERT's inside its layers; BERT has another behind the embeddings, which is not here."""
     vocab_size: int = 30522     # V
     width: int = 768            # D
     layers: int = 12
