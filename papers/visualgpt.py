@@ -27,11 +27,9 @@ The code adds J = 3 levels over √3, as a meshed memory does; the paper has one
 the start α ≈ ½, so that the stream shrinks to about √3/2 of itself in every layer. The decoder is not
 preserved and has to learn, too. (5) τ is 0 in the training file, 0.2 in the README, which is our default.
 Without effect in the code: dropout of the self-attention, and four projections (enc_dec_attn.c_attn and the
-encoder's), 1,771,776 numbers a layer, which we leave out, and two groups with weight decay 0.01, which its
-optimiser is not given. Matrices begin as nn.Linear makes them, in the code Xavier's in the encoder. We add
-three things that one picture per text did not need. A word reads the last picture at or before it, as in
-Flamingo. A word without a picture keeps H, so plain text is read as ever. And LN, in the code GPT-2's first
-norm of the layer, is the bridge's own.
+encoder's), 1,771,776 numbers a layer, which we leave out. We add three things that one picture per text did
+not need. A word reads the last picture at or before it, as in Flamingo. A word without a picture keeps H, so
+plain text is read as ever. And LN, in the code GPT-2's first norm of the layer, is the bridge's own.
 
 The paper's claim: with little data the unit wins, by up to 10.8 CIDEr over the best baseline on 0.1 to 1 % of
 COCO, 5.4 on Conceptual Captions. In miniature: the same cross-attention with mix = "learned" at τ 0 and 0.2,

@@ -84,14 +84,6 @@ def test_the_published_sizes_have_303_859_063_parameters():
     assert sum(p.numel() for p in model.parameters()) + poolers == 303_859_063
 
 
-def test_a_given_vit_keeps_its_weights_and_the_other_biases_begin_at_0():
-    vit = ViT(ViTConfig(16, 8, 32, 1, 2, 64, pre_norm=False, patch_bias=True))
-    before = {name: p.clone() for name, p in vit.state_dict().items()}
-    model = Flava(vit, 50, codes=8, layers=1, heads=2, hidden=64, fusion=1, fusion_hidden=64)
-    assert all(torch.equal(p, before[name]) for name, p in model.vit.state_dict().items())
-    assert not model.pooler.bias.any() and not model.layers[0].up.bias.any()
-
-
 @pytest.mark.parametrize("part, key, value", [
     (None, "a_new_key", 1), ("image_config", "qkv_bias", False),
     ("multimodal_config", "use_cls_token", False),
