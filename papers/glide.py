@@ -12,7 +12,7 @@ compares that guidance with one by CLIP's gradients.
     (G2)  L = ‖x_0 − x̂_0‖², c = ∅ in a fifth of the batch       = (1 − ᾱ_t)/ᾱ_t ‖ε − ε_θ‖²
     (G7)  y = LN(z) (1 + a) + b,   [a; b] = W silu(emb(t) + W' c_n)       in the place of each norm
     (G8)  softmax(q [k_c; k]ᵀ / √E) [v_c; v]                    q, k, v of y; k_c, v_c of the states c
-    (G9)  c_n = s_n + b + Σ_{m<8} V_m s_{n−m}                 s: the frozen decoder's states; V, b = 0 at first
+    (G9)  c_n = s_n + b + Σ_{m<8} V_m s_{n−m}               s: the frozen decoder's states; V, b = 0 at first
 
 GLIDE's network is a U-Net of 2.3B for 64 pixels, its text transformer another 1.2B, and a second model makes
 256 pixels of 64. Here a ViT whose tokens are the cells draws 48 pixels, and the text is read by the frozen
