@@ -51,7 +51,7 @@ def draw_claims(claims: dict[str, Claim], results: Results, seeds: dict[str, int
         curves = {arm: [results[arm, seed]["curve"] for seed in range(seeds[name])] for arm in arms}
         draw_losses(left, {arm: runs for arm, runs in curves.items() if all(runs)}, colors)
         for axis, sides in zip(right, units.values()):
-            draw_numbers(axis, claim, sides, results, seeds[name], colors)
+            draw_numbers(axis, claim, sides, results, seeds[name], colors, crowded=columns > 6)
         with atomically(folder / f"{name}.png") as tmp:
             figure.savefig(tmp, format="png", dpi=80)
         lines += ["", f"## {name}", "", *wrap(f"{claim.says} ({claim.source})"), "",
@@ -94,15 +94,18 @@ def sides_by_unit(claim: Claim) -> dict[str, list[tuple[Side, Number]]]:
 
 
 def draw_numbers(axis, claim: Claim, sides: list[tuple[Side, Number]], results: Results, seeds: int,
-                 colors: dict[str, str]) -> None:
-    """A column for each side, all of one unit: its seeds, their mean and the paper's number."""
+                 colors: dict[str, str], crowded: bool = False) -> None:
+    """A column for each side, all of one unit: its seeds, their mean and the paper's number.
+
+    crowded: a word on each line of a name.
+    """
     for n, (side, number) in enumerate(sides):
         if shown := seed_values(results, seeds, side.arm, number):
             axis.plot([n] * len(shown), shown, "o", color=colors[side.arm], alpha=0.6)
             axis.hlines(np.mean(shown), n - 0.3, n + 0.3, color=colors[side.arm])
         if (paper := papers_number(claim, side, number)) is not None:
             axis.plot([n], [paper], "D", color="0.35", fillstyle="none")
-    breaks = ": |, | " if len(sides) > 6 else ": |, "
+    breaks = ": |, | |(?<=-)" if crowded else ": |, "
     axis.set_xticks(range(len(sides)), [re.sub(breaks, "\n", str(side)) for side, _ in sides], fontsize=7)
     names, (_, first) = {number.name for _, number in sides}, sides[0]
     axis.set(ylabel=f"{first.name}, {first.unit}" if len(names) == 1 else first.unit,
