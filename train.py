@@ -463,8 +463,8 @@ class AnswerTask(Task):
         items = take_items(held_out := self.given.open_held_out(), 100)
         if not has_answers(held_out, items[0]):
             return {"held_out_loss": self.held_out_loss(held_out)}
-        captions = not any(item.qas for item in items)  # they take several times as long to write as answers
-        return scalar_scores(evaluate(self.module, self.tokenizer, items, False, 1, captions, self.s.form))
+        told = not any(item.qas for item in items)      # captions take several times as long as answers
+        return scalar_scores(evaluate(self.module, self.tokenizer, items, captions=told, form=self.s.form))
 
     def report(self, out: Path) -> dict[str, dict]:
         if advice := advise_at_end(out, self.module.decoder.config.vocab_size):

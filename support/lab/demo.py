@@ -23,6 +23,7 @@ from support.lab.attention import attention_to_patches, overlay_attention, seen_
 from support.lab.reads import trained_items, unread_words, what_it_reads
 from support.lab.speakers import Conversation, Speaker, open_speaker
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
+from support.worlds.trained import known_sets
 
 CANVAS = 384                    # pixels: side of what one draws on
 EXAMPLES = 24                   # pictures of the first run's data to leaf through
@@ -91,7 +92,8 @@ def answer_all(speakers: list[Speaker], count: int, drawn, question: str) -> Ite
 def examples_of(speaker: Speaker) -> list[tuple[np.ndarray, str]]:
     """Pictures of the data that a run was trained on, with a question about each, where they are here."""
     with contextlib.suppress(KeyError, UserError):
-        items = [item for item in trained_items(speaker.facts)[:EXAMPLES] if item.image is not None]
+        items = trained_items(known_sets(speaker.facts))[:EXAMPLES]
+        items = [item for item in items if item.image is not None]
         return [(item.image, item.qas[-1].question if item.qas else "") for item in items]
     return []
 

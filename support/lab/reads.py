@@ -28,12 +28,8 @@ def unread_words(tokenizer: Tokenizer, text: str) -> list[str]:
     return [word for word in words if len(tokenizer.encode(" " + word, preceded_by="text")) > 1]
 
 
-def trained_items(facts: dict) -> list:
-    """The first items of the data sets that a run was trained on, as far as they are here."""
-    return first_items(known_sets(facts))
-
-
-def first_items(sets: list) -> list:
+def trained_items(sets: list) -> list:
+    """The first items of the data sets that a run was trained on (known_sets), as far as they are here."""
     items = []
     for world in sets:
         if not isinstance(world, Unknown):
@@ -53,7 +49,7 @@ def what_it_reads(name: str, tokenizer: Tokenizer, facts: dict) -> str:
         return (f"{name}: a toy decoder of {tokenizer.vocab_size} tokens; it reads the words that it was "
                 "trained on, in lower case, and no others.")
     sets = known_sets(facts)
-    texts = [text for item in first_items(sets)
+    texts = [text for item in trained_items(sets)
              for text in (*item.captions, *(f"{q.question} {q.answer}" for q in item.qas))]
     words = sorted({word for text in texts for word in re.findall(r"\w+", text)})
     words = [word for word in words if not unread_words(tokenizer, word)]
