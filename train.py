@@ -99,8 +99,8 @@ RECIPES = {
         "Flamingo (2204.14198v2 §2.4): resampler and gated blocks learn; "
         "Σ_m λ_m E_m, one update for all data sets", "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
         Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999),
-        Numbers(2e-3, 64, 1000, **MUON), "flamingo", paper_options=systems.FLAMINGO_9B,
-        options=dict(reads=-2, every=1, latents=16, depth=2, heads=4, head_width=32)),
+        Numbers(2e-3, 64, 1000, **MUON), "flamingo", options=systems.FLAMINGO_OPTIONS,
+        paper_options=systems.FLAMINGO_9B),
     **papers.RECIPES, **reader.RECIPES,
 }
 
@@ -366,17 +366,16 @@ class AnswerTask(Task):
 
     def batch(self, step: int) -> list[dict]:
         """The pieces of a step. Each process reads its own part of every data set's share."""
-        pieces, per_set = [], self.s.batch // len(self.sets)
-        for m, (world, weight) in enumerate(self.sets):
-            mine = per_set // self.ranks.size
-            first = step * per_set + self.ranks.rank * mine
-            indices = [i % self.s.examples if self.s.examples else i for i in range(first, first + mine)]
-            pairs = [self.example(world, i) for i in indices]
-            if self.s.accumulate > 1:                   # rows of similar length share a piece: less padding
-                pairs.sort(key=lambda pair: len(pair[0].tokens))
-            size = math.ceil(mine / self.s.accumulate)
-            pieces += [self.piece(pairs[k:k + size], m, weight) for k in range(0, mine, size)]
-        return pieces
+        return [piece for m in range(len(self.sets)) for piece in self.pieces(m, step, len(self.sets))]
+
+    def pieces(self, m: int, step: int, sets: int = 1) -> list[dict]:
+        """Those of data set m, one of so many that share the step."""
+        world, weight = self.sets[m]
+        pairs = [self.example(world, i) for i in self.given.indices(step, sets)]
+        if self.s.accumulate > 1:                       # rows of similar length share a piece: less padding
+            pairs.sort(key=lambda pair: len(pair[0].tokens))
+        size = math.ceil(len(pairs) / self.s.accumulate)
+        return [self.piece(pairs[k:k + size], m, weight) for k in range(0, len(pairs), size)]
 
     def example(self, world, index: int) -> tuple[data.Document, data.Item]:
         item = world.item(index, turns=self.s.turns)
@@ -500,14 +499,15 @@ class AnswerTask(Task):
 
 TASKS = {"answer": AnswerTask, **reader.TASKS, **papers.TASKS,
          **{name: type(name, (change, AnswerTask), {}) for name, change in papers.ANSWER_TASKS.items()}}
-PER_TOKEN = ("answer", *reader.TASKS)                  # tasks whose loss is a mean over tokens
+MIXED = ("answer", "round-robin")                       # tasks that learn from several data sets
+PER_TOKEN = (*MIXED, *reader.TASKS)                     # tasks whose loss is a mean over tokens
 
 
 def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stored: torch.dtype) -> Task:
     """Load what a recipe's task needs, and freeze the parts that do not learn, `stored` in that dtype."""
     world, trained = sets[0][0], [each for each, _ in sets] + earlier_sets(s.init)
     ranks.require_splits(s.recipe, TASKS[recipe.task].splits)
-    if recipe.task not in ("answer", "clip") and len(sets) > 1:
+    if recipe.task not in (*MIXED, "clip") and len(sets) > 1:
         raise UserError(f'--data "{s.data}": recipe {s.recipe} learns from one data set.')
     given = Ingredients(
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
@@ -519,7 +519,7 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
         given.tokenizer = text.shapes_tokenizer()
     LOADERS[recipe.task](given, s.lm, s.vit, s.init)
     fit_size([each for each, _ in sets], given.vit or getattr(given.clip, "vit", None))
-    if recipe.task not in ("answer", "lm", "clip"):
+    if recipe.task not in (*MIXED, "lm", "clip"):
         require_captions(world)
     if issubclass(TASKS[recipe.task], AnswerTask):
         given.bridge = new_bridge(s, s.bridge, given.decoder.config, given.vit.config.width).to(given.device)

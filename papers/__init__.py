@@ -11,8 +11,9 @@ from model import Bridge, DecoderConfig
 from papers import (albef, albef_task, blip2_stage1, chameleon, chameleon_task, clip, clipcap, cm3, coca,
                     coca_task, cogvlm, contrasts, dalle, ddpm, dpo, dvae, flava, flava_task, fromage,
                     frozen, glide, glide_task, gligen, idefics, kosmos1, limber, llama_adapter, llava_data,
-                    magic, magma, minigpt4, mllama, pica, ppo, prompt_tuning, short, simvlm, socratic,
-                    systems, unified_io2, unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd, vq, word)
+                    magic, magma, minigpt4, mllama, pica, ppo, prompt_tuning, round_robin, short, simvlm,
+                    socratic, systems, unified_io2, unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd,
+                    vq, word)
 from papers.bounds import check_option, nearest
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -36,7 +37,7 @@ PAPERS = {module.__name__.removeprefix("papers."): module
                          pica, magic, socratic, limber, magma, minigpt4, kosmos1, fromage, cogvlm, dvae,
                          short, dalle, chameleon, ddpm, glide, prompt_tuning, visualgpt, vcgpt, gligen, vlkd,
                          dpo, ppo, vq, visualbert, vilbert, vilt, unit, coca, simvlm, cm3, contrasts, albef,
-                         unified_io2, flava)}
+                         unified_io2, flava, round_robin)}
 RECIPES = {**systems.RECIPES, **word.RECIPES,           # of systems of several stages, and of each paper
            **{name: recipe for paper in PAPERS.values()
               for name, recipe in getattr(paper, "RECIPES", {}).items()}}
@@ -45,7 +46,7 @@ RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGP
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 # task of a recipe → what it changes of train.py's answer task
 ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen": GligenTask, **dpo.TASKS,
-                **short.TASKS, "word": word.WordTask}
+                **short.TASKS, **round_robin.TASKS, "word": word.WordTask}
 # task of a recipe that changes none of the answer task → its class
 TASKS = {"stage1": blip2_stage1.Stage1Task,
          **{name: task for module in (clip, limber, visualbert, vilbert, vilt, albef_task, coca_task, simvlm,

@@ -109,10 +109,11 @@ class Ingredients:
     def __post_init__(self):
         self.worlds = self.worlds or [self.world]
 
-    def indices(self, step: int) -> list[int]:
-        """The numbers of the items of this step that this process reads."""
+    def indices(self, step: int, sets: int = 1) -> list[int]:
+        """The numbers of the items of this step that this process reads, of one of so many data sets."""
         number, parts = self.part
-        first, count = step * self.batch, self.batch // parts
+        batch = self.batch // sets
+        first, count = step * batch, batch // parts
         items = range(first + number * count, first + (number + 1) * count)
         return [i % self.examples if self.examples else i for i in items]
 

@@ -15,7 +15,7 @@ CHAMELEON_TASKS = ("chameleon", "chameleon-no-qk", "chameleon-no-z", "chameleon-
                    "chameleon-even", "chameleon-words")
 FLAVA_TASKS = ("flava-2", "flava-pairs", "flava-contrast", "flava-local")
 UNREAD = {                          # task → the settings of the command line that it does not read
-    **dict.fromkeys(("answer", "fpt", "fpt-random"), set()),
+    **dict.fromkeys(("answer", "round-robin", "fpt", "fpt-random"), set()),
     "stage1": ANSWERS | {"accumulate", "checkpoint", "compile"},
     **dict.fromkeys(PAIR_TASKS, PAIRS), **dict.fromkeys(NOTHING_FROZEN, PAIRS | {"frozen"}),
     **dict.fromkeys(FLAVA_TASKS, PAIRS | {"vit", "frozen"}),

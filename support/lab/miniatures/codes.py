@@ -29,7 +29,7 @@ CODES = ("--recipe", "vq", "--steps", "3000", "--batch", "16", "--eval-items", "
 
 
 def chameleon(recipe: str) -> Arm:
-    return Arm(("--recipe", recipe, "--steps", "40", "--batch", "8"), start="VQ", measures=("stability",))
+    return Arm(("--recipe", recipe, "--steps", "300", "--batch", "8"), start="VQ", measures=("stability",))
 
 
 def asked(recipe: str) -> Arm:

@@ -39,7 +39,7 @@ MEASURED = {"retrieval": {CAPTION.name, DIALOGUE.name},
             "retrieval by CLIP": {CLIP_CAPTION.name, CLIP_DIALOGUE.name}}
 FLAGS = ("--bridge", "fromage", "--steps", "200")
 ARMS = {
-    "FROMAGe": Arm(FLAGS, measures=("retrieval", "shots", "retrieval by CLIP")),
+    "FROMAGe": Arm(FLAGS, measures=("retrieval", "shots", "retrieval by CLIP", "captions")),
     "FROMAGe, single": Arm((*FLAGS, "--option", "pairs=0"), measures=("retrieval", "shots")),
 }
 CLAIMS = {"fromage": Claim(

@@ -6,15 +6,15 @@ from support.lab.claims_list import SHOTS, Arm, Claim, Expectation, Side
 from support.lab.miniatures.magma import TEXT_LOSS
 
 
-def kosmos1(*sets: str) -> Arm:
+def kosmos1(*sets: str, also: tuple[str, ...] = ()) -> Arm:
     flags = ("--bridge", "kosmos1", "--batch", "30", "--data", " + ".join(sets))
-    return Arm(flags, measures=("shots", "text loss"))
+    return Arm(flags, measures=("shots", "text loss", *also))
 
 
 ARMS = {
     "KOSMOS-1, pairs": kosmos1("shapes"),
     "KOSMOS-1, and pages": kosmos1("shapes", "shapes-pages"),
-    "KOSMOS-1, and text": kosmos1("shapes", "shapes-pages", "shapes-words"),
+    "KOSMOS-1, and text": kosmos1("shapes", "shapes-pages", "shapes-words", also=("answers",)),
 }
 CLAIMS = {"kosmos1": Claim(
     says="Interleaved documents are what makes examples in the prompt help, and text keeps the language.",
