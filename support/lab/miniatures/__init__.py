@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from support.lab.miniatures import (clipcap, codes, cogvlm, dpo, fromage, frozen, fusion, gligen, kosmos1,
                                     limber, magic, magma, minigpt4, packing, pica, prefixes, prompt_tuning,
-                                    round_robin, socratic, streams, vcgpt, visualgpt, vlkd)
+                                    round_robin, socratic, streams, vcgpt, visualgpt, vlkd, webgum)
 
 MODULES = (frozen, clipcap, limber, magma, minigpt4, kosmos1, visualgpt, vcgpt, fromage, prompt_tuning,
            cogvlm, gligen, vlkd, dpo, pica, magic, socratic, streams, prefixes, fusion, codes, packing,
-           round_robin)
+           round_robin, webgum)
 CLAIMS = {name: claim for module in MODULES for name, claim in module.CLAIMS.items()}
 OWN = {claim.own_arm for claim in CLAIMS.values()}      # the papers' own arms: blind, too
 ARMS = {name: replace(arm, measures=(*arm.measures, "blind"))
