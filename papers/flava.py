@@ -60,7 +60,7 @@ class Flava(nn.Module):
 
     def __init__(self, vit: ViT, vocab_size: int, codes: int = 8192, layers: int = 12, heads: int = 12,
                  hidden: int = 3072, fusion: int = 6, fusion_hidden: int = 3072, positions: int = 512,
-                 joint: int = 768):
+                 joint: int = 768, std: float = 0.02):
         super().__init__()
         D = vit.config.width
 
@@ -78,7 +78,7 @@ class Flava(nn.Module):
         self.mim_head, self.mlm_head = MaskedHead(D, codes), MaskedHead(D, vocab_size)
         self.mmm_image_head, self.mmm_text_head = MaskedHead(D, codes), MaskedHead(D, vocab_size)
         self.pooler, self.match_head = nn.Linear(D, D), nn.Linear(D, 2)
-        init_bert(self)
+        init_bert(self, std)
         self.vit = vit                                                          # as it was given
 
     def image(self, pixels: Tensor, hidden: Tensor | None = None) -> Tensor:

@@ -43,13 +43,13 @@ class FlavaTask(AlignTask):
     kinds, losses, local = KINDS, ("contrast", "itm", "mmm_image", "mmm_text"), False
 
     def __init__(self, given: Ingredients):
-        given.vit = ViT(TOY_VIT)
-        init_bert(given.vit)
+        given.vit, std = ViT(TOY_VIT), TOY_VIT.width**-0.5
+        init_bert(given.vit, std)
         nn.init.normal_(given.vit.positions, std=0.5)           # see papers/clip.py
         super().__init__(given)
         V, K = self.words + SPECIAL, len(given.images.codes)
         self.module = Flava(given.vit, V, K, layers=4, heads=4, hidden=512, fusion=2, fusion_hidden=512,
-                            positions=self.context, joint=64).to(given.device)
+                            positions=self.context, joint=64, std=std).to(given.device)
         guess = math.log(given.batch) + math.log(2) + math.log(K) + math.log(V)
         self.expect = (f"(uniform guesses: contrast ln {given.batch} + matching ln 2 + codes ln {K} + words "
                        f"ln {V} = {guess:.2f})")

@@ -84,11 +84,16 @@ class WordHead(nn.Module):
 
 
 @torch.no_grad()
-def init_bert(module: nn.Module) -> None:
-    """The same for matrices; biases begin at 0, norms at 1."""
+def init_bert(module: nn.Module, std: float = 0.02) -> None:
+    """Matrices N(0, std²), biases 0; norms begin at 1.
+
+    BERT's 0.02 is for a width of 768. An output is std √D times as large as its input, so that 0.02 at D = 128
+    is two and a half times smaller in every layer. FLAVA's toy would then stay at ln B in its contrast, as all
+    pictures have nearly one vector; it begins at 1/√D.
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            part.weight.copy_(0.02 * torch.randn_like(part.weight))
+            part.weight.copy_(std * torch.randn_like(part.weight))
             nn.init.zeros_(part.bias)
 
 
