@@ -65,6 +65,8 @@ class AlbefTask(AlignTask):
         towers = Towers(given.vit, V, width=128, layers=4, heads=4, hidden=512, positions=self.context,
                         joint=64)
         self.module = Albef(towers, queue).to(given.device)
+        given.begin(self.module)
+        self.module.teacher.load_state_dict(towers.state_dict())
         guess = math.log(given.batch + queue) + math.log(2) + math.log(V)
         self.expect = f"(uniform guesses: ITC ln {given.batch + queue} + ITM ln 2 + MLM ln {V} = {guess:.2f})"
 

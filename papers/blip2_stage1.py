@@ -153,6 +153,7 @@ class Stage1Task(Task):
         self.given, self.world, self.tokenizer = given, given.world, given.tokenizer
         width = min(256, given.bridge.queries.shape[1])
         self.module = Stage1(given.vit, given.bridge, width, dec=self.tokenizer.image).to(given.device)
+        given.begin(self.module)
         guess = math.log(given.batch) + math.log(2) + math.log(self.tokenizer.vocab_size)
         self.expect = f"(uniform guesses: ITC ln {given.batch} + ITM ln 2 + ITG ln V = {guess:.2f})"
 

@@ -104,6 +104,7 @@ class Ingredients:
     part: tuple[int, int] = (0, 1)  # of a batch, which this process reads: its number, how many there are
     track: Callable = lambda work, what: work           # (work, "pictures") → work; says how far it has come
     gather: Callable[[Tensor], Tensor] = lambda x: x    # rows (b, …) of all parts → (B, …), with gradients
+    begin: Callable[[nn.Module], None] = lambda module: None        # what is new begins as the run of --init
     save: Callable[[Task, Path, dict], None] | None = None      # writes what was trained, and config.json
 
     def __post_init__(self):

@@ -162,6 +162,7 @@ class ViLBertTask(PairsTask):
         config = ViLBertConfig(self.vocab_size, 96, self.own + 2, 4, 192, self.context, width, 24,
                                96, 2, 4, 192, 96, 4, tuple((n, self.own + n) for n in range(2)), 0.0)
         self.module = nn.ModuleDict({"vit": given.vit, "bert": ViLBert(config)}).to(given.device)
+        given.begin(self.module)
         self.detector = torch.randn(width, config.classes, generator=torch.Generator().manual_seed(0))
 
     def states(self, cells: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -143,6 +143,7 @@ class ViLTTask(PairsTask):
         super().__init__(given)
         vilt = ViLT(given.vit, self.vocab_size, self.context)
         self.module = nn.ModuleDict({"vilt": vilt}).to(given.device)
+        given.begin(self.module)
 
     def loss(self, pixels: Tensor, tokens: Tensor, mask: Tensor, masked: Tensor, labels: Tensor,
              other: Tensor, **_) -> Tensor:

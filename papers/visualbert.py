@@ -146,6 +146,7 @@ class VisualBertTask(PairsTask):
         config = VisualBertConfig(self.vocab_size, 128, 2, 4, 512, self.context, given.vit.config.width, 0.0,
                                   self.join)
         self.module = nn.ModuleDict({"vit": given.vit, "bert": VisualBert(config)}).to(given.device)
+        given.begin(self.module)
 
     def rows(self, captions: list[list[str]], other: Tensor | None) -> list[list[int]]:
         """[CLS] caption [SEP] another one of the same picture or of another's [SEP]; or one caption alone."""

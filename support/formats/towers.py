@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import Processor, to_pixels
 from model import Bridge, Decoder, VLM, ViT, ViTConfig
@@ -18,7 +18,7 @@ from papers.gligen_task import take_place
 from papers.recipe import Ingredients, Task
 from papers.unread import PAIR_TASKS
 from support.formats.blip2 import fill_from_stage1, save_stage1
-from support.formats.checkpoint import Checkpoint, fill
+from support.formats.checkpoint import Checkpoint, Source, fill, tensor_for
 from support.formats.files import UserError, at_the_door, read_json, write_json, write_tensors
 from support.formats.glide import save_grid, save_painter
 from support.formats.hub import fetch, is_hub_name, tower_folder
@@ -97,6 +97,8 @@ def load_stage1_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> 
         save_stage1(task.module, out, facts, portable_name(name, out))
 
     given.save = save
+    if init:
+        given.begin = functools.partial(begin_module, run=Path(init))
 
 
 def load_pair_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
@@ -300,6 +302,30 @@ def open_clip(name: str, device: str | None = None) -> OpenedClip:
     # A published config cannot name token 2 as the end (it means: the largest id); ours ends with eos.
     clip.text.config = replace(clip.text.config, end=tokenizer.eos)
     return OpenedClip(clip, tokenizer, load_processor(tower_folder(folder, c.text("vit"))), ())
+
+
+@torch.no_grad()
+def begin_module(module: nn.Module, run: Path) -> None:
+    """A new model begins as a run of its own kind left it; after a run that made a ViT alone it stays new.
+
+    Strict both ways, as `fill`. A ViT that was frozen and ALBEF's teacher are not in the file.
+    """
+    file = next((run / name for name in ("model.safetensors", "stage1.safetensors") if (run / name).exists()),
+                None)
+    if file is None and (run / "vit" / "config.json").exists():
+        return
+    if file is None:
+        raise UserError(f"--init {run}: neither a run of this recipe nor one that made a ViT; leave it out to "
+                        "start fresh.")
+    checkpoint, parameters = Checkpoint(file), dict(module.named_parameters())
+    parts = {name.partition(".")[0] for name in checkpoint.where}
+    if extra := [name for name in checkpoint.where if name not in parameters]:
+        raise UserError(f'--init {run}: tensor "{extra[0]}" is not part of this recipe\'s model; give a run of '
+                        "this recipe, or leave it out to start fresh.")
+    for name, parameter in parameters.items():
+        part = name.partition(".")[0]
+        if part in parts or part not in ("vit", "teacher"):
+            parameter.copy_(tensor_for(parameter, Source(name), checkpoint))
 
 
 def start_bridge(bridge: Bridge, decoder: Decoder, init: str) -> None:
