@@ -34,8 +34,8 @@ def fpt(*flags: str) -> Arm:
 ARMS = {
     "ALBEF": albef("albef"), "ALBEF, fused at once": albef("albef-fused"),
     "ALBEF, easy negatives": albef("albef-easy"), "ALBEF, no teacher": albef("albef-untaught"),
-    "FLAVA": flava("flava-2", 1800), "FLAVA, pairs alone": flava("flava-pairs", 600),
-    "FLAVA, contrast alone": flava("flava-contrast", 600), "FLAVA, local contrast": flava("flava-local", 600),
+    "FLAVA": flava("flava-2", 1200), "FLAVA, pairs alone": flava("flava-pairs", 400),
+    "FLAVA, contrast alone": flava("flava-contrast", 400), "FLAVA, local contrast": flava("flava-local", 400),
     "CoCa": coca("coca"), "CoCa, 1 query": coca("coca-1"),
     "contrast alone": coca("coca-contrast", "--steps", "1500", measure="new vit"),
     "captions alone": coca("coca-caption", "--steps", "1500", measure="new vit"),
