@@ -87,8 +87,8 @@ class WordHead(nn.Module):
 def init_bert(module: nn.Module, std: float = 0.02) -> None:
     """Matrices N(0, std²), biases 0; norms begin at 1.
 
-    BERT's 0.02 is for a width of 768. An output is std √D times as large as its input, so that 0.02 at D = 128
-    is two and a half times smaller in every layer. FLAVA's toy would then stay at ln B in its contrast, as all
+    BERT's 0.02 is for a width of 768. An output is std √D times as large as its input, so 0.02 at D = 128 is
+    two and a half times smaller in every layer. FLAVA's toy would then stay at ln B in its contrast, for all
     pictures have nearly one vector; it begins at 1/√D.
     """
     for part in module.modules():

@@ -93,7 +93,7 @@ class Ingredients:
     generate_texts: Callable | None = None              # eval.generate_texts
     contrastive_pair: Callable | None = None            # (world, i) → picture, true text, false texts
     named_pictures: Callable | None = None              # (world) → known and held-out pictures, their names
-    one_word_things: Callable | None = None             # (world, word fits?, how many words) → things to draw
+    things_with_names: Callable | None = None           # (world, name fits?, whole?, how many) → what to draw
     preference_pair: Callable | None = None             # (world, i) → Item, captions: a true and a false one
     save_grid: Callable | None = None                   # (file, pictures, columns): writes them as one
     open_held_out: Callable[[], Any] | None = None      # opens the split that a report is about

@@ -5,8 +5,10 @@ the word that names it. Then the decoder reads "What is a⟨picture⟩?" as it r
 it, and tells what it knows of the thing, though no step of training held more than the name.
 
     symbol    shape      here       meaning
-    f(x)      (B, D)     soft       the bridge's one soft token
-    e_w       (D,)       rows       row of the embedding table of the word w, one token with a blank before it
+    f(x)      (B, K, D)  soft       the bridge's soft tokens; K = 1, or as many as a name may have
+    w         (K,)       token_ids  of the thing: its name, one token with a blank before it; K > 1: up to K
+                                    tokens, then line ends
+    e_w       (K, D)     rows       rows of the embedding table
     s         ()         scale      mean over the run's words of (e_w − mean)²
 
     (W1)  L = mean |f(x) − e_w|² / s  −  mean log softmax_v(β cos(f(x), e_v))_w             β = 30
@@ -15,10 +17,11 @@ it, and tells what it knows of the thing, though no step of training held more t
 The first part is lesson 9's; 1 is what the mean of all names gets. Alone it writes a blend of the names that
 may be meant, and the nearest word to a blend is often a third one: the second part asks for (W2) itself.
 
-No decoder runs in the loss, so a minute trains it. Names of several tokens are left out.
+No decoder runs in the loss, so a minute trains it. Names of more than K tokens are left out. With K > 1 a
+training on captions may begin where this one ends (--init): the decoder then only has to repeat a name.
 
 Run       python train.py --recipe word --data emoji --examples 50 --vit weights/vit-pictures \
-              --lm HuggingFaceTB/SmolLM2-135M-Instruct
+              --lm HuggingFaceTB/SmolLM2-135M-Instruct          whole names: --option constants=8 width=256
 Content   WordTask, RECIPES
 """
 from __future__ import annotations
@@ -44,35 +47,41 @@ LISTED = 200                                            # names that are printed
 class WordTask:
     """What recipe `word` changes of train.py's answer task, in front of which this class stands.
 
-    Takes one_word_things; --examples is the number of words.
+    Takes things_with_names; --examples is the number of names.
     """
     def __init__(self, *given):
         super().__init__(*given)
         g = self.given
-        if self.visual_tokens != 1 or not self.module.bridge.soft_tokens:
-            raise ValueError(f"recipe word trains a bridge that writes one soft token, and {g.bridge.name} "
-                             f"writes {self.visual_tokens}; give --option constants=1 with mapl.")
-        self.things = g.one_word_things(self.world, lambda word: len(self.ids(word)) == 1, g.examples,
-                                        g.track)
+        K = self.visual_tokens
+        if not self.module.bridge.soft_tokens:
+            raise ValueError("recipe word trains a bridge that writes soft tokens, and "
+                             f"{g.bridge.name} writes none; give --bridge mapl.")
+        self.things = g.things_with_names(self.world, lambda name: len(self.ids(name)) <= K, K > 1,
+                                          g.examples, g.track)
         self.words = [*dict.fromkeys(self.things.words)]
+        tokens = "one token" if K == 1 else f"at most {K} tokens"
         if len(self.words) < 2:
             raise ValueError(f"of {self.world.name} this language model writes {len(self.words)} names as "
-                             "one token, and recipe word needs two; give other data (captions that "
+                             f"{tokens}, and recipe word needs two; give other data (captions that "
                              'are names: "a dog"), or another --lm.')
-        table = self.module.decoder.embed.weight.detach()
-        self.token_ids = torch.tensor([self.ids(word)[0] for word in self.things.words], device=table.device)
+        table, rest = self.module.decoder.embed.weight.detach(), [self.line_end()] * K
+        ids = [(self.ids(word) + rest)[:K] for word in self.things.words]
+        self.token_ids = torch.tensor(ids, device=table.device)                 # (things, K)
         self.table = F.normalize(table.float(), dim=-1)                         # (V, D)
-        self.rows = table[self.token_ids].float()       # (things, D)
+        self.rows = table[self.token_ids].float()       # (things, K, D)
         own = self.rows[[self.things.words.index(w) for w in self.words]]
         self.scale = (own - own.mean(0)).square().mean()
         self.expect = f"(the mean of all names gets 1 + at most ln {len(table)} = {np.log(len(table)):.2f})"
         shown = sorted(self.words)[:LISTED] + ["…"] * (len(self.words) > LISTED)
         print(f"words    {len(self.words)} names of {len(self.things.words)} things, of {self.things.total} "
-              f"in {self.world.name}; each name is one token of {len(table):,}")
+              f"in {self.world.name}; each name is {tokens} of {len(table):,}")
         print(textwrap.fill(", ".join(shown), 110, initial_indent=" " * 9, subsequent_indent=" " * 9))
 
     def ids(self, word: str) -> list[int]:
         return self.tokenizer.encode(" " + word, preceded_by="text")
+
+    def line_end(self) -> int:
+        return self.tokenizer.encode("\n", preceded_by="text")[-1]
 
     def batch(self, step: int) -> list[dict]:
         """pixels (B, 3, S, S) of things drawn at random; tokens (B,): their numbers."""
@@ -92,15 +101,15 @@ class WordTask:
         return to_pixels(images, self.module.vit.config.image_size, self.given.processor)
 
     def soft(self, features: Tensor) -> Tensor:
-        """(B, N, Di) → (B, D)."""
+        """(B, N, Di) → (B, K, D)."""
         bridge = self.module.bridge
-        return bridge.prefix(bridge.see(features))[:, 0].float()
+        return bridge.prefix(bridge.see(features)).float()
 
     def loss(self, tokens: Tensor, features: Tensor, **_) -> Tensor:
         soft = self.soft(features)
-        near = BETA * F.normalize(soft, dim=-1) @ self.table.T                  # (B, V)
+        near = BETA * F.normalize(soft, dim=-1) @ self.table.T                  # (B, K, V)
         self.last = {"distance": (soft - self.rows[tokens]).square().mean() / self.scale,
-                     "words": F.cross_entropy(near, self.token_ids[tokens])}
+                     "words": F.cross_entropy(near.mT, self.token_ids[tokens])}
         return len(tokens) * sum(self.last.values())                            # (W1)
 
     def first_step(self, *_) -> None:
@@ -110,9 +119,9 @@ class WordTask:
         return 0.0
 
     def read(self, features: Tensor) -> list[str]:
-        """(W2): the word that each picture is nearest to."""
-        nearest = (F.normalize(self.soft(features), dim=-1) @ self.table.T).argmax(-1)
-        return [self.tokenizer.decode([n]).strip() for n in nearest.tolist()]
+        """(W2): the words that each picture is nearest to, up to the first line end."""
+        nearest = (F.normalize(self.soft(features), dim=-1) @ self.table.T).argmax(-1)      # (B, K)
+        return [self.tokenizer.decode(ids).partition("\n")[0].strip() for ids in nearest.tolist()]
 
     @torch.no_grad()
     def name_new(self, renderings: int) -> tuple[list[np.ndarray], Tensor, list[str], list[str]]:

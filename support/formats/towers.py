@@ -315,13 +315,13 @@ def begin_module(module: nn.Module, run: Path) -> None:
     if file is None and (run / "vit" / "config.json").exists():
         return
     if file is None:
-        raise UserError(f"--init {run}: neither a run of this recipe nor one that made a ViT; leave it out to "
-                        "start fresh.")
+        raise UserError(f"--init {run}: neither a run of this recipe nor one that made a ViT; leave it out "
+                        "to start fresh.")
     checkpoint, parameters = Checkpoint(file), dict(module.named_parameters())
     parts = {name.partition(".")[0] for name in checkpoint.where}
     if extra := [name for name in checkpoint.where if name not in parameters]:
-        raise UserError(f'--init {run}: tensor "{extra[0]}" is not part of this recipe\'s model; give a run of '
-                        "this recipe, or leave it out to start fresh.")
+        raise UserError(f'--init {run}: tensor "{extra[0]}" is not part of this recipe\'s model; give a run '
+                        "of this recipe, or leave it out to start fresh.")
     for name, parameter in parameters.items():
         part = name.partition(".")[0]
         if part in parts or part not in ("vit", "teacher"):

