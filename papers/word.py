@@ -12,7 +12,8 @@ it, and tells what it knows of the thing, though no step of training held more t
     s         ()         scale      mean over the run's words of (e_w − mean)²
 
     (W1)  L = mean |f(x) − e_w|² / s  −  mean log softmax_v(β cos(f(x), e_v))_w             β = 30
-    (W2)  read(x) = argmax_v cos(f(x), e_v)                 over all V words of the vocabulary
+    (W2)  read(x) = argmax_v cos(f(x), e_v)                 over all V words of the vocabulary; K > 1: over
+                                                            the tokens of all names
 
 The first part is lesson 9's; 1 is what the mean of all names gets. Alone it writes a blend of the names that
 may be meant, and the nearest word to a blend is often a third one: the second part asks for (W2) itself.
@@ -66,12 +67,15 @@ class WordTask:
                              'are names: "a dog"), or another --lm.')
         table, rest = self.module.decoder.embed.weight.detach(), [self.line_end()] * K
         ids = [(self.ids(word) + rest)[:K] for word in self.things.words]
-        self.token_ids = torch.tensor(ids, device=table.device)                 # (things, K)
-        self.table = F.normalize(table.float(), dim=-1)                         # (V, D)
-        self.rows = table[self.token_ids].float()       # (things, K, D)
+        ids = torch.tensor(ids, device=table.device)                            # (things, K)
+        self.rows = table[ids].float()                                          # (things, K, D)
+        self.read_ids = torch.arange(len(table), device=table.device) if K == 1 else ids.unique()   # (V')
+        self.table = F.normalize(table[self.read_ids].float(), dim=-1)          # (V', D)
+        self.targets = torch.searchsorted(self.read_ids, ids)                   # (things, K): numbers of (W2)
         own = self.rows[[self.things.words.index(w) for w in self.words]]
         self.scale = (own - own.mean(0)).square().mean()
-        self.expect = f"(the mean of all names gets 1 + at most ln {len(table)} = {np.log(len(table)):.2f})"
+        V = len(self.read_ids)
+        self.expect = f"(the mean of all names gets 1 + at most ln {V} = {np.log(V):.2f})"
         shown = sorted(self.words)[:LISTED] + ["…"] * (len(self.words) > LISTED)
         print(f"words    {len(self.words)} names of {len(self.things.words)} things, of {self.things.total} "
               f"in {self.world.name}; each name is {tokens} of {len(table):,}")
@@ -107,9 +111,9 @@ class WordTask:
 
     def loss(self, tokens: Tensor, features: Tensor, **_) -> Tensor:
         soft = self.soft(features)
-        near = BETA * F.normalize(soft, dim=-1) @ self.table.T                  # (B, K, V)
+        near = BETA * F.normalize(soft, dim=-1) @ self.table.T                  # (B, K, V')
         self.last = {"distance": (soft - self.rows[tokens]).square().mean() / self.scale,
-                     "words": F.cross_entropy(near.mT, self.token_ids[tokens])}
+                     "words": F.cross_entropy(near.mT, self.targets[tokens])}
         return len(tokens) * sum(self.last.values())                            # (W1)
 
     def first_step(self, *_) -> None:
@@ -121,6 +125,7 @@ class WordTask:
     def read(self, features: Tensor) -> list[str]:
         """(W2): the words that each picture is nearest to, up to the first line end."""
         nearest = (F.normalize(self.soft(features), dim=-1) @ self.table.T).argmax(-1)      # (B, K)
+        nearest = self.read_ids[nearest]
         return [self.tokenizer.decode(ids).partition("\n")[0].strip() for ids in nearest.tolist()]
 
     @torch.no_grad()
@@ -146,12 +151,14 @@ class WordTask:
         images, features, words, read = self.name_new(RENDERINGS)
         right = [a == b for a, b in zip(words, read)]
         blind = self.read(self.features(torch.zeros_like(self.pixels(images[:1])).to(self.given.device)))[0]
-        V = len(self.module.decoder.embed.weight)
+        V, K = len(self.read_ids), self.visual_tokens
+        among = f"all {V:,} words" if K == 1 else f"{V:,} tokens for {K} places"
         scores = {"named": float(np.mean(right)), "blind": float(np.mean([w == blind for w in words])),
-                  "chance": 1 / V, "words": len(self.words), "pictures": len(words)}
+                  "chance": 1 / (V if K == 1 else len(self.words)), "words": len(self.words),
+                  "pictures": len(words)}
         print(f"words    {len(words)} new renderings of training's pictures, {len(self.words)} names: "
-              f"{100 * scores['named']:.1f} % are read as their own among all {V:,} words; blind "
-              f"{100 * scores['blind']:.1f} %, chance {100 / V:.3f} %")
+              f"{100 * scores['named']:.1f} % are read as their own among {among}; blind "
+              f"{100 * scores['blind']:.1f} %, chance {100 * scores['chance']:.3f} %")
         shown = [*range(0, len(words), RENDERINGS * -(-len(self.things.words) // SHOWN))]
         failed = [i for i, ok in enumerate(right) if not ok and i not in shown]
         failed = failed[::1 + len(failed) // SHOWN][:SHOWN]
