@@ -59,7 +59,8 @@ from support.plumbing.meter import (Meter, Progress, count_flops, count_position
 from support.plumbing.optimizers import clip_gradients, make_optimizers, schedule
 from support.plumbing.packing import pack_documents, require_room
 from support.plumbing.ranks import Ranks, prefetch
-from support.plumbing.start import fill_settings, read_command, refuse_unread, settings_digest, stages
+from support.plumbing.start import (fill_settings, read_by_none, read_command, refuse_unread, settings_digest,
+                                    stages)
 from support.plumbing.state import TrainState, load_state, require_finite, save_state
 from support.worlds import has_answers, open_data, open_split, reader, take_items, text, unread_settings
 from support.worlds.files import fit_size
@@ -507,8 +508,8 @@ def load_task(s: Settings, recipe: Recipe, ranks: Ranks, sets: list[tuple], stor
     """Load what a recipe's task needs, and freeze the parts that do not learn, `stored` in that dtype."""
     world, trained = sets[0][0], [each for each, _ in sets] + earlier_sets(s.init)
     ranks.require_splits(s.recipe, TASKS[recipe.task].splits)
-    if recipe.task not in (*MIXED, "clip") and len(sets) > 1:
-        raise UserError(f'--data "{s.data}": recipe {s.recipe} learns from one data set.')
+    if recipe.task not in (*MIXED, "clip") and (sets[1:] or sets[0][1] != 1):
+        raise UserError(f'--data "{s.data}": recipe {s.recipe} learns from one data set, without a weight.')
     given = Ingredients(
         ranks.device, s.seed, s.batch, s.steps, world, s.accumulate, s.examples, s.eval_items,
         generate_texts=generate_texts, take_items=take_items, trained=trained, **FROM_WORLDS,
@@ -574,15 +575,14 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
         raise UserError(f'unknown recipe "{s.recipe}"; {nearest(s.recipe, {**RECIPES, **SYSTEMS})}')
     if mode == "train":
         recipes = [RECIPES[name] for name in SYSTEMS.get(s.recipe, (s.recipe,))]
-        refuse_unread(given, set.intersection(*(r.unread for r in recipes)), f"recipe {s.recipe}")
+        refuse_unread(given, read_by_none(recipes), f"recipe {s.recipe}")
         specs = [spec for r in recipes for spec, _ in parse_weighted(s.data or r.toy_data)]
         refuse_unread(given, unread_settings(specs), f"data {' + '.join(dict.fromkeys(specs))}")
     return s, mode == "resume"
 
 
-def with_recipe(s: Settings, name: str) -> Settings:
-    """The settings with everything that the command line left open taken from the recipe."""
-    return fill_settings(s, name, RECIPES)
+# (settings, name) → the same with everything that the command line left open taken from the recipe
+with_recipe = functools.partial(fill_settings, recipes=RECIPES)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,10 @@ class Recipe:
 
     @property
     def unread(self) -> set[str]:
-        """The settings that its task does not read; a ViT that learns has no features to keep."""
-        return UNREAD[self.task] | ({"cache"} if "vit" in self.trained else set())
+        """The settings that its task does not read; what learns is neither kept nor stored frozen."""
+        learn = {*self.trained}
+        return (UNREAD[self.task] | ({"cache"} if "vit" in learn else set())
+                | ({"frozen"} if learn >= {"decoder", "vit"} else set()))
 
     def numbers(self, scale: str) -> Numbers:
         return self.paper if scale == "paper" and self.paper else self.toy

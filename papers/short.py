@@ -59,7 +59,7 @@ class FptTask(Task):
 
     def __init__(self, given, *others):
         if self.random:
-            given.decoder = Decoder(given.decoder.config).to(given.device)
+            given.decoder = Decoder(given.decoder.config).init_weights().to(given.device)
         super().__init__(given, *others)
 
     def freeze(self, trained: tuple[str, ...], stored: torch.dtype) -> None:

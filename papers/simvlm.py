@@ -54,6 +54,7 @@ class Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm, self.conv = nn.GroupNorm(1, width), nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv.weight)                # a token begins with its own cell alone
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(F.relu(self.norm(x)))
@@ -63,7 +64,7 @@ def conv_stem(width: int) -> nn.Sequential:
     """(B, 3, S, S) → (B, width, S/16, S/16): four times half the size and twice the channels."""
     channels = [3, *(width // 2**n for n in (3, 2, 1, 0))]
     return nn.Sequential(*(layer for a, b in zip(channels, channels[1:])
-                           for layer in (nn.Conv2d(a, b, 3, 2, padding=1), Residual(b))))
+                           for layer in (nn.Conv2d(a, b, 2, 2), Residual(b))))
 
 
 class SimVLM(nn.Module):

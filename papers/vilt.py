@@ -141,8 +141,7 @@ class ViLTTask(PairsTask):
 
     def __init__(self, given: Ingredients):
         super().__init__(given)
-        vilt = ViLT(given.vit, self.vocab_size, self.context)
-        self.module = nn.ModuleDict({"vilt": vilt}).to(given.device)
+        self.module = nn.ModuleDict({"vilt": ViLT(given.vit, self.vocab_size, self.context)}).to(given.device)
         given.begin(self.module)
 
     def loss(self, pixels: Tensor, tokens: Tensor, mask: Tensor, masked: Tensor, labels: Tensor,
@@ -168,29 +167,34 @@ class ViLTTask(PairsTask):
         return vilt.match_head(vilt.pool(z)) @ z.new_tensor([-1, 1])
 
     @torch.no_grad()
-    def plan(self, item: data.Item, caption: str) -> Tensor:
-        """(P, n): how much of each patch goes to each word of the caption."""
+    def align(self, item: data.Item, caption: str) -> tuple[Tensor, float]:
+        """The plan (P, n), how much of each patch goes to each word of the caption, and its distance."""
         g, ids = self.given, [self.cls, *self.tokenizer.encode(caption), self.sep]
         pixels = data.to_pixels([item.image], g.vit.config.image_size, g.processor).to(g.device)
         z = self.module["vilt"].states(torch.tensor([ids], device=g.device), pixels)
         words, patches = z[:, 1:len(ids) - 1], z[:, len(ids) + g.vit.config.first:]
         real = [torch.ones_like(x[..., 0], dtype=torch.bool) for x in (words, patches)]
-        return transport_plan(transport_cost(words, patches, real[0][0, 0]), *real)[0]
+        plan = transport_plan(cost := transport_cost(words, patches, real[0][0, 0]), *real)
+        return plan[0], (cost.mT * plan).sum().item()
 
     def check(self) -> dict[str, float]:
-        """Also, on shapes: the share of colours and shapes whose largest patch is the cell of their thing."""
-        result, hits, g = super().check(), [], self.given
+        """Also, on shapes: words whose largest patch is their thing's, pictures nearer their caption (H5)."""
+        result, hits, nearer, g = super().check(), [], [], self.given
         if not self.world.says_scenes or g.vit.config.side != 3:
             return result
-        for item in g.take_items(g.open_held_out(), min(100, g.eval_items)):
+        items = g.take_items(g.open_held_out(), min(100, g.eval_items))
+        for item, other in zip(items, items[1:] + items[:1]):
             cells = [data.PLACES.index(" ".join(phrase.split()[-2:])) for phrase in item.about.split("; ")]
             caption, thing = item.captions[1], 0                                # in the order of `about`
-            for patches, i in zip(self.plan(item, caption).T, self.tokenizer.encode(caption)):
+            plan, distance = self.align(item, caption)
+            nearer.append(distance < self.align(item, other.captions[1])[1])
+            for patches, i in zip(plan.T, self.tokenizer.encode(caption)):
                 word = self.tokenizer.decode([i]).strip()
                 if word in (*data.COLORS, *data.SHAPES):
                     hits.append(int(patches.argmax()) == cells[thing])
                 thing += word in data.COLUMNS                                   # the last word of a thing
-        return result | {"words on their cell, of 9": float(np.mean(hits or [0.0]))}
+        found = {"words on their cell, of 9": hits, "nearer than another's": nearer}
+        return result | {name: float(np.mean(right)) for name, right in found.items()}
 
 
 TASKS = {"vilt": ViLTTask, "vilt-unaligned": type("Unaligned", (ViLTTask,), {"alignment": 0.0})}

@@ -149,17 +149,28 @@ class VisualBertTask(PairsTask):
         given.begin(self.module)
 
     def rows(self, captions: list[list[str]], other: Tensor | None) -> list[list[int]]:
-        """[CLS] caption [SEP] another one of the same picture or of another's [SEP]; or one caption alone."""
+        """[CLS] caption [SEP] another one of the same picture or of another's [SEP]; None: the next one's."""
         if other is None:
-            return super().rows(captions, None)
+            other = torch.arange(len(captions)).roll(-1)
         longest, encode = (self.context - 3) // 2, self.tokenizer.encode
         return [[self.cls, *encode(own[0])[:longest], self.sep, *encode(captions[j][-1])[:longest], self.sep]
                 for own, j in zip(captions, other)]
 
-    def states(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def second_caption(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64: 1 behind the first [SEP]."""
         ends = (tokens == self.sep).long()
-        second = (ends.cumsum(1) - ends).clamp(max=1)                           # 1 behind the first [SEP]
-        return self.module["bert"](tokens, self.cells(pixels), mask, second)[-1]
+        return (ends.cumsum(1) - ends).clamp(max=1)
+
+    def piece(self, items: list[data.Item], seed: tuple[int, ...], paired: bool = True) -> dict:
+        """Words are asked for in caption 1, and where caption 2 is of the same picture, not at all: on shapes
+        two captions of a picture have the same words, and none would be read from the picture."""
+        piece = super().piece(items, seed, paired)
+        same = piece["other"] == torch.arange(len(items))
+        told = self.second_caption(piece["tokens"]).bool() | (same[:, None] & paired)
+        return piece | {"labels": piece["labels"].masked_fill(told, IGNORE)}
+
+    def states(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.module["bert"](tokens, self.cells(pixels), mask, self.second_caption(tokens))[-1]
 
     def loss(self, pixels: Tensor, mask: Tensor, masked: Tensor, labels: Tensor, other: Tensor,
              **_) -> Tensor:

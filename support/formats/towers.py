@@ -35,6 +35,7 @@ HERE = Path(__file__).parents[2]
 BEHIND_QFORMER = ("minigpt4",)                          # bridges that take a finished Q-Former
 AROUND_LINEAR = ("gligen",)                             # … or a finished linear map
 WEIGHTS = "weights"                                     # the bundled towers: weights/decoder, weights/vit
+FLAGS = {"decoder": "lm", "vit": "vit"}                 # a part of a run → the flag that names another one
 
 
 def resolve_folder(name: str) -> Path:
@@ -57,10 +58,16 @@ def portable_name(name: str, out: Path) -> str:
 
 
 def tower_names(lm: str, vit: str, init: str = "") -> dict[str, str]:
-    """{"decoder": …, "vit": …}: from the run folder `init` where it trained them, else lm and vit."""
+    """{"decoder": …, "vit": …}: from the run folder `init` where it trained them, else lm and vit.
+
+    A flag that names one beside such a run is a UserError.
+    """
     names = {"decoder": lm, "vit": vit}
-    for part in names:
+    for part, name in names.items():
         if init and (Path(init) / part / "config.json").exists():
+            if name != f"{WEIGHTS}/{part}":
+                raise UserError(f"--{FLAGS[part]} {name}: training goes on with the {part} of {init}; leave "
+                                "one of the two out.")
             names[part] = str(Path(init) / part)
     return names
 
@@ -77,13 +84,14 @@ def load_words(lm: str) -> Tokenizer:
 def load_answer_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """Tokenizer, decoder, ViT and image processor, on given.device; vit "random" is a new ViT."""
     names = tower_names(lm, vit, init)
-    given.tokenizer = load_words(lm)
+    given.tokenizer = load_words(names["decoder"])
     given.decoder = load_decoder(resolve_folder(names["decoder"]), given.device)
     if names["vit"] == "random":
         given.vit = ViT(ViTConfig()).to(given.device)
     else:
         given.vit = load_vit(resolve_folder(names["vit"]), given.device)
-    given.processor = load_processor(resolve_folder(f"{WEIGHTS}/vit" if vit == "random" else vit))
+    pictures = f"{WEIGHTS}/vit" if names["vit"] == "random" else names["vit"]
+    given.processor = load_processor(resolve_folder(pictures))
 
 
 def load_stage1_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
@@ -110,12 +118,15 @@ def load_pair_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> No
 def load_clip_parts(given: Ingredients, lm: str, vit: str, init: str = "") -> None:
     """A tokenizer, unless the world brought its own, and how the run is written.
 
-    Both towers are new, or go on from the run `init`.
+    Both towers are new, or go on from the run `init` and its words.
     """
+    if lm != f"{WEIGHTS}/decoder" and (init or given.tokenizer):
+        raise UserError(f"--lm {lm}: the words are those of {init or given.world.name}; leave --lm out.")
     given.tokenizer = given.tokenizer or load_tokenizer(resolve_folder(lm))
     if init:
         opened = open_clip(init, given.device)
         given.clip, given.tokenizer = opened.clip, opened.tokenizer
+        lm = f"{init}/clip" if (Path(init) / "clip").is_dir() else init
     given.save = functools.partial(save_clip_run, lm=lm)
 
 
@@ -225,12 +236,13 @@ def save_answer_run(vlm: VLM, trained: tuple[str, ...], out: Path, facts: dict, 
                     init: str = "") -> None:
     """The bridge, and every part that learned or is new; of the others the names."""
     names = tower_names(lm, vit, init)
+    words = names["decoder"]
     for part, name in names.items():
         new = part in trained or name == "random"
         names[part] = "" if new else portable_name(name, out)
     save_vlm(vlm, out, facts, names["vit"], names["decoder"])
     if not names["decoder"]:
-        copy_tokenizer(resolve_folder(lm), out / "decoder")
+        copy_tokenizer(resolve_folder(words), out / "decoder")
 
 
 def save_module_run(task: Task, out: Path, facts: dict) -> None:

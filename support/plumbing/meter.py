@@ -215,6 +215,8 @@ class Progress:
             if self.first:
                 self.bar.write(f"warning: no check, {e}", file=sys.stderr)
             return
+        if not scores:                                  # CLIP on pictures that no probe can ask about
+            return
         text = "  ".join(f"{k} {v:.2f}" if k in ("cider", "held_out_loss") else f"{k} {100 * v:.1f}"
                          for k, v in scores.items())
         self.write({"step": step, **scores}, f"check  {step:6d}  {text}")

@@ -60,6 +60,12 @@ def fill_settings(s, name: str, recipes: dict):
     if s.bridge and r.task == r.bridge != s.bridge:
         raise UserError(f"--bridge {s.bridge}: recipe {name} has a loss of its own, for the bridge "
                         f"{r.bridge} alone; leave one of the two out.")
+    own = recipes[s.bridge].task if s.bridge in recipes else "answer"
+    if own == s.bridge and own != r.task and not r.start:       # DPO, say, goes on from a run of any bridge
+        raise UserError(f"--bridge {s.bridge}: it learns by a loss of its own, of recipe {s.bridge}, which "
+                        f"recipe {name} does not have; leave one of the two out.")
+    if s.scale == "paper" and not r.paper:
+        raise UserError(f"--scale paper: no paper has numbers for recipe {name}; leave it out.")
     filled = dataclasses.asdict(r.numbers(s.scale))
     filled |= {"captions": r.captions, "template": r.template, "form": r.form, "data": r.toy_data}
     filled = {k: v for k, v in filled.items() if hasattr(s, k) and getattr(s, k) is None}
@@ -87,19 +93,18 @@ def fill_settings(s, name: str, recipes: dict):
 def stages(asked, command: str, recipes: dict, systems: dict) -> Iterator[tuple[object, str, str]]:
     """The settings of each stage of a system, the command of this stage alone, and that of the next one.
 
-    Each starts from the run of the one before. A recipe is one stage without such commands; command: the
-    flags that were given.
+    Each starts from the run of the one before, the first from --init. A recipe is one stage without such
+    commands; command: the flags that were given.
     """
     names, own = systems.get(asked.recipe, (asked.recipe,)), ""
     for name, later in zip(names, (*names[1:], "")):
         s, after = fill_settings(asked, name, recipes), ""
-        init = asked.init or s.out
         if later:
             flags = re.sub(rf"(?<=--recipe[ =]){re.escape(asked.recipe)}(?!\S)", later, command)
             out = f" --out {shlex.quote(f'{asked.out}/{later}')}" if asked.out else ""
-            after = f"python train.py {flags} --init {shlex.quote(init)}{out}"
+            after = f"python train.py {flags} --init {shlex.quote(s.out)}{out}"
         yield s, own, after
-        asked, own = dataclasses.replace(asked, init=init), after
+        asked, own = dataclasses.replace(asked, init=s.out), after
 
 
 def settings_digest(s) -> str:
@@ -107,6 +112,11 @@ def settings_digest(s) -> str:
     defaults = vars(type(s)())
     facts = {name: value for name, value in dataclasses.asdict(s).items() if value != defaults[name]}
     return text_digest({name: facts[name] for name in facts.keys() - {"out", *RESUME_READS}})
+
+
+def read_by_none(recipes: list) -> set[str]:
+    """The settings that no stage reads; --init is the first one's, the others go on from the one before."""
+    return set.intersection(*(r.unread for r in recipes)) | recipes[0].unread & {"init"}
 
 
 def refuse_unread(given: set[str], unread: set[str], who: str, reads: tuple[str, ...] = ()) -> None:

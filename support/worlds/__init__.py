@@ -32,19 +32,20 @@ WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, Shap
 KINDS = {**FORMATS, **SHARDED}                          # on disk: (reader, splits, held-out split)
 CHOICES = {"scienceqa", *SHARDED, ShapesChoices.name}   # kinds with multiple choice, or that may have it
 NO_QUESTIONS = {"coco", "karpathy", "flickr30k", "flickr8k", "cc", "textcaps", "vizwiz", "llava", "alpaca",
-                "interleaved", ShapesWeb.name}
+                "interleaved", "folder", ShapesWeb.name}
+CLICKS = {name for name in WORLDS if name.startswith(ShapesClicks.name)}
+ONE_TURN = {ShapesWords.name, ShapesPages.name, *CLICKS}                # kinds whose items have one form
 CONVERSATIONS = {"llava", "alpaca", *SHARDED, ShapesWords.name}         # kinds that --template writes
 NO_CAPTIONS = {"vqav2", "okvqa", "textvqa", "vizwizvqa", "scienceqa", "mme", "interleaved", "llava", "alpaca",
-               ShapesPages.name, ShapesChoices.name, ShapesWords.name,
-               *(name for name in WORLDS if name.startswith(ShapesClicks.name))}
+               ShapesPages.name, ShapesChoices.name, ShapesWords.name, *CLICKS}
 
 
 def unread_settings(specs: list[str]) -> set[str]:
     """The settings of training that none of these data sets reads."""
     kinds = {spec.partition(":")[0] for spec in specs}
-    unread = {"form": not kinds & CHOICES, "turns": kinds <= NO_QUESTIONS, "captions": kinds <= NO_CAPTIONS,
-              "template": not kinds & CONVERSATIONS, "strict": kinds <= WORLDS.keys(),
-              "follow_links": kinds <= WORLDS.keys()}
+    unread = {"form": not kinds & CHOICES, "turns": kinds <= NO_QUESTIONS | ONE_TURN,
+              "captions": kinds <= NO_CAPTIONS, "template": not kinds & CONVERSATIONS,
+              "strict": kinds <= WORLDS.keys(), "follow_links": kinds <= WORLDS.keys()}
     return {name for name, nobody in unread.items() if nobody}
 
 

@@ -293,10 +293,53 @@ def test_a_run_goes_on_only_with_its_own_settings_data_and_weights(change, part,
     (["--data", "shapes-web", "--turns", "2"], "--turns"), (["--list", "--bridge", "mlp"], "--bridge"),
     (["--bridge", "zero_init", "--option", "version=1", "depth=2"], "depth"),
     (["--bridge", "zero_init", "--option", "version=0", "width=64"], "width"),
+    (["--recipe", "dalle", "--init", "out/vq"], "--init"),
+    (["--recipe", "vq", "--check-every", "9"], "--check-every"),
+    (["--recipe", "frozen-tuned", "--frozen", "bfloat16"], "--frozen"),
+    (["--data", "shapes-pages", "--turns", "2"], "--turns"),
+    (["--recipe", "adapter-1", "--turns", "2"], "--turns"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_a_flag_that_nobody_reads_is_refused(argv, words, tmp_path):
     with pytest.raises(UserError, match=f"does not read .*{words}"):
         train.main([*argv, "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--recipe", "cm3", "--scale", "paper"], "--scale paper: no paper has numbers for recipe cm3"),
+    (["--recipe", "linear", "--bridge", "fromage"], "--bridge fromage: it learns by a loss of its own"),
+    (["--recipe", "vilt", "--data", "shapes * 0.2"], "recipe vilt learns from one data set, without a"),
+    (["--recipe", "dvae", "--optimizer", "muon"], "--optimizer muon: .* none learns here"),
+    (["--recipe", "simvlm", "--lm", "no/where"], "--lm no/where: the words are those of shapes"),
+    (["--recipe", "clip", "--lm", "no/where"], "--lm no/where: the words are those of shapes"),
+], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_what_would_change_nothing_is_refused_by_name(argv, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        train.main([*argv, "--steps", "1", "--batch", "2", "--out", str(tmp_path / "run")])
+
+
+def test_training_goes_on_with_the_towers_and_words_of_a_run_alone(spec, tmp_path):
+    """The run's decoder has its own tokenizer, and the next run's decoder gets that one."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    lm = tmp_path / "lm"
+    lm.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (lm / name).write_bytes((ROOT / "weights/decoder" / name).read_bytes())
+    words = (lm / "tokenizer.json").read_bytes() + b"\n"
+    (lm / "tokenizer.json").write_bytes(words)
+    start = ["--recipe", "llava-2", "--init"]
+    run(spec, first, "--steps", 1, *start, "none", "--lm", lm)
+    run(spec, second, "--steps", 1, *start, first)
+    assert (second / "decoder" / "tokenizer.json").read_bytes() == words
+    with pytest.raises(UserError, match="--lm .*lm: training goes on with the decoder of .*first; leave one"):
+        run(spec, tmp_path / "third", "--steps", 1, *start, first, "--lm", lm)
+
+
+def test_each_stage_starts_from_the_one_before_and_the_first_from_init(tmp_path):
+    *_, (second, *_) = stages_of("--recipe", "llava", "--init", "out/x", "--out", str(tmp_path))
+    first, *_ = next(stages_of("--recipe", "llava", "--init", "out/x", "--out", str(tmp_path)))
+    assert (first.init, second.init) == ("out/x", f"{tmp_path}/llava-1")
+    *_, (second, *_) = stages_of("--recipe", "llava", "--init", "none", "--out", str(tmp_path))
+    assert second.init == f"{tmp_path}/llava-1"
 
 
 # numbers that are none

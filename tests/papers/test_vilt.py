@@ -133,10 +133,10 @@ def test_its_task_swaps_pictures_and_aligns_words(capsys):
     assert all(p.grad is not None for n, p in task.module.named_parameters())
     assert {*task.metrics()} == {"words", "pairs", "alignment"}
     item = given.world.item(0)
-    plan = task.plan(item, "a red ring")
+    plan, distance = task.align(item, "a red ring")
     assert plan.shape == (9, 3) and math.isclose(plan.sum().item(), 1, abs_tol=1e-3)
     result = task.report(None)["results.json"]
-    assert len(result) == 4 and all(0 <= value <= 1 for value in result.values())
+    assert 0 < distance < 2 and len(result) == 5 and all(0 <= value <= 1 for value in result.values())
     assert "words on their cell, of 9" in capsys.readouterr().out
 
 

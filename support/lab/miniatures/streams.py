@@ -10,7 +10,7 @@ from support.lab.claims_list import Arm, Claim, Expectation, Number, Side
 from support.lab.miniatures.codes import measure_results
 
 WORDS, OTHER, PAIRS = Number("words"), Number("words, another picture"), Number("pairs")
-CELL = Number("words on their cell, of 9")
+CELL, NEARER = Number("words on their cell, of 9"), Number("nearer than another's")
 
 
 def stream(recipe: str, steps: str = "1000", *flags: str, start: str = "") -> Arm:
@@ -26,7 +26,7 @@ ARMS = {"VisualBERT": stream("visualbert"), "VisualBERT, late fusion": stream("v
         "ViLBERT": stream("vilbert"), "ViLBERT, equal depths": stream("vilbert-equal"),
         "ViLT": stream("vilt", "500"), "ViLT, unaligned": stream("vilt-unaligned", "500")}
 MEASUREMENTS = {"words and pairs": measure_results}
-MEASURED = {"words and pairs": {number.name for number in (WORDS, OTHER, PAIRS, CELL)}}
+MEASURED = {"words and pairs": {number.name for number in (WORDS, OTHER, PAIRS, CELL, NEARER)}}
 CLAIMS = {
     "visualbert": Claim(
         says="Early fusion matters most, then pre-training, the second objective little.",
@@ -57,10 +57,11 @@ CLAIMS = {
         source="ViLT, Fig. 4: heat maps without numbers",
         expect=(
             Expectation(Side("ViLT", CELL), ">", Side("ViLT, unaligned", CELL)),
+            Expectation(Side("ViLT", NEARER), ">", Side("ViLT, unaligned", NEARER)),
             Expectation(Side("ViLT"), "≥", Side("ViLT, unaligned")),
             Expectation(Side("ViLT"), ">", Side("ViLT", OTHER)),
         ),
-        columns=(WORDS, OTHER, PAIRS, CELL),
+        columns=(WORDS, OTHER, PAIRS, CELL, NEARER),
         note="By chance 11 % are on their cell. Masked words and pairs are read from the picture in both "
              "arms without a plan that aligns words and patches: the term for it does not make one in 500 "
              "steps."),

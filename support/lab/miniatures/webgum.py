@@ -2,13 +2,31 @@
 2305.11854v4). Document 3 asks whether more parameters explain what a white one brings."""
 from __future__ import annotations
 
-from support.lab.claims_list import MEAN, Arm, Claim, Expectation, Side
+from eval import evaluate, first_items, scalar_scores
+from support.formats.files import read_json
+from support.lab.claims_list import Arm, Claim, Expectation, Number, Side
+from support.worlds import open_data
+
+CLICKED = Number("clicked right")
+
+
+def measure_clicks(arm) -> dict[str, float]:
+    """Share of new pages (split val) on which the answer is the right place.
+
+    In the split test a goal's colour belongs to one shape alone, which was never the right one in training.
+    """
+    world = open_data(read_json(arm.run / "config.json")["settings"]["data"])
+    items = first_items(world, "val", len(arm.items))
+    return {CLICKED.name: scalar_scores(evaluate(arm.vlm, arm.tokenizer, items, captions=False))["mean"]}
+
+
+MEASUREMENTS, MEASURED = {"clicks": measure_clicks}, {"clicks": {CLICKED.name}}
 
 
 def clicks(kind: str = "") -> Arm:
     """Bridge and decoder learn, as in the paper; asked about the same kind of pages."""
     return Arm(("--recipe", "llava-2", "--init", "none", "--data", f"shapes-clicks{kind}"),
-               measures=("reasons",))
+               measures=("clicks",))
 
 
 ARMS = {"WebGUM": clicks(), "WebGUM, white": clicks("-white"), "WebGUM, random": clicks("-noise"),
@@ -20,4 +38,4 @@ CLAIMS = {"webgum": Claim(
             Expectation(Side("WebGUM"), ">", Side("WebGUM, random")),
             Expectation(Side("WebGUM, white"), ">", Side("WebGUM, text alone")),
             Expectation(Side("WebGUM, random"), ">", Side("WebGUM, text alone"))),
-    columns=(MEAN,))}
+    columns=(CLICKED,))}
