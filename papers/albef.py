@@ -66,7 +66,7 @@ class Towers(nn.Module):
 
     def __init__(self, vit: ViT, vocab_size: int, width: int = 768, layers: int = 12, heads: int = 12,
                  hidden: int = 3072, positions: int = 512, joint: int = 256, dropout: float = 0.0,
-                 text_layers: int | None = None):
+                 text_layers: int | None = None, std: float = 0.02):
         super().__init__()
         self.embedding = WordEmbedding(vocab_size, width, positions)
         below = layers // 2 if text_layers is None else text_layers
@@ -76,7 +76,7 @@ class Towers(nn.Module):
         self.word_head = WordHead(width, vocab_size)
         self.image_projection = nn.Linear(vit.config.width, joint)              # W_v
         self.text_projection = nn.Linear(width, joint)                          # W_t
-        init_bert(self)
+        init_bert(self, std)
         self.vit = vit
 
     def picture(self, pixels: Tensor) -> Tensor:

@@ -58,13 +58,14 @@ class AlbefTask(AlignTask):
     place of hard ones, `albef-untaught` has no teacher: the paper's ablations.
     """
     losses, hard, most = ("itc", "itm", "mlm"), True, 0.4                       # most: the last α
+    width, momentum = 128, 0.9      # the paper's 0.995 remembers 200 steps of 826,000; these are 500
 
     def __init__(self, given: Ingredients, queue: int = 512):
         super().__init__(given)
         V = self.words + SPECIAL
-        towers = Towers(given.vit, V, width=128, layers=4, heads=4, hidden=512, positions=self.context,
-                        joint=64)
-        self.module = Albef(towers, queue).to(given.device)
+        towers = Towers(given.vit, V, width=self.width, layers=4, heads=4, hidden=512, positions=self.context,
+                        joint=64, std=self.width**-0.5)                         # see init_bert
+        self.module = Albef(towers, queue, self.momentum).to(given.device)
         given.begin(self.module)
         self.module.teacher.load_state_dict(towers.state_dict())
         guess = math.log(given.batch + queue) + math.log(2) + math.log(V)

@@ -89,7 +89,7 @@ def init_bert(module: nn.Module, std: float = 0.02) -> None:
 
     BERT's 0.02 is for a width of 768. An output is std √D times as large as its input, so 0.02 at D = 128 is
     two and a half times smaller in every layer. FLAVA's toy would then stay at ln B in its contrast, for all
-    pictures have nearly one vector; it begins at 1/√D.
+    pictures have nearly one vector; it and ALBEF's begin at 1/√D.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

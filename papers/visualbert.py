@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import Item
 from model import IGNORE, visible_to_bias
 from papers.masked import (BertLayer, PairsTask, WordEmbedding, WordHead, embedding, init_bert, word_loss)
 from papers.recipe import Ingredients, Numbers, Recipe
@@ -161,7 +162,7 @@ class VisualBertTask(PairsTask):
         ends = (tokens == self.sep).long()
         return (ends.cumsum(1) - ends).clamp(max=1)
 
-    def piece(self, items: list[data.Item], seed: tuple[int, ...], paired: bool = True) -> dict:
+    def piece(self, items: list[Item], seed: tuple[int, ...], paired: bool = True) -> dict:
         """Words are asked for in caption 1, and where caption 2 is of the same picture, not at all: on shapes
         two captions of a picture have the same words, and none would be read from the picture."""
         piece = super().piece(items, seed, paired)

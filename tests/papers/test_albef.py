@@ -147,11 +147,11 @@ def test_behind_a_step_the_batch_enters_the_queues_and_the_teacher_follows(task)
     assert task.module.temperature == 0.5 and memory["place"] == 4
     assert not torch.equal(memory["image_queue"][:4], before["image_queue"][:4])
     assert torch.equal(memory["image_queue"][4:], before["image_queue"][4:])
-    torch.testing.assert_close(memory["teacher.vit.cls"], before["teacher.vit.cls"] + 0.005)
+    torch.testing.assert_close(memory["teacher.vit.cls"], before["teacher.vit.cls"] + 0.1)
 
 
 def test_the_teacher_moves_whatever_frozen_parts_are_stored_in(task):
-    """A step moves it by 0.005 of what the weights are ahead: in bfloat16 the sum would be rounded off."""
+    """A step moves it by a share of what the weights are ahead, which bfloat16 would round off."""
     task.freeze(("towers", "match_head"), torch.bfloat16)
     slow, fast = task.module.teacher.vit.positions, task.module.towers.vit.positions
     assert slow.dtype == torch.float32 and not slow.requires_grad and not task.mixed
@@ -159,5 +159,5 @@ def test_the_teacher_moves_whatever_frozen_parts_are_stored_in(task):
         fast.copy_(slow + 0.01 * slow.abs())
     before = slow.clone()
     task.module.update_teacher()
-    torch.testing.assert_close(slow - before, 0.005 * (fast - before).detach(), rtol=1e-2, atol=1e-7)
+    torch.testing.assert_close(slow - before, 0.1 * (fast - before).detach(), rtol=1e-2, atol=1e-7)
     assert "frozen" in UNREAD["albef"]                  # the flag would have nothing to say
