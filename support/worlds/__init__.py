@@ -20,24 +20,24 @@ from support.worlds.clicks import ShapesClicks, ShapesClicksNoise, ShapesClicksT
 from support.worlds.emoji import Emoji
 from support.worlds.files import Files, MissingPicture
 from support.worlds.forms import (ShapesAnswers, ShapesChoices, ShapesPages, ShapesPhrases, ShapesPlaces,
-                                  ShapesReasons, ShapesWeb, ShapesWords)
+                                  ShapesReasons, ShapesTold, ShapesWeb, ShapesWords)
 from support.worlds.shards import ShardedFiles
 from support.worlds.steps import ShapesSteps, ShapesStepsAnswers
 
-WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesPages, ShapesChoices, ShapesReasons,
-                                          ShapesAnswers, ShapesSteps, ShapesStepsAnswers, ShapesWeb,
-                                          ShapesPhrases, ShapesPlaces, ShapesClicks, ShapesClicksWhite,
-                                          ShapesClicksNoise, ShapesClicksText, Emoji)}
+WORLDS = {world.name: world for world in (Shapes, ShapesWords, ShapesTold, ShapesPages, ShapesChoices,
+                                          ShapesReasons, ShapesAnswers, ShapesSteps, ShapesStepsAnswers,
+                                          ShapesWeb, ShapesPhrases, ShapesPlaces, ShapesClicks,
+                                          ShapesClicksWhite, ShapesClicksNoise, ShapesClicksText, Emoji)}
 
 KINDS = {**FORMATS, **SHARDED}                          # on disk: (reader, splits, held-out split)
 CHOICES = {"scienceqa", *SHARDED, ShapesChoices.name}   # kinds with multiple choice, or that may have it
 NO_QUESTIONS = {"coco", "karpathy", "flickr30k", "flickr8k", "cc", "textcaps", "vizwiz", "llava", "alpaca",
                 "interleaved", "folder", ShapesWeb.name}
 CLICKS = {name for name in WORLDS if name.startswith(ShapesClicks.name)}
-ONE_TURN = {ShapesWords.name, ShapesPages.name, *CLICKS}                # kinds whose items have one form
+ONE_TURN = {ShapesWords.name, ShapesTold.name, ShapesPages.name, *CLICKS}    # kinds whose items have one form
 CONVERSATIONS = {"llava", "alpaca", *SHARDED, ShapesWords.name}         # kinds that --template writes
 NO_CAPTIONS = {"vqav2", "okvqa", "textvqa", "vizwizvqa", "scienceqa", "mme", "interleaved", "llava", "alpaca",
-               ShapesPages.name, ShapesChoices.name, ShapesWords.name, *CLICKS}
+               ShapesPages.name, ShapesChoices.name, ShapesWords.name, ShapesTold.name, *CLICKS}
 
 
 def unread_settings(specs: list[str]) -> set[str]:

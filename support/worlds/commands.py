@@ -31,6 +31,7 @@ EXAMPLES = """examples:
 WORLD_LINES = {                 # what is drawn here, a line a kind
     "shapes": "scenes of coloured shapes with captions and questions",
     "shapes-words": "the scenes in words, as instructions", "shapes-pages": "pages of two to four pictures",
+    "shapes-told": "the scenes in words, as texts",
     "shapes-choices": "multiple choice", "shapes-reasons": "reasoning, then the answer",
     "shapes-answers": "the answer, then the reasoning", "shapes-web": "alt-texts, some of them wrong",
     "shapes-steps": "two steps, then the answer", "shapes-steps-answers": "the answer, then the steps",

@@ -51,6 +51,19 @@ class ShapesPages(Shapes):
         return Item(None, [], [], f"{self.split}-{index}", images=[p.image for p in parts], chunks=chunks)
 
 
+class ShapesTold(Shapes):
+    """Texts without pictures, every word learned: a scene in words, then a question and its answer.
+
+    In the words of the bundled decoder's own training (worlds/text.py).
+    """
+    name, says_scenes = "shapes-told", False
+
+    def item(self, index: int, turns: int | None = None) -> Item:
+        item = super().item(index, turns)
+        asked = "".join(f"{QUESTION.format(q.question)} {q.answer}" for q in item.qas[:1])
+        return Item(None, [], [], item.id, chunks=[(None, item.about + asked)])
+
+
 class ShapesPlaces(Shapes):
     """The color and the shape of one thing, which the questions name by its place."""
     name, says_scenes = "shapes-places", False

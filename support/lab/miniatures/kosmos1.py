@@ -14,7 +14,7 @@ def kosmos1(*sets: str, also: tuple[str, ...] = ()) -> Arm:
 ARMS = {
     "KOSMOS-1, pairs": kosmos1("shapes"),
     "KOSMOS-1, and pages": kosmos1("shapes", "shapes-pages"),
-    "KOSMOS-1, and text": kosmos1("shapes", "shapes-pages", "shapes-words", also=("answers",)),
+    "KOSMOS-1, and text": kosmos1("shapes", "shapes-pages", "shapes-told", also=("answers",)),
 }
 CLAIMS = {"kosmos1": Claim(
     says="Interleaved documents are what makes examples in the prompt help, and text keeps the language.",
