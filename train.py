@@ -185,8 +185,6 @@ def main(argv: list[str] | None = None) -> nn.Module:
 def train(s: Settings, stop: Stop, command: str = "", resume: bool = False) -> nn.Module:
     # 1. settings --------------------------------------------------------------------------------------------
     recipe = RECIPES[s.recipe]
-    if s.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"              # read by formats/hub.py and by the hub's own library
     s.lm, s.vit = pin_revision(s.lm), pin_revision(s.vit)
     if s.threads:
         torch.set_num_threads(s.threads)
@@ -570,6 +568,8 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
         draw_curves(Path(s.out), RECIPES.get(s.recipe, RECIPES["mlp"]).task in PER_TOKEN)
     if mode in ("list", "curves"):
         raise SystemExit(0)
+    if s.offline or "offline" in given:                 # read by formats/hub.py and by the hub's own library
+        os.environ["HF_HUB_OFFLINE"] = str(int(s.offline))
     s.recipe = s.recipe or s.bridge or "mlp"
     if s.recipe not in RECIPES and s.recipe not in SYSTEMS:
         raise UserError(f'unknown recipe "{s.recipe}"; {nearest(s.recipe, {**RECIPES, **SYSTEMS})}')

@@ -59,7 +59,8 @@ def draw(lesson: str) -> bytes:
 def main(lessons: list[str]) -> None:
     unknown = [lesson for lesson in lessons if lesson not in FIGURES]
     if unknown:
-        sys.exit(f"there is no lesson {unknown[0]}; known: {', '.join(FIGURES)}.")
+        print(f"there is no lesson {unknown[0]}; known: {', '.join(FIGURES)}.", file=sys.stderr)
+        sys.exit(2)
     (COURSE / "figures").mkdir(exist_ok=True)
     for lesson in lessons or FIGURES:
         file = COURSE / "figures" / f"{lesson}.png"

@@ -118,6 +118,8 @@ def test_the_comparison_table_has_a_row_per_run_and_the_baselines(run, capsys):
     capsys.readouterr()
     evaluation.main([str(out), "--saved"])
     assert measured.stdout == capsys.readouterr().out  # the run's own report had 4 items, too
+    with pytest.raises(UserError, match="data shapes does not read --follow-links; leave out"):
+        evaluation.main([str(out), "--follow-links"])
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2():
@@ -133,7 +135,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2():
     (["out/x", "--items", "few"], "--items"),
     (["out/x", "--items", "0"], "at least 1"),
     (["out/x", "--claim", "all"], '"--claim"'),     # its spelling before there were subcommands
-    (["compare"], "run folder"),
+    (["compare"], "run folder"), (["compare", "./no/run"], "no/run: no such folder"),
     (["compare", "out/x", "--protocl", "mapl"], 'did you mean "--protocol"'),
     (["claims", "--seed", "3", "all"], 'did you mean "--seeds"'),
     (["targets"], "RUN"),

@@ -10,6 +10,7 @@ from support.formats.files import UserError, read_json
 
 ROOT = Path(__file__).parents[2]        # the project's folder: weights/ is found from any working directory
 NO_OWNERS = ("out", "weights")          # names of folders here: "out/run" is a run, not a model on the hub
+TRUE = ("1", "ON", "YES", "TRUE")       # what the hub's own library takes for true, in upper or lower case
 
 # what is fetched of a model
 HUB_FILES = ("*config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*",
@@ -65,7 +66,7 @@ def fetch(name: str | os.PathLike, offline: bool = False) -> Path:
         raise UserError(f"{name}: no such folder; give one with config.json and *.safetensors, "
                         "or a hub's owner/name.")
     repo, _, revision = str(name).partition("@")
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in TRUE
     return download(repo, revision or None, offline)
 
 

@@ -153,6 +153,13 @@ def refuse_unread_flags(args: argparse.Namespace, names: list[str]) -> None:
     given = {flag for flag, value in vars(parser.parse_args([])).items() if getattr(args, flag) != value}
     read = set().union(*(READS[name] for name in names))
     refuse_unread(given, given - read, f"a table with {', '.join(names) or 'runs alone'}")
+    if "pica" in names:
+        how, unread = "--shots 0", {"clip", "ensemble", "similarity", "answer_seed"}
+        if args.shots:
+            how = f"--similarity {args.similarity}"
+            unread = {"clip"} if args.similarity == "random" else {"answer_seed"}
+        others = set().union(*(READS[name] for name in names if name != "pica"))
+        refuse_unread(given, unread - others, f"pica {how}")
 
 
 def describe_answerer(name: str, args: argparse.Namespace) -> str:

@@ -40,6 +40,7 @@ from support.formats.vlm import LAYOUTS, load_vlm, open_run
 from support.lab.protocols import PROTOCOLS, WORD, learned_chat
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.plumbing.packed import packed
+from support.plumbing.start import refuse_unread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUESTION_FORMS = {      # model_type → a user's message about a picture, for the model's chat template
@@ -160,6 +161,9 @@ def ask_published(folder: Path, request: Request) -> str:
         raise UserError(f"{folder} answers about a picture only: give it one, --image FILE.")
     pixels = picture_pixels(model.vit, folder, read_image(request.image)) if request.image else None
     if not isinstance(model, VLM):
+        given = {name for name in ("beams", "max_new_tokens")
+                 if getattr(request, name) != getattr(Request, name)}
+        refuse_unread(given, given, f"{folder}, which writes nothing,")
         return match_caption(model, tokenizer, pixels, request.prompt)
     with at_the_door(f"{folder}, chat template {tokenizer.template.name}"):
         tokens = question_tokens(facts, tokenizer, [request.prompt], bool(request.image))

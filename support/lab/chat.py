@@ -26,9 +26,11 @@ from support.lab.ask import DTYPES, add_model_flags
 from support.lab.attention import draw_attention
 from support.lab.reads import unread_words, what_it_reads
 from support.lab.speakers import Conversation, open_speaker
+from support.lab.unread import given_flags
 from support.plumbing.cli import mistake
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.plumbing.packed import packed
+from support.plumbing.start import refuse_unread
 
 COMMANDS = {
     "/image FILE": "a new conversation about this picture",
@@ -210,7 +212,10 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]) -> None:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not args.temperature:
+        refuse_unread(given_flags(parser, args), {"seed"}, "--temperature 0")
     speaker = open_speaker(args.model, use_machine(args), DTYPES[args.dtype], args.template)
     talk = Conversation(speaker, args.max_new_tokens, args.temperature, args.seed)
     typed = sys.stdin.isatty() and sys.stdout.isatty()

@@ -46,7 +46,9 @@ from support.lab.claims_store import (Results, Store, bundled_towers, is_finishe
                                       seed_values)
 from support.lab.claims_list import CIDER, COMMON, MEAN, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
+from support.lab.unread import given_flags
 from support.plumbing.flags import Parser, number
+from support.plumbing.start import refuse_unread
 from support.worlds import open_data
 
 
@@ -443,6 +445,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--kept", action="store_true",
                         help="train nothing: report the claims and seeds whose runs are finished")
     args = parser.parse_args(argv)
+    if args.kept:
+        refuse_unread(given_flags(parser, args), {"jobs"}, "--kept")
     if not args.names:
         raise UserError(f"which claims? Write all, papers, or some of {', '.join(CLAIMS)}.")
     names = [member for name in args.names for member in GROUPS.get(name, [name])]

@@ -33,10 +33,13 @@ from support.formats.hub import fetch, is_hub_name
 from support.formats.tokenizers import Tokenizer
 from support.formats.vlm import open_run
 from support.lab.alone import read_alone
-from support.lab.measures import Cells, EvaluationSet, Settings, chance_cells, measure_cells, open_set
+from support.lab.measures import (NO_OPEN_QUESTIONS, Cells, EvaluationSet, Settings, chance_cells,
+                                  measure_cells, open_set)
 from support.lab.protocols import Comparison, PROTOCOLS, learned_chat
+from support.lab.unread import given_flags, trained_on
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
-from support.worlds import WORLDS
+from support.plumbing.start import refuse_unread
+from support.worlds import WORLDS, unread_settings
 from support.worlds.trained import MAYBE, Unknown, known_sets, name_split
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published.csv"
@@ -185,11 +188,13 @@ def add_overall(rows: list[dict], datasets: list[EvaluationSet]) -> None:
 def published_rows(bridges: list[str]) -> tuple[list[dict], list[str]]:
     """The published rows of these bridges' systems with their Overall, and sentences that say what they are.
 
-    They are never on the data of our rows. MME: existence, count, position and color, of 800.
+    They are never on the data of our rows. MME: existence, count, position and color, of 800. A bridge that
+    has none gets a sentence alone.
     """
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         systems = [*csv.DictReader(file)]
-    rows, notes = [], []
+    has = {system["bridge"] for system in systems}
+    rows, notes = [], [f"no published row of {bridge}" for bridge in bridges if bridge not in has]
     for system in (system for bridge in bridges for system in systems if system["bridge"] == bridge):
         cells, sets = {}, collections.defaultdict(list)
         for column, value in system.items():            # a column of numbers is called "measure data-set"
@@ -282,15 +287,18 @@ def make_parser() -> Parser:
 
 def main(argv: list[str]) -> None:
     """Print the table, its footnotes and its minutes; of CSV the footnotes go to standard error."""
-    start, args = time.monotonic(), make_parser().parse_args(argv)
+    start, parser = time.monotonic(), make_parser()
+    args = parser.parse_args(argv)
     shots = [k.strip() for k in args.shots.split(",")]
     if not all(k.isdecimal() and len(k) < 4 for k in shots):
         raise UserError(f'--shots "{args.shots:.40}" is no list of numbers under 1,000; write for example '
                         "0,4,8.")
     if not args.runs:
         raise UserError("give at least one run folder: python eval.py compare out/mapl-shapes.")
+    device = use_machine(args)
+    refuse_unread_by_data(given_flags(parser, args), args.data or [trained_on(run)[0] for run in args.runs])
     settings = Settings(tuple(args.data), args.protocol, tuple(map(int, shots)), args.items, args.seed,
-                        args.beams, args.predictions, use_machine(args), args.follow_links, args.alone)
+                        args.beams, args.predictions, device, args.follow_links, args.alone)
     rows, notes = compare_runs(args.runs, settings)
     if args.paper:
         more, sources = published_rows([*dict.fromkeys(map(bridge_of, args.runs))])
@@ -311,6 +319,13 @@ def main(argv: list[str]) -> None:
             tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def bridge_of(run: str) -> str | None:
+def refuse_unread_by_data(given: set[str], specs: list[str]) -> None:
+    """A UserError for a flag that was given and that a table of these data sets does not read."""
+    shots = {"shots"} if {spec.partition(":")[0] for spec in specs} <= NO_OPEN_QUESTIONS else set()
+    refuse_unread(given, unread_settings(specs) | shots, f"data {' + '.join(dict.fromkeys(specs))}")
+
+
+def bridge_of(run: str) -> str:
+    """The bridge of a run; a model that others trained is called by its own name."""
     folder = fetch(run) if is_hub_name(run) else Path(run)
-    return read_json(folder / "config.json").get("bridge")
+    return read_json(folder / "config.json").get("bridge") or Path(run).name

@@ -11,6 +11,7 @@ nothing.
 """
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,15 @@ from data import Shapes, caption_scene, to_pixels
 from eval import align
 from papers.dalle import choose_by_clip
 from papers.scene_reader import UNIT, count_by_chance, count_found, draw_scenes, read_scenes
-from support.formats.drawing_runs import READS, Drawer, drawing_recipe, load_drawer, to_arrays
+from support.formats.drawing_runs import CODES, READS, Drawer, drawing_recipe, load_drawer, to_arrays
 from support.formats.files import UserError, atomically, read_json
 from support.formats.glide import save_grid
 from support.formats.towers import TEXT_TOWER, open_clip
 from support.lab.claims import machine
+from support.lab.unread import given_flags
+from support.plumbing.cli import flag_name
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
+from support.plumbing.start import refuse_unread
 
 SPLITS = {"val": "pairs of colour and shape that training shows",
           "test": "a pair in each that training never shows"}
@@ -47,6 +51,28 @@ def count_drawings(draw: Drawer, split: str, count: int, seed: int) -> dict[str,
     read = read_scenes(to_pixels(draw([caption_scene(things) for things in scenes], seed), Shapes.size, UNIT))
     chance = count_by_chance(scenes, read)
     return {**count_found(scenes, read), "chance": chance["pictures"], "chance, things": chance["things"]}
+
+
+def is_fixed(run: Path, temperature: float | None) -> bool:
+    """Whether a run draws one and the same picture of a text: codes at temperature 0."""
+    if (recipe := drawing_recipe(run)) not in CODES:
+        return False
+    own = inspect.signature(CODES[recipe].draw).parameters["temperature"].default
+    return (own if temperature is None else temperature) == 0
+
+
+def refuse_void_flags(args, given: set[str], fixed: list[str]) -> None:
+    """A UserError for a flag that was given and that changes no picture; fixed: the runs that are."""
+    if args.count:
+        refuse_unread(given, {"each", "out"}, "--count")
+    else:
+        refuse_unread(given, {"report"}, "a picture of TEXTs")
+    if args.also:
+        refuse_unread(given, {"each"}, "--also")
+    void = {"best_of", *(["each"] * (args.each != 1)), *(["seed"] * (len(fixed) == 1 + len(args.also)))}
+    if fixed and given & void:
+        raise UserError(f"{', '.join(sorted(map(flag_name, given & void)))}: {fixed[0]} draws one and the "
+                        "same picture of a text at temperature 0; give --temperature, 1 say.")
 
 
 @dataclass
@@ -92,8 +118,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", help=f"run folder of a recipe that draws: {', '.join(READS)}")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to draw")
     parser.add_argument("--also", nargs="+", default=[], metavar="RUN", help="other runs, a row of each")
-    parser.add_argument("--each", type=number(least=1, most=64), default=4, metavar="N",
-                        help="pictures of each text, without --also (4)")
+    parser.add_argument("--each", type=number(least=1, most=64), metavar="N",
+                        help="pictures of each text, without --also (4; at temperature 0 one)")
     parser.add_argument("--best-of", type=number(least=1, most=512), default=1, metavar="N",
                         help="pictures of which the bundled CLIP chooses each (1)")
     parser.add_argument("--scale", type=number(float, least=0, most=100), metavar="S",
@@ -112,6 +138,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if (args.count is None) == (not args.texts):
         raise UserError("give TEXTs to draw, or --count N to have N captions drawn and read.")
+    fixed = [run for run in (args.run, *args.also) if is_fixed(Path(run), args.temperature)]
+    refuse_void_flags(args, given_flags(parser, args), fixed)
+    each = args.each or (1 if fixed else 4)
     systems = open_systems(args, use_machine(args))
     if args.count:
         text = count_report(systems, argv, args.count, args.seed)
@@ -121,8 +150,8 @@ def main(argv: list[str]) -> None:
                 tmp.write_text(text, encoding="utf-8")
         return
     systems = [system for system in systems if args.best_of == 1 or system.name.endswith("by CLIP")]
-    texts = args.texts if args.also else [text for text in args.texts for _ in range(args.each)]
-    columns = len(texts) if args.also else args.each
+    texts = args.texts if args.also else [text for text in args.texts for _ in range(each)]
+    columns = len(texts) if args.also else each
     drawn = [picture for system in systems for picture in system.draw(texts, args.seed)]
     save_grid(Path(args.out), drawn, columns)
     print(f"{args.out}: {len(drawn) // columns} rows of {columns} pictures")

@@ -16,7 +16,7 @@ from support.formats.vqa import textvqa_normalize
 from support.lab.protocols import (Comparison, PROTOCOLS, build_prompt, few_shot_examples, multiple_choice,
                                    yes_no_pairs)
 from support.plumbing.cli import is_error_of_the_math
-from support.worlds import open_data, open_split, take_items
+from support.worlds import KINDS, NO_QUESTIONS, open_data, open_split, take_items
 
 Cells = dict[tuple[str, ...], float]            # {(measure,): number, (part, measure): number}
 
@@ -87,6 +87,9 @@ class Measure:
     shots: int = 0
     max_new_tokens: int = 12
     evaluator: str = ""                         # compares open answers; "": the data set's own
+
+
+NO_OPEN_QUESTIONS = NO_QUESTIONS & KINDS.keys() | {"scienceqa", "mme"}      # kinds that read no shots
 
 
 def build_questions(dataset: EvaluationSet, shots: tuple[int, ...]) -> list[Measure]:

@@ -20,9 +20,10 @@ from support.formats.vlm import open_run
 from support.lab.answerers import (ANSWERERS, Models, add_answerer_flags, answerer_rows,
                                    refuse_unread_flags)
 from support.lab.protocols import log_likelihoods
+from support.lab.unread import given_flags, trained_on
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.plumbing.start import refuse_unread
-from support.worlds import CONVERSATIONS, open_data, open_split, take_items
+from support.worlds import CONVERSATIONS, open_data, open_split, take_items, unread_settings
 from support.worlds.trained import name_split, training_sets
 
 
@@ -49,14 +50,14 @@ def main(argv: list[str]) -> None:
     if first not in ANSWERERS and not Path(first).exists() and "/" not in first:
         raise UserError(f'"{first}" is neither a run folder nor a subcommand; {nearest(first, known)}')
     if args.saved:
-        measured = ("items", "beams", "follow_links", "device", "offline")
-        given = {flag for flag in measured if getattr(args, flag) != parser.get_default(flag)}
-        refuse_unread(given, given, "--saved")
+        measured = {"items", "beams", "follow_links", "device", "offline"}
+        refuse_unread(given_flags(parser, args), measured, "--saved")
         if answerers:
             raise UserError(f"--saved: no run has measured {answerers[0]}; leave out --saved.")
         tables = saved_tables(args.runs)
     else:
         runs, device = [run for run in args.runs if run not in ANSWERERS], use_machine(args)
+        refuse_unread_by_runs(given_flags(parser, args), runs)
         args.captions_by = args.captions_by or (runs[0] if runs else "")
         tables = measured_tables(runs, args.items, args.beams, device, args.follow_links, answerers,
                                  Models(args, device))
@@ -64,6 +65,15 @@ def main(argv: list[str]) -> None:
         what = "loss: mean -log p of a learned token, in the run's own form" if "loss" in rows[0] else \
             "accuracy in %, CIDEr, BLEU-4 x 100"
         print(f"{world}: {count} pictures a row; {what}\n{format_table(rows)}\n")
+
+
+def refuse_unread_by_runs(given: set[str], runs: list[str]) -> None:
+    """A UserError for a flag that was given and that none of these runs reads, nor an answerer."""
+    sets = [trained_on(run) for run in runs]
+    if not any(has_answers(first) for first, *_ in sets):
+        refuse_unread(given, {"beams"}, "a table without a run that writes texts")
+    specs = [*dict.fromkeys(sum(sets, []))] or ["shapes"]
+    refuse_unread(given, unread_settings(specs), f"data {' + '.join(specs)}")
 
 
 def saved_tables(runs: list[str]) -> dict[str, tuple[int, list[dict]]]:
@@ -90,7 +100,7 @@ def measured_tables(runs: list[str], count: int, beams: int, device: str, follow
         vlm, tokenizer, facts = open_run(run, device)
         trained = training_sets(facts["settings"], follow_links, facts.get("data_digests"))
         world, label = trained[0], row_label(Path(run).name, facts)
-        if not has_answers(world):
+        if not has_answers(world.name):
             own = loss_rows(vlm, tokenizer, trained, count, label, facts["settings"])
             rows.setdefault(world.name, []).extend(own)
             worlds[world.name], baselines[world.name] = (world, take_items(held_out_of(world), count)), []
@@ -114,9 +124,9 @@ def held_out_of(world):
     return open_split(world, world.held_out)
 
 
-def has_answers(world) -> bool:
-    """Whether its held-out items have right answers or captions; conversations and pages have none."""
-    return world.name.partition(":")[0] not in {*CONVERSATIONS, "interleaved"}
+def has_answers(name: str) -> bool:
+    """Whether a data set's items have right answers or captions; conversations and pages have none."""
+    return name.partition(":")[0] not in {*CONVERSATIONS, "interleaved"}
 
 
 @torch.no_grad()

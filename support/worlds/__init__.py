@@ -95,7 +95,10 @@ def new_renderings(world, split: str):
 
 
 def open_split(world, split: str):
-    """Another split of a world, all of it, with the same seed, to evaluate on: see Files.evaluates."""
+    """Another split of a world, all of it, with the same seed, to evaluate on: see Files.evaluates.
+
+    Not strict: an evaluation at the end of a strict run counts what is broken and keeps its table.
+    """
     if isinstance(world, Files):
         other = type(world)(world.kind, world.path, split, world.seed, follow_links=world.follow_links)
         other.evaluates, other.size = True, world.size

@@ -11,7 +11,7 @@ from PIL import Image
 
 from support.formats.datasets import LAYOUTS
 from support.formats.files import UserError, at_the_door, check_value
-from support.worlds import KINDS, WORLDS, open_data, stamps
+from support.worlds import KINDS, WORLDS, open_data, stamps, unread_settings
 from support.worlds.instruct import generate_instructions
 
 DESCRIPTION = """Show items of a data set, or generate LLaVA-Instruct's kind of data about its pictures.
@@ -74,12 +74,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument("count", nargs="?", type=whole, default=100, help="number of pictures")
         parser.add_argument("teacher", nargs="?", default="rules",
                             help='"rules" (for shapes), or the folder or hub name of a decoder that chats')
-        options = parser.parse_args(arguments[1:])
+    else:
+        parser.add_argument("count", nargs="?", type=whole, default=3, help="number of items")
+    options = parser.parse_args(arguments[generate:])
+    if options.follow_links and "follow_links" in unread_settings([options.spec]):
+        raise UserError(f"data {options.spec} does not read --follow-links; leave it out.")
+    if generate:
         generate_instructions(options.spec, options.out, options.count, options.teacher,
                               follow_links=options.follow_links)
     else:
-        parser.add_argument("count", nargs="?", type=whole, default=3, help="number of items")
-        options = parser.parse_args(arguments)
         show_items(options.spec, options.count, options.follow_links)
 
 

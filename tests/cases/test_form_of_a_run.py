@@ -145,6 +145,8 @@ def test_the_table_of_a_run_on_conversations_is_its_loss_in_that_form(runs, caps
     trained = read_json(f"{runs['plain']}/results.json")["held-out loss"]
     row = next(line for line in out.splitlines() if "held-out" in line)
     assert f"{trained:.2f}" in row and "nan" not in out and "blind" in out and "seen" in out
+    with pytest.raises(UserError, match="a table without a run that writes texts does not read --beams"):
+        evaluation.main([runs["plain"], "--beams", "4"])
 
 
 def test_a_comparison_asks_in_the_form_of_training_unless_a_protocol_is_named(runs, monkeypatch, capsys):

@@ -129,6 +129,21 @@ def test_offline_asks_the_cache_alone(hub, monkeypatch):
     assert [c["local_files_only"] for c in hub.calls] == [True, True]
 
 
+@pytest.mark.parametrize("value, offline", [
+    *((value, True) for value in ("1", "on", "Yes", "TRUE")),
+    *((value, False) for value in ("", "0", "false", "no", "OFF"))])
+def test_the_environment_says_offline_in_the_librarys_own_words(hub, monkeypatch, value, offline):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    fetch(NAME)
+    assert hub.calls[0]["local_files_only"] == offline
+
+
+def test_no_offline_outdoes_the_environment(hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    train.main(["--lm", NAME, "--no-offline", "--out", "run", *SMALL])
+    assert {c["local_files_only"] for c in hub.calls} == {False}
+
+
 def test_without_the_package_one_sentence_names_the_command(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # import raises ImportError
     with pytest.raises(
@@ -226,7 +241,9 @@ def test_offline_holds_for_both_commands(hub, capsys):
     hub.error = raised("LocalEntryNotFoundError")
     with pytest.raises(UserError, match="other/model: not all of it is in the local cache"):
         train.main(["--lm", "other/model", "--offline", *SMALL])
-    assert [c["local_files_only"] for c in hub.calls] == [True, True]
+    with pytest.raises(UserError, match="other/run: not all of it is in the local cache"):
+        evaluation.main(["compare", "other/run", "--offline"])
+    assert [c["local_files_only"] for c in hub.calls] == [True] * 3
 
 
 def test_the_bundled_towers_have_their_own_sentence(tmp_path, monkeypatch):

@@ -221,3 +221,6 @@ def test_blip2s_first_stage_says_how_well_a_caption_fits(tmp_path, capsys):
         and 0 <= float(words[0][1]) <= 1
         and -1 <= float(words[1][1]) <= 1
     )
+    asked = ["ask", str(folder), "--image", str(GOLDEN / "image-processors/images/coffee_73x151.png")]
+    with pytest.raises(UserError, match="which writes nothing, does not read --beams, --max-new-tokens"):
+        evaluation.main([*asked, "--prompt", "a cat", "--beams", "2", "--max-new-tokens", "5"])

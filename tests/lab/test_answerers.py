@@ -128,6 +128,12 @@ def test_without_a_run_the_table_is_of_shapes(capsys):
      "pica: 1 prompts with 600"),
     (["magic", "socratic", "--shots", "3"], "a table with magic, socratic does not read --shots"),
     (["out/mlp-shapes", "--drafts", "3"], "a table with runs alone does not read --drafts"),
+    (["pica", "--answer-seed", "5"], "pica --similarity imagequestion does not read --answer-seed"),
+    (["pica", "--shots", "0", "--ensemble", "7", "--similarity", "question"],
+     "pica --shots 0 does not read --ensemble, --similarity"),
+    (["pica", "--similarity", "random", "--clip", "c"], "pica --similarity random does not read --clip"),
+    (["pica", "--captions-by", "truth", "--beams", "7"], "does not read --beams"),
+    (["magic", "--follow-links"], "data shapes does not read --follow-links"),
     (["socratics"], 'did you mean "socratic"'), (["pica", "--saved"], "no run has measured pica"),
     (["magic", "--beta", "-1"], "--beta"), (["pica", "--similarity", "same"], "invalid choice: 'same'")])
 def test_a_mistake_is_one_sentence(argv, words):

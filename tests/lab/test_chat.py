@@ -116,10 +116,10 @@ def test_it_says_what_a_toy_cannot_read(untrained_run, picture, monkeypatch, cap
     facts = {"settings": {"data": "shapes", "seed": 0}}
     sentence = what_it_reads("out/mlp-shapes", shapes_tokenizer(), facts)
     assert "orange" in sentence and "triangle" in sentence and "elephant" not in sentence
-    for data, some in (("folder:gone", False), ("folder:gone + shapes", True)):
-        facts = {"settings": {"data": data, "seed": 0}}
+    for spec, some in (("folder:gone", False), ("folder:gone + shapes", True)):
+        facts = {"settings": {"data": spec, "seed": 0}}
         sentence = what_it_reads("out/own", shapes_tokenizer(), facts)
-        assert f"trained on {data}, which is not here" in sentence and ("orange" in sentence) == some
+        assert f"trained on {spec}, which is not here" in sentence and ("orange" in sentence) == some
         assert "these" not in sentence
     assert unread_words(shapes_tokenizer(), "is there an orange ring at the top left?") == []
     large = type("Large", (), {"vocab_size": 49152})()
@@ -136,6 +136,7 @@ def test_it_says_what_a_toy_cannot_read(untrained_run, picture, monkeypatch, cap
     (["/imag x.png"], [], ["unknown command /imag", "/image"]),
     (["/look"], [], ["give one"]),
     ([], ["--temperature", "-1"], ["at least 0"]),
+    ([], ["--seed", "3"], ["--temperature 0 does not read --seed"]),
     ([], ["--max-new-tokens", "0"], ["at least 1"]),
     ([], ["--template", "no"], ["no"]),
 ])

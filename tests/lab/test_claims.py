@@ -291,11 +291,14 @@ def test_a_papers_number_is_drawn_where_it_has_our_unit():
     assert of("90.92, 85.81", LOSS) == [None, None]
 
 
-def test_an_unknown_claim_names_the_nearest():
+def test_an_unknown_claim_names_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                         # where no report can be written over
     with pytest.raises(UserError, match='unknown claim "zero_init"; did you mean "zero-init"'):
         evaluation.main(["claims", "zero_init"])
     with pytest.raises(UserError, match="which claims"):
         evaluation.main(["claims"])
+    with pytest.raises(UserError, match="--kept does not read --jobs; leave out"):
+        evaluation.main(["claims", "papers", "--kept", "--jobs", "8"])
 
 
 def test_multiple_choice_offers_the_answer_once_and_its_solution_tells_the_scene():

@@ -20,8 +20,8 @@ from support.formats.benchmarks import mme_scores, scienceqa_accuracy, scienceqa
 from support.formats.datasets import MME, read_mme
 from support.formats.files import UserError
 from support.formats.vlm import open_run
-from support.lab.compare import compare_runs, format_comparison, overall_means, published_rows
-from support.lab.measures import Settings, measure_cells, open_set
+from support.lab.compare import bridge_of, compare_runs, format_comparison, overall_means, published_rows
+from support.lab.measures import NO_OPEN_QUESTIONS, Settings, build_questions, measure_cells, open_set
 from support.lab.protocols import Comparison
 from support.worlds import open_data
 
@@ -103,6 +103,13 @@ def test_overall_is_the_documents_mean_over_data_sets():
     assert by_name["[BLIP-2]"][("MME",)] == 516.66 and len(rows) == len(notes)
     cells = {("a", "0-shot"): 10.0, ("b", "0-shot"): 20.0, ("a", "SQA"): 1.0}
     assert overall_means(cells, {"0-shot": ["a", "b"], "SQA": ["a", "b"]}) == {("0-shot",): 15.0}
+
+
+def test_a_bridge_without_a_published_row_has_a_footnote(tmp_path):
+    rows, notes = published_rows(["cogvlm", "linear"])
+    assert [row["row"] for row in rows] == ["[LLaVA 13B]"] and notes[0] == "no published row of cogvlm"
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    assert bridge_of(str(tmp_path)) == tmp_path.name     # a model that others trained is called by its name
 
 
 def test_text_markdown_and_csv_hold_the_same_cells():
@@ -265,9 +272,20 @@ def test_one_command_prints_the_table_its_footnotes_and_minutes(runs, tmp_path, 
         (["--format", "html"], "html"),
         (["--data", "vqav2:nowhere"], "vqav2:nowhere: no such folder"),
         (["--data", "shapes", "--data", "shapes:val"], "--data names shapes twice"),
+        (["--data", f"mme:{SETS / 'mme'}", "--shots", "4"], "mme does not read --shots; leave out"),
+        (["--data", "coco:nowhere", "--data", "scienceqa:nowhere", "--shots", "0"], "does not read --shots"),
+        (["--follow-links"], "data shapes does not read --follow-links"),
+        (["--data", "emoji", "--follow-links"], "data emoji does not read --follow-links"),
     ],
 )
 def test_a_mistake_is_one_sentence(runs, flags, words):
     with pytest.raises(UserError) as e:
         evaluation.main(["compare", runs["mapl"], "--device", "cpu", *flags])
     assert words in str(e.value)
+
+
+@pytest.mark.parametrize("kind, folder", [("coco", "coco_captions"), ("mme", "mme"), ("vqav2", "vqav2"),
+                                          ("scienceqa", "scienceqa"), ("llava", "llava_instruct")])
+def test_where_shots_are_not_read_no_open_question_is_asked(kind, folder):
+    measures = build_questions(open_set(f"{kind}:{SETS / folder}", Settings(count=9)), (0, 4))
+    assert any(m.asked for m in measures if m.name.endswith("-shot")) == (kind not in NO_OPEN_QUESTIONS)

@@ -91,3 +91,28 @@ def test_systems_stand_row_by_row_and_are_counted(runs, tmp_path, capsys, monkey
     with pytest.raises(UserError, match="give TEXTs to draw, or --count"):
         evaluation.main(["draw", first])
     assert to_arrays(torch.ones(1, 3, 2, 2))[0].max() == 255
+
+
+@pytest.mark.parametrize("recipe, flags, words", [
+    ("chameleon-2", ["a", "--best-of", "8"], "--best-of: .* at temperature 0; give --temperature"),
+    ("chameleon-2", ["a", "--each", "8"], "--each: .* at temperature 0; give --temperature"),
+    ("chameleon-2", ["a", "--seed", "3"], "--seed: .* at temperature 0; give --temperature"),
+    ("dalle-2", ["--count", "4", "--temperature", "0", "--best-of", "2", "--seed", "3"],
+     "--best-of, --seed: .*; give --temperature"),
+    ("dalle-2", ["a", "--also", "chameleon-2", "--best-of", "2"], "--best-of: .*chameleon-2 draws"),
+    ("dalle-2", ["a", "--also", "chameleon-2", "--each", "8"], "--also does not read --each"),
+    ("dalle-2", ["--count", "5", "--each", "8", "--out", "y.png"], "--count does not read --each, --out"),
+    ("dalle-2", ["a", "--report", "t.txt"], "a picture of TEXTs does not read --report")], ids=str)
+def test_a_flag_that_changes_nothing_is_refused(recipe, flags, words, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words) as e:
+        evaluation.main(["draw", str(runs[recipe][0]), *(str(runs[f][0]) if f in runs else f for f in flags)])
+    assert "\n" not in str(e.value)
+
+
+def test_at_temperature_0_a_text_has_one_picture_and_else_four(runs, tmp_path, capsys):
+    for recipe, flags, columns in (("chameleon-2", [], 1), ("chameleon-2", ["--each", "1"], 1),
+                                   ("chameleon-2", ["--temperature", "1", "--seed", "3"], 4),
+                                   ("dalle-2", ["--each", "2"], 2)):
+        evaluation.main(["draw", str(runs[recipe][0]), TEXTS[0], "--out", str(tmp_path / "g.png"), *flags])
+        assert f"1 rows of {columns} pictures" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from support.formats.datasets import LAYOUTS
+from support.formats.files import UserError
 from support.worlds import KINDS, WORLDS
 from support.worlds.commands import list_kinds, main
 
@@ -43,3 +44,10 @@ def test_every_item_that_is_shown_has_files_of_its_own(tmp_path, monkeypatch, ca
     said = capsys.readouterr().out.splitlines()
     greys = [np.asarray(Image.open(file.strip()))[0, 0, 0] for file in said[::2]]
     assert [f"    grey {grey}" for grey in greys] == said[1::2] and {*greys} == {*range(len(names))}
+
+
+@pytest.mark.parametrize("command", [[], ["generate"]])
+def test_a_generated_world_follows_no_links(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="data shapes:test does not read --follow-links; leave it out"):
+        main([*command, "shapes:test", "--follow-links"])
