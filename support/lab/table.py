@@ -23,7 +23,7 @@ from support.lab.protocols import log_likelihoods
 from support.lab.unread import given_flags, trained_on
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.plumbing.start import refuse_unread
-from support.worlds import CONVERSATIONS, open_data, open_split, take_items, unread_settings
+from support.worlds import NO_ANSWERS, open_data, open_split, take_items, unread_settings
 from support.worlds.trained import name_split, training_sets
 
 
@@ -126,7 +126,7 @@ def held_out_of(world):
 
 def has_answers(name: str) -> bool:
     """Whether a data set's items have right answers or captions; conversations and pages have none."""
-    return name.partition(":")[0] not in {*CONVERSATIONS, "interleaved"}
+    return name.partition(":")[0] not in NO_ANSWERS
 
 
 @torch.no_grad()

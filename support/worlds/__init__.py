@@ -36,6 +36,7 @@ NO_QUESTIONS = {"coco", "karpathy", "flickr30k", "flickr8k", "cc", "textcaps", "
 CLICKS = {name for name in WORLDS if name.startswith(ShapesClicks.name)}
 ONE_TURN = {ShapesWords.name, ShapesTold.name, ShapesPages.name, *CLICKS}    # kinds whose items have one form
 CONVERSATIONS = {"llava", "alpaca", *SHARDED, ShapesWords.name}         # kinds that --template writes
+NO_ANSWERS = {*CONVERSATIONS, "interleaved", ShapesTold.name, ShapesClicksText.name}    # its loss is reported
 NO_CAPTIONS = {"vqav2", "okvqa", "textvqa", "vizwizvqa", "scienceqa", "mme", "interleaved", "llava", "alpaca",
                ShapesPages.name, ShapesChoices.name, ShapesWords.name, ShapesTold.name, *CLICKS}
 

@@ -374,7 +374,7 @@ def test_a_gradient_that_is_not_finite_is_no_update(spec, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("kind, score", [
-    ("", "cider"), ("shapes", "mean"), ("shapes-words", "held_out_loss")])
+    ("", "cider"), ("shapes", "mean"), ("shapes-words", "held_out_loss"), ("shapes-told", "held_out_loss")])
 def test_a_check_has_a_number_whatever_the_data_hold(kind, score, spec, tmp_path, capsys):
     """Captions where there are no questions, and the loss where there is no one right answer."""
     run(kind or spec, tmp_path / "run", "--steps", 2, "--check-every", 1)

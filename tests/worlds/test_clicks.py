@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval
 import train
 from conftest import ROOT
 from data import COLORS, HELD_OUT, SHAPES
@@ -48,5 +49,7 @@ def test_pages_without_a_screenshot_teach_the_decoder(tmp_path, monkeypatch, cap
     train.main(["--recipe", "llava-2", "--init", "none", "--data", KINDS[3], "--steps", "2", "--batch", "4",
                 "--warmup", "0", "--out", str(tmp_path)])
     assert "held-out loss" in capsys.readouterr().out
+    eval.main([str(tmp_path)])
+    assert "loss" in capsys.readouterr().out
     before, after = load_decoder("weights/decoder"), load_decoder(tmp_path / "decoder")
     assert not torch.equal(before.layers[0].mlp.up.weight, after.layers[0].mlp.up.weight)
