@@ -19,15 +19,15 @@ import collections
 import contextlib
 import itertools
 import math
-import multiprocessing
 import os
 import platform
 import re
 import shlex
+import signal
 import textwrap
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +51,7 @@ from support.lab.claims_store import (KEPT, Results, Store, bundled_towers, is_f
 from support.lab.claims_list import CIDER, COMMON, MEAN, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
 from support.plumbing.flags import Parser, number
+from support.plumbing.stop import CODES, Stopped, process_pool
 from support.worlds import open_data
 
 
@@ -280,6 +281,20 @@ def stage(name: str, arms: dict[str, Arm]) -> int:
     return max((1 + stage(other, arms) for other in arms_before(arms[name])), default=0)
 
 
+@contextlib.contextmanager
+def finished_runs_are_kept() -> Iterator[None]:
+    """What ends the runs from outside says so, and how to go on."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise UserError("a run was ended from outside, perhaps because memory is full (--jobs 1 needs less); "
+                        "finished runs are kept, and the same command goes on with the others.") from None
+    except KeyboardInterrupt as e:
+        raise Stopped("stopped; finished runs are kept, and the same command goes on with the others",
+                      e.code if isinstance(e, Stopped) else CODES[signal.SIGINT]) from None
+
+
+@finished_runs_are_kept()
 def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> Results:
     """{(arm, seed): what `run_arm` returns}; an arm that others start from or read runs before them.
 
@@ -299,9 +314,8 @@ def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> Results:
         ready = [name for name in here if runs(name, seed)]
         work = [(name, replace(arms[name], measures=()) if kept(name, seed) else arms[name], seed, setup,
                  run_identity(name, arms, seed, setup)) for name in ready]
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(setup.jobs, spawn) if setup.jobs > 1 else contextlib.nullcontext() as pool:
-            done = (pool.map if pool else map)(run_arm, *zip(*work)) if work else ()
+        with process_pool(setup.jobs) if setup.jobs > 1 else contextlib.nullcontext(map) as spread:
+            done = spread(run_arm, *zip(*work)) if work else ()
             for name, result in zip(ready, done):
                 results[name, seed] = kept(name, seed)
                 minutes = result["seconds"] / 60

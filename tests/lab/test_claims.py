@@ -3,11 +3,17 @@ it needs say what they promise."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +34,7 @@ from support.lab import miniatures
 from support.lab.answerers import ANSWERERS, add_answerer_flags
 from support.lab.papers_table import measured
 from support.plumbing.flags import Parser
+from support.plumbing.stop import Stopped
 from support.lab.claims import (ARMS, CLAIMS, GROUPS, MEASUREMENTS, Setup, arm_flags, arm_folder,
                                 claim_report, few_shot_accuracy, group_names, judge, kept_result, needed_arms,
                                 run_claims, run_identity, stage, T95)
@@ -251,6 +258,72 @@ def test_kept_runs_are_the_projects_and_a_report_replaces_what_out_names_alone(t
     *default, named = [(setup.report, str(setup.figures)) for setup in asked]
     assert set(default) == {("out/claims/report.txt", "out/claims/figures")}
     assert named == (str(results / "papers.txt"), str(results / "claims"))
+
+
+# A command whose arms do nothing for a minute, as a run does that Ctrl-C stops.
+SLEEPERS = """
+import sys, time
+from pathlib import Path
+from support.plumbing.stop import stoppable
+FOLDER = Path(sys.argv[1])
+
+def sleep(name, *rest):
+    (FOLDER / f"{name}.begun").touch()
+    with stoppable(FOLDER):
+        time.sleep(60)
+
+if __name__ == "__main__":
+    from support.lab import claims
+    from support.lab.claims_list import Expectation, Side
+    from support.plumbing.cli import run_cli
+    claims.run_arm = sleep
+    arms = {name: claims.Arm(()) for name in "abcdef"}
+    claim = claims.Claim("", "", tuple(Expectation(Side(name), ">", Side(name)) for name in arms), ())
+    setup = claims.Setup(1, 2, FOLDER, FOLDER / "claims.txt", (), store=FOLDER / "runs.jsonl")
+    run_cli(lambda: claims.run_claims(["it"], setup, {"it": claim}, arms))
+"""
+
+
+def test_an_interrupt_ends_the_command_and_its_runs_at_once(tmp_path):
+    file = tmp_path / "sleepers.py"
+    file.write_text(SLEEPERS)
+    process = subprocess.Popen([sys.executable, file, tmp_path], cwd=tmp_path, text=True,
+                               stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                               start_new_session=True)
+
+    def begun() -> list[str]:
+        return sorted(p.stem for p in tmp_path.glob("*.begun"))
+
+    def alive() -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 0)
+            return True
+        return False
+    try:
+        while len(begun()) < 2:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)           # as a terminal does: to the runs, too
+        said = process.communicate(timeout=20)[1]
+        assert said == "stopped; finished runs are kept, and the same command goes on with the others\n"
+        assert process.returncode == 130 and begun() == ["a", "b"]
+        last = time.monotonic() + 10                    # the standard library's own helper ends a bit later
+        while alive():
+            assert time.monotonic() < last, "a process is left"
+            time.sleep(0.1)
+    finally:
+        if alive():
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_one_run_at_a_time_says_the_same_of_an_interrupt(tmp_path, monkeypatch):
+    def interrupted(*row):
+        raise Stopped("stopped; go on with: python train.py --resume …", 143)
+    monkeypatch.setattr("support.lab.claims.run_arm", interrupted)
+    setup = Setup(1, 1, tmp_path, tmp_path / "claims.txt", (), store=tmp_path / "runs.jsonl")
+    with pytest.raises(Stopped, match="finished runs are kept, and the same command goes on") as e:
+        run_claims(["longer"], setup, CLAIM, STUB)
+    assert e.value.code == 143
 
 
 def test_a_figure_has_a_scale_for_each_unit():
