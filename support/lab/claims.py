@@ -1,14 +1,17 @@
 """One miniature experiment per claim of the papers: its runs, its measurements, its verdict.
 
-    python eval.py claims all                           what the documents claim: an hour or two on 2 cores
+    python eval.py claims all                           what the documents claim
     python eval.py claims papers                        the point of each paper of papers/
     python eval.py claims zero-init gates --seeds 3
     python eval.py claims all --jobs 8 --out claims.txt
     python eval.py claims zero-init-deep                needs pip install huggingface_hub: SmolLM2
     python eval.py claims papers --kept                 trains nothing: what the finished runs say
+    python eval.py claims all --seeds 5 --kept --out support/results/claims.txt         the report kept there
 
 Finished runs in out/claims are kept, so that the command goes on where it was stopped; what they measured is
-kept in support/results/claims/runs.jsonl, so that no run there is trained twice.
+kept in support/results/claims/runs.jsonl of the project, so that no run there is trained twice. All 111 of
+`all` took 318 one-core minutes. The report is printed and written to out/claims/report.txt, its figures to
+out/claims/figures; those of another --out FILE to the folder claims beside it.
 """
 from __future__ import annotations
 
@@ -16,14 +19,15 @@ import collections
 import contextlib
 import itertools
 import math
-import multiprocessing
 import os
 import platform
 import re
+import shlex
+import signal
 import textwrap
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,20 +46,20 @@ from support.lab.answerers import measure_answerer
 from support.lab.attention import gate_history
 from support.lab import claims_list, miniatures
 from support.lab.claims_figures import draw_claims
-from support.lab.claims_store import (Results, Store, bundled_towers, is_finished, learning_curve, loss_lines,
-                                      seed_values)
+from support.lab.claims_store import (KEPT, Results, Store, bundled_towers, is_finished, learning_curve,
+                                      loss_lines, seed_values)
 from support.lab.claims_list import CIDER, COMMON, MEAN, Arm, Claim, Number, Side
 from support.lab.protocols import Comparison, build_prompt, few_shot_examples
 from support.lab.unread import given_flags
 from support.plumbing.flags import Parser, number
 from support.plumbing.start import refuse_unread
+from support.plumbing.stop import CODES, Stopped, process_pool
 from support.worlds import open_data
 
 
 CLAIMS = claims_list.CLAIMS | claims_list.DEEP_CLAIMS | miniatures.CLAIMS
 ARMS = claims_list.ARMS | miniatures.ARMS
-PAPER_COLUMNS = ["", "seeds", "trained", "held-out", "blind", "minutes", "verdicts"]    # of PAPERS_REPORT
-PAPERS_REPORT = "support/results/papers.txt"
+PAPER_COLUMNS = ["", "seeds", "trained", "held-out", "blind", "minutes", "verdicts"]    # of a summary
 GROUPS = {"all": claims_list.CLAIMS, "papers": miniatures.CLAIMS}       # names for several
 
 
@@ -164,13 +168,15 @@ class Setup:
     seeds: int = 3                              # runs per arm, seeds 0 … seeds − 1
     jobs: int = 2                               # runs at a time, one core each
     runs: str | Path = "out/claims"             # a folder of run folders
-    report: str | Path = "support/results/claims.txt"
+    report: str | Path = "out/claims/report.txt"
     common: tuple[str, ...] = COMMON            # flags of a run, ahead of its arm's own
     count: int = 200                            # held-out pictures
+    store: Path = KEPT
 
     @property
-    def store(self) -> Path:
-        return Path(self.report).parent / "claims" / "runs.jsonl"
+    def figures(self) -> Path:
+        """The folder of the report's figures, beside it."""
+        return Path(self.report).parent / ("figures" if self.report == Setup.report else "claims")
 
 
 def arm_folder(runs: str | Path, arm: str, seed: int) -> str:
@@ -277,6 +283,20 @@ def stage(name: str, arms: dict[str, Arm]) -> int:
     return max((1 + stage(other, arms) for other in arms_before(arms[name])), default=0)
 
 
+@contextlib.contextmanager
+def finished_runs_are_kept() -> Iterator[None]:
+    """What ends the runs from outside says so, and how to go on."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise UserError("a run was ended from outside, perhaps because memory is full (--jobs 1 needs less); "
+                        "finished runs are kept, and the same command goes on with the others.") from None
+    except KeyboardInterrupt as e:
+        raise Stopped("stopped; finished runs are kept, and the same command goes on with the others",
+                      e.code if isinstance(e, Stopped) else CODES[signal.SIGINT]) from None
+
+
+@finished_runs_are_kept()
 def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> Results:
     """{(arm, seed): what `run_arm` returns}; an arm that others start from or read runs before them.
 
@@ -296,9 +316,8 @@ def run_arms(names: set[str], setup: Setup, arms: dict[str, Arm]) -> Results:
         ready = [name for name in here if runs(name, seed)]
         work = [(name, replace(arms[name], measures=()) if kept(name, seed) else arms[name], seed, setup,
                  run_identity(name, arms, seed, setup)) for name in ready]
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(setup.jobs, spawn) if setup.jobs > 1 else contextlib.nullcontext() as pool:
-            done = (pool.map if pool else map)(run_arm, *zip(*work)) if work else ()
+        with process_pool(setup.jobs) if setup.jobs > 1 else contextlib.nullcontext(map) as spread:
+            done = spread(run_arm, *zip(*work)) if work else ()
             for name, result in zip(ready, done):
                 results[name, seed] = kept(name, seed)
                 minutes = result["seconds"] / 60
@@ -401,6 +420,8 @@ def run_claims(names: list[str], setup: Setup = Setup(), claims: dict[str, Claim
     reports = {name: claim_report(name, claims[name], results, seeds[name]) for name in names}
     minutes = sum(result["seconds"] for result in results.values()) / 60
     asked += f" --seeds {setup.seeds}" * (setup.seeds != Setup.seeds) + " --kept" * kept
+    if setup.report != Setup.report:
+        asked += f" --out {shlex.quote(str(setup.report))}"
     spread = " or ".join(map(str, sorted({seeds[name] for name in names})))
     head = (f"python eval.py claims {asked}: {spread} seed{'s' * (spread != '1')} a claim, "
             f"{len(results)} runs, {minutes:.0f} minutes of training on one core each ({machine()}); a run, "
@@ -440,8 +461,8 @@ def main(argv: list[str]) -> None:
                         help="runs per arm (3)")
     parser.add_argument("--jobs", type=number(least=1, most=256), default=2, metavar="N",
                         help="runs at a time, one core each (2)")
-    parser.add_argument("--out", default="", metavar="FILE",
-                        help=f"of the report ({Setup.report}, or papers.txt beside it)")
+    parser.add_argument("--out", default=Setup.report, metavar="FILE",
+                        help=f"the report ({Setup.report}); its figures lie beside it")
     parser.add_argument("--kept", action="store_true",
                         help="train nothing: report the claims and seeds whose runs are finished")
     args = parser.parse_args(argv)
@@ -453,5 +474,4 @@ def main(argv: list[str]) -> None:
     for name in names:
         if name not in CLAIMS:
             raise UserError(f'unknown claim "{name}"; {nearest(name, [*GROUPS, *CLAIMS])}')
-    report = args.out or (PAPERS_REPORT if args.names == ["papers"] else Setup.report)
-    print(run_claims(names, Setup(args.seeds, args.jobs, report=report), kept=args.kept))
+    print(run_claims(names, Setup(args.seeds, args.jobs, report=args.out), kept=args.kept))

@@ -22,18 +22,13 @@ if TYPE_CHECKING:
 
 def draw_claims(claims: dict[str, Claim], results: Results, seeds: dict[str, int], setup: Setup,
                 verdicts: dict[str, list[str]]) -> None:
-    """FOLDER/NAME.png of each claim and FOLDER/REPORT.md, in the folder `claims` beside the report.
-
-    Needs matplotlib.
-    """
+    """NAME.png of each claim and REPORT.md in setup.figures. Needs matplotlib."""
     try:
         from matplotlib import figure as plots          # not pyplot: no window, no state shared with a caller
     except ImportError:
         raise UserError("figures are drawn by matplotlib, which is not installed; "
                         "pip install matplotlib.") from None
-    report = Path(setup.report)
-    folder = report.parent / "claims"
-    folder.mkdir(parents=True, exist_ok=True)
+    report, folder = Path(setup.report), setup.figures
     about = (f"Made with [{report.name}](../{report.name}), whose text says more. Left: training loss, mean "
              "and range over seeds. Right: a dot for each seed, a bar at their mean, a diamond where the "
              "paper has a number of the same unit.")

@@ -17,6 +17,7 @@ from support.lab.claims_list import Number
 from support.plumbing.digest import text_digest
 from support.plumbing.log import read_log
 
+KEPT = Path(__file__).parents[1] / "results/claims/runs.jsonl"      # wherever the command is called from
 Results = dict[tuple[str, int], dict]           # {(arm, seed): what lab/claims.py: run_arm returns}
 
 

@@ -1,6 +1,6 @@
 """lab/papers_table.py: what the papers' miniatures found, as a table of papers/README.md.
 
-    python eval.py claims papers                        writes support/results/papers.txt
+    python eval.py claims papers --seeds 5 --kept --out support/results/papers.txt
     python eval.py claims vilt coca … --out support/results/pretraining.txt
     python -m support.lab.papers_table                  writes the table again
 
@@ -13,10 +13,11 @@ import re
 from pathlib import Path
 
 from support.formats.files import atomically
-from support.lab.claims import PAPER_COLUMNS, PAPERS_REPORT
+from support.lab.claims import PAPER_COLUMNS
 
 ROOT = Path(__file__).parents[2]
-PAGE, REPORTS = ROOT / "papers/README.md", (ROOT / PAPERS_REPORT, ROOT / "support/results/pretraining.txt")
+PAGE = ROOT / "papers/README.md"
+REPORTS = [ROOT / f"support/results/{name}.txt" for name in ("papers", "pretraining")]
 BEGIN, END = "<!-- python -m support.lab.papers_table: from here -->", "<!-- to here -->"
 
 

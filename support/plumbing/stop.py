@@ -5,13 +5,15 @@ The standard library alone: train.py and eval.py import it before the libraries 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import shlex
 import signal
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}       # exit codes, as a shell reports these signals
 
@@ -32,6 +34,9 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, sentence: str, code: int):
         super().__init__(sentence)
         self.code = code
+
+    def __reduce__(self) -> tuple:                      # how another process hears of it
+        return Stopped, (*self.args, self.code)
 
 
 class Stop:
@@ -82,3 +87,46 @@ def stoppable(out: Path, own: str = "", after: str = "") -> Iterator[Stop]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def process_pool(jobs: int) -> Iterator[Callable]:
+    """A map(function, *columns) whose calls run in `jobs` processes; they end with the block.
+
+    An error in the block ends them at once, Ctrl-C among them, and so does the end of this process, whatever
+    ends it. A process that is ended from outside is a BrokenProcessPool.
+    """
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent)
+
+    def spread(function: Callable, *columns) -> Iterator:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:                            # the processes begin here, and Ctrl-C never reaches them: it is ours
+            futures = [pool.submit(until_interrupted, function, *row) for row in zip(*columns)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return (future.result() for future in futures)
+    try:
+        yield spread
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.kill()              # calls that wait are not cancelled: of one that is and then loses
+        raise                           # its process, Python 3.11 prints a traceback
+    finally:
+        pool.shutdown()
+
+
+def end_with_parent() -> None:
+    """From here on this process ends when the one that began it has ended."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def until_interrupted(function: Callable, *row):
+    """function(*row), in a process that ends if it is interrupted: a pool would begin the next call in it."""
+    try:
+        return function(*row)
+    except KeyboardInterrupt:
+        os._exit(CODES[signal.SIGTERM])

@@ -174,7 +174,8 @@ def test_a_claim_runs_the_arms_that_an_answerer_reads_and_measures_it(tmp_path):
     claim = {"told": Claim("It tells.", "nowhere", (Expectation(Side("PICa"), "≥", Side("PICa")),),
                            (Number("mean"),))}
     setup = Setup(1, 1, tmp_path / "runs", tmp_path / "claims.txt",
-                  tuple("--steps 2 --batch 2 --threads 1 --eval-items 1 --samples 0".split()), 4)
+                  tuple("--steps 2 --batch 2 --threads 1 --eval-items 1 --samples 0".split()), 4,
+                  tmp_path / "runs.jsonl")
     assert needed_arms([claim["told"]], arms) == {"PICa", "reader"}
     assert arm_flags("PICa", arms["PICa"], 0, setup)[1] == str(tmp_path / "runs/reader-s0")
     text = run_claims(["told"], setup, claim, arms)

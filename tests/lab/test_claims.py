@@ -3,11 +3,17 @@ it needs say what they promise."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +34,7 @@ from support.lab import miniatures
 from support.lab.answerers import ANSWERERS, add_answerer_flags
 from support.lab.papers_table import measured
 from support.plumbing.flags import Parser
+from support.plumbing.stop import Stopped
 from support.lab.claims import (ARMS, CLAIMS, GROUPS, MEASUREMENTS, Setup, arm_flags, arm_folder,
                                 claim_report, few_shot_accuracy, group_names, judge, kept_result, needed_arms,
                                 run_claims, run_identity, stage, T95)
@@ -39,7 +46,8 @@ from support.formats.files import UserError, read_json, write_json
 from support.formats.llama import load_decoder
 from support.formats.vision import load_vit
 
-WEIGHTS = Path(evaluation.__file__).parent / "weights"
+ROOT = Path(evaluation.__file__).parent
+WEIGHTS = ROOT / "weights"
 
 
 def test_a_verdict_is_a_t_test_paired_by_seed():
@@ -151,8 +159,10 @@ CLAIM = {"longer": Claim("A run that goes on from another has the lower loss.", 
 
 @pytest.mark.slow
 def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
+    store = tmp_path / "claims/runs.jsonl"
+
     def ask(common: str, kept: bool = False) -> str:
-        setup = Setup(2, 1, tmp_path / "runs", tmp_path / "claims.txt", tuple(common.split()), 4)
+        setup = Setup(2, 1, tmp_path / "runs", tmp_path / "claims.txt", tuple(common.split()), 4, store)
         return run_claims(["longer"], setup, CLAIM, STUB, kept=kept)
     quick = "--steps 6 --batch 4 --threads 1 --log-every 2 --eval-items 1 --samples 1 --lr 0.01"
     text = ask(quick)
@@ -191,7 +201,6 @@ def test_a_claim_is_trained_measured_judged_and_kept(tmp_path, capsys):
     shutil.rmtree(tmp_path / "runs")                    # what they measured is kept even so, …
     tables = [part.partition("\n\n")[2] for part in (text, ask(quick), ask(quick, kept=True))]
     assert tables[0] == tables[1] == tables[2] and not (tmp_path / "runs").exists()
-    store = tmp_path / "claims/runs.jsonl"
     lines = store.read_text().splitlines(keepends=True)
     assert len(lines) == 4 and json.loads(lines[0])["curve"][-1][0] == 6
     store.write_text("".join(lines[:3]))                # … and what a missing run begins with trains again
@@ -205,7 +214,7 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
     own = Arm(("--captions", "1"), measures=("captions", "blind"))
     arms = {"own": own, "other": replace(own, measures=("captions",))}
     claim = Claim("It is.", "nowhere", (Expectation(Side("own"), ">", Side("other"), "2, 1"),), (CIDER,))
-    setup = Setup(3, 1, tmp_path, tmp_path / "papers.txt", ())
+    setup = Setup(3, 1, tmp_path, tmp_path / "papers.txt", (), store=tmp_path / "runs.jsonl")
     monkeypatch.setattr("support.lab.claims.train.main", lambda flags: pytest.fail("it trains"))
     monkeypatch.setattr("support.lab.claims.miniatures.CLAIMS", {"paper": claim})
     with pytest.raises(UserError, match="leave out --kept"):
@@ -220,7 +229,8 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
     text = run_claims(["paper"], setup, {"paper": claim}, arms, kept=True)
     assert measured(text) == {"paper": ["paper", "2", "1,234", "2.1 CIDEr", "0.25 CIDEr", "1.0", "shown"]}
     head = text.splitlines()[0]                         # the command that makes this report again
-    assert head.startswith("python eval.py claims paper --kept: 2 seeds a claim, 4 runs, 4 minutes")
+    command = f"python eval.py claims paper --kept --out {tmp_path}/papers.txt"
+    assert head.startswith(f"{command}: 2 seeds a claim, 4 runs, 4 minutes")
     assert "shown      own > other: 2.1 against 1.05" in text
     page = (tmp_path / "claims/papers.md").read_text(encoding="utf-8")
     assert "| [paper](#paper) | shown |" in page and "![paper](paper.png)" in page
@@ -228,8 +238,92 @@ def test_what_finished_runs_say_is_reported_without_training(tmp_path, monkeypat
     assert (tmp_path / "claims/paper.png").read_bytes()[:4] == b"\x89PNG"
     claims = {"paper": claim, "not run": Claim("It is.", "nowhere", (
         Expectation(Side("absent"), ">", Side("own")),), (CIDER,))}
-    text = run_claims([*claims], replace(setup, seeds=1), claims, arms | {"absent": own}, kept=True)
+    monkeypatch.chdir(tmp_path)
+    setup = replace(setup, seeds=1, report=Setup.report)
+    text = run_claims([*claims], setup, claims, arms | {"absent": own}, kept=True)
     assert text.startswith("python eval.py claims paper not run --seeds 1 --kept: 1 seed a claim, 2 runs, ")
+    assert Path("out/claims/report.txt").read_text(encoding="utf-8") == text
+    assert {p.name for p in Path("out/claims/figures").iterdir()} == {"report.md", "paper.png"}
+
+
+def test_kept_runs_are_the_projects_and_a_report_replaces_what_out_names_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked: list[Setup] = []
+    monkeypatch.setattr("support.lab.claims.run_claims", lambda names, setup, kept: asked.append(setup) or "")
+    results = ROOT / "support/results"
+    for names in (["papers"], ["all"], ["frozen"]):
+        evaluation.main(["claims", *names, "--kept"])
+    evaluation.main(["claims", "papers", "--out", str(results / "papers.txt")])
+    assert {setup.store for setup in asked} == {results / "claims/runs.jsonl"} and asked[0].store.exists()
+    *default, named = [(setup.report, str(setup.figures)) for setup in asked]
+    assert set(default) == {("out/claims/report.txt", "out/claims/figures")}
+    assert named == (str(results / "papers.txt"), str(results / "claims"))
+
+
+# A command whose arms do nothing for a minute, as a run does that Ctrl-C stops.
+SLEEPERS = """
+import sys, time
+from pathlib import Path
+from support.plumbing.stop import stoppable
+FOLDER = Path(sys.argv[1])
+
+def sleep(name, *rest):
+    (FOLDER / f"{name}.begun").touch()
+    with stoppable(FOLDER):
+        time.sleep(60)
+
+if __name__ == "__main__":
+    from support.lab import claims
+    from support.lab.claims_list import Expectation, Side
+    from support.plumbing.cli import run_cli
+    claims.run_arm = sleep
+    arms = {name: claims.Arm(()) for name in "abcdef"}
+    claim = claims.Claim("", "", tuple(Expectation(Side(name), ">", Side(name)) for name in arms), ())
+    setup = claims.Setup(1, 2, FOLDER, FOLDER / "claims.txt", (), store=FOLDER / "runs.jsonl")
+    run_cli(lambda: claims.run_claims(["it"], setup, {"it": claim}, arms))
+"""
+
+
+def test_an_interrupt_ends_the_command_and_its_runs_at_once(tmp_path):
+    file = tmp_path / "sleepers.py"
+    file.write_text(SLEEPERS)
+    process = subprocess.Popen([sys.executable, file, tmp_path], cwd=tmp_path, text=True,
+                               stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                               start_new_session=True)
+
+    def begun() -> list[str]:
+        return sorted(p.stem for p in tmp_path.glob("*.begun"))
+
+    def alive() -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 0)
+            return True
+        return False
+    try:
+        while len(begun()) < 2:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)           # as a terminal does: to the runs, too
+        said = process.communicate(timeout=20)[1]
+        assert said == "stopped; finished runs are kept, and the same command goes on with the others\n"
+        assert process.returncode == 130 and begun() == ["a", "b"]
+        last = time.monotonic() + 10                    # the standard library's own helper ends a bit later
+        while alive():
+            assert time.monotonic() < last, "a process is left"
+            time.sleep(0.1)
+    finally:
+        if alive():
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_one_run_at_a_time_says_the_same_of_an_interrupt(tmp_path, monkeypatch):
+    def interrupted(*row):
+        raise Stopped("stopped; go on with: python train.py --resume …", 143)
+    monkeypatch.setattr("support.lab.claims.run_arm", interrupted)
+    setup = Setup(1, 1, tmp_path, tmp_path / "claims.txt", (), store=tmp_path / "runs.jsonl")
+    with pytest.raises(Stopped, match="finished runs are kept, and the same command goes on") as e:
+        run_claims(["longer"], setup, CLAIM, STUB)
+    assert e.value.code == 143
 
 
 def test_a_figure_has_a_scale_for_each_unit():
@@ -244,7 +338,7 @@ def test_a_figure_has_a_scale_for_each_unit():
 def test_a_kept_result_counts_for_its_own_flags_and_towers_alone(tmp_path, monkeypatch):
     own = Arm(("--captions", "1"), measures=("captions",))
     claim = Claim("It is.", "nowhere", (Expectation(Side("own"), ">", Side("own")),), (CIDER,))
-    setup = Setup(1, 1, tmp_path, tmp_path / "claims.txt", ())
+    setup = Setup(1, 1, tmp_path, tmp_path / "claims.txt", (), store=tmp_path / "claims/runs.jsonl")
     done = {"arm": "own", "seed": 0, **run_identity("own", {"own": own}, 0, setup),
             "seconds": 60, "steps": 3, "trained": 1, "curve": [], "captions": {"cider": 2.0}}
     setup.store.parent.mkdir()

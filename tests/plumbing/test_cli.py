@@ -3,7 +3,14 @@ sentence."""
 from __future__ import annotations
 
 import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +21,7 @@ from support.formats.files import UserError
 from support.plumbing.cli import (check_settings, make_parser, parse_flags, parse_options, parse_weighted,
                                   mistake, run_cli, setting)
 from support.plumbing.device import cpu_dtype, frozen_dtype, pick_device, pick_dtype
+from support.plumbing.stop import Stopped
 from train import Settings
 
 
@@ -161,3 +169,47 @@ def test_apples_gpu_is_taken_and_said_to_be_untested(monkeypatch, capsys):
     assert pick_dtype("auto", torch.device("mps"))[0] == torch.float32
     assert "mps" in pick_dtype("auto", torch.device("mps"))[1]
     assert frozen_dtype("auto", torch.float32, torch.device("mps")) == torch.float32
+
+
+def test_a_stopped_run_tells_another_process_why():
+    told = pickle.loads(pickle.dumps(Stopped("stopped; go on", 143)))
+    assert isinstance(told, Stopped) and (str(told), told.code) == ("stopped; go on", 143)
+
+
+# Calls of a minute; where a process of the pool is ended from outside, the command says "broken".
+SLEEPERS = """
+import os, sys, time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from support.plumbing.stop import end_at_once, process_pool, stoppable
+FOLDER = Path(sys.argv[1])
+
+def sleep(n):
+    (FOLDER / f"{n}-{os.getpid()}").touch()
+    with stoppable(FOLDER):
+        time.sleep(60)
+
+if __name__ == "__main__":
+    end_at_once()
+    try:
+        with process_pool(2) as spread:
+            list(spread(sleep, range(6)))
+    except BrokenProcessPool:
+        print("broken")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("to, said", [("command", ""), ("call", "broken\n")])
+def test_no_call_of_a_pool_goes_on_or_begins_once_something_has_ended(to, said, number, tmp_path):
+    (file := tmp_path / "sleepers.py").write_text(SLEEPERS)
+    (begun := tmp_path / "begun").mkdir()
+    process = subprocess.Popen([sys.executable, file, begun], cwd=Path(__file__).parents[2], text=True,
+                               stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "."})
+    while len(names := os.listdir(begun)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    calls = [int(name.split("-")[1]) for name in names]
+    os.kill(process.pid if to == "command" else calls[0], number)
+    assert process.communicate(timeout=20)[0] == said   # a call holds the pipe: all have ended
+    assert sorted(os.listdir(begun)) == sorted(names)
