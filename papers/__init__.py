@@ -88,6 +88,8 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, /, 
         for one in value if several else [value]:
             check_option(name, key, one, known[key])
         vision_width *= len(value) if several else 1
+    if name == "qformer" and decoder and options.get("queries") == 0:
+        raise ValueError("qformer needs one query or more beside a decoder; give queries=1 or more.")
     bridge = kind(decoder, vision_width, **{key: value for key, value in options.items() if key in own})
     for key in ("reads", "reads_cls"):
         if key in options:

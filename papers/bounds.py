@@ -13,11 +13,11 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
          dict: "an object"}
 SIZE = dict(least=1, most=2**20)                        # of a width, a vocabulary, a number of tokens
 LAYERS = dict(least=1, most=400)
-OPTIONS = {             # an option of a bridge → its bounds; every other whole number is a SIZE
+OPTIONS = {     # an option, of all bridges or of one → its bounds; every other whole number is a SIZE
     **dict.fromkeys(("layers", "depth", "every", "cross_every", "levels"), LAYERS),
     **dict.fromkeys(("heads", "resampler_heads"), dict(least=1, most=1000)),
     **dict.fromkeys(("first", "adapted"), dict(least=0, most=1000)),
-    **dict.fromkeys(("queries", "latents", "vocab", "times"), dict(least=0, most=2**20)),       # 0: has none
+    **dict.fromkeys(("vocab", "times", "qformer.queries", "idefics.latents"), dict(least=0, most=2**20)),
     "middle": dict(least=0, most=1000),
     "reads": dict(least=-1000, most=1000),              # a layer of the ViT, negative from the last one
     "version": dict(least=0, most=3),
@@ -61,5 +61,5 @@ def check_option(bridge: str, name: str, value, annotation: str) -> None:
     """A ValueError unless the value is what the annotation of a bridge's argument says, within OPTIONS."""
     kind = {k.__name__: k for k in KINDS}.get(annotation.removesuffix(" | None"))
     if kind and not (value is None and annotation.endswith(" | None")):
-        bounds = OPTIONS.get(name, SIZE if kind is int else {})
+        bounds = OPTIONS.get(f"{bridge}.{name}") or OPTIONS.get(name, SIZE if kind is int else {})
         check_value(f"{bridge}'s option {name}", value, kind, **bounds)
