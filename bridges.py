@@ -243,8 +243,7 @@ class QFormer(Bridge):
             parts.append(self.queries.expand(len(image), -1, -1) if queries is None else queries)
         if text is not None:
             if self.words is None:
-                raise ValueError("this Q-Former was built without its text branch; give vocab=30523 "
-                                 "(BERT's words and [DEC]).")
+                raise ValueError("this Q-Former has no text branch; build it with vocab=30523 (BERT's + 1).")
             if text.shape[1] > len(self.positions.weight):
                 raise ValueError(f"a text of {text.shape[1]} tokens, but this Q-Former has "
                                  f"{len(self.positions.weight)} positions; cut it.")
@@ -287,8 +286,7 @@ class ZeroInit(Bridge):
 
     At g = 0 the branch adds exactly 0 and ∂/∂P = 0: the first step moves the gates alone.
     """
-    name, reads, reads_cls = "zero_init", -1, True
-    sees = False                            # whether an image is added to the prompts
+    name, reads, reads_cls, sees = "zero_init", -1, True, False     # sees: an image is added to the prompts
 
     def __init__(self, decoder: DecoderConfig, vision_width: int, prompts: int = 10, adapted: int = 30,
                  tanh: bool = True, gate_per: str = "head", gate_init: str = "zero"):
@@ -509,6 +507,8 @@ class Flamingo(Bridge):
         super().__init__()
         if act not in ACTIVATIONS:
             raise ValueError(f'flamingo knows no activation "{act}"; known: {", ".join(ACTIVATIONS)}.')
+        if first >= decoder.layers:
+            raise ValueError(f"flamingo's first={first} is above the decoder; give 0..{decoder.layers - 1}.")
         self.every, self.first, self.see_all = every, first, see_all
         self.resampler = Resampler(vision_width, latents, depth, resampler_heads or heads,
                                    resampler_head_width or head_width, mult, act, times)

@@ -38,7 +38,7 @@ import data
 import papers
 from eval import evaluate, generate_texts, report_run, scalar_scores
 from model import Bridge, IGNORE, IMAGE, VLM
-from papers import ALL_BRIDGES, arguments, make_bridge, nearest, systems
+from papers import ALL_BRIDGES, make_bridge, nearest, refuse_unread_options, systems
 from papers.recipe import MUON, Ingredients, Numbers, Recipe, Task
 from papers.systems import SYSTEMS, print_recipes
 from support.formats.benchmarks import scienceqa_text
@@ -544,10 +544,7 @@ def new_bridge(s: Settings, name: str, decoder, vision_width: int, **options) ->
     with at_the_door("--option"):
         sizes = bridge_options(name, s.recipe, s.scale)
         bridge = make_bridge(name, decoder, vision_width, **{**sizes, **own, **options})
-    unread = sorted({*own} - ({"version", "reads", "reads_cls", *arguments(type(bridge))} - {*options}))
-    if unread:
-        raise UserError(f"--option: {name} of version {bridge.options.get('version')} does not read "
-                        f"{', '.join(unread)}; leave out what it does not read.")
+        refuse_unread_options(bridge, own, RECIPES[s.recipe].task)
     return bridge
 
 

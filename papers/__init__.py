@@ -14,7 +14,7 @@ from papers import (albef, albef_task, blip2_stage1, chameleon, chameleon_task, 
                     magic, magma, minigpt4, mllama, pica, ppo, prompt_tuning, round_robin, short, simvlm,
                     socratic, systems, unified_io2, unit, vcgpt, vilbert, vilt, visualbert, visualgpt, vlkd,
                     vq, word)
-from papers.bounds import check_option, nearest
+from papers.bounds import check_option, nearest, unread_where
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
 from papers.fromage import Fromage
@@ -64,8 +64,8 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, /, 
     """A bridge by name; options are the keyword arguments of its class, and reads, reads_cls and (of
     zero_init) version.
 
-    vision_width: Di of the ViT; a list of layers in `reads` multiplies it by their number. An option of
-    another version is accepted and has no effect. Raises ValueError for an unknown name, option or version
+    vision_width: Di of the ViT; a list of layers in `reads` multiplies it by their number. An option that
+    is not read beside the others has no effect here. Raises ValueError for an unknown name, option or version
     (the sentence names the nearest known one) and for a value that papers/bounds.py refuses.
     """
     if name not in ALL_BRIDGES:
@@ -88,9 +88,32 @@ def make_bridge(name: str, decoder: DecoderConfig | None, vision_width: int, /, 
         for one in value if several else [value]:
             check_option(name, key, one, known[key])
         vision_width *= len(value) if several else 1
+    if name == "qformer" and decoder and options.get("queries") == 0:
+        raise ValueError("qformer needs one query or more beside a decoder; give queries=1 or more.")
     bridge = kind(decoder, vision_width, **{key: value for key, value in options.items() if key in own})
     for key in ("reads", "reads_cls"):
         if key in options:
             setattr(bridge, key, options[key])
     bridge.options = dict(options)
     return bridge
+
+
+def refuse_unread_options(bridge: Bridge, given: dict, task: str) -> None:
+    """A ValueError for an option of the command line that nobody reads beside the bridge's others.
+
+    task: of the recipe that trains it. What a recipe, a published folder or a run sets is not asked.
+    """
+    kind, name = type(bridge), bridge.name
+    chosen = {p.name: p.default for p in inspect.signature(kind).parameters.values()}
+    chosen |= {**bridge.options, "reads": bridge.reads}
+    chosen |= {"version": v for v, each in VERSIONS.get(name, {}).items() if each is kind}
+    chosen["the loss"] = "its own" if task == name else "another recipe's"
+    known, unread = {"version", "reads", "reads_cls", *arguments(kind)}, {}
+    for option in sorted(given):
+        where = unread_where(name, option, chosen) if option in known else {"version": chosen["version"]}
+        if where is not None:
+            reason = " and ".join(f"{key} is {str(value).lower()}" for key, value in where.items())
+            unread.setdefault(f" where {reason}" if reason else "", []).append(option)
+    for reason, options in unread.items():
+        raise ValueError(f"{name} does not read {', '.join(options)}{reason}; leave "
+                         f"{'it' if len(options) == 1 else 'them'} out.")

@@ -2,6 +2,7 @@
 
     check_value("--lr", math.nan, float, above=0)       ValueError: --lr is nan, not a number above 0.
     OPTIONS                                             the bounds of the bridges' options
+    UNREAD["visualgpt"]                                 which of them nobody reads beside which others
     nearest("qfomer", ALL_BRIDGES)                      did you mean "qformer"? Known: linear, mlp, …
 """
 from __future__ import annotations
@@ -13,11 +14,11 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
          dict: "an object"}
 SIZE = dict(least=1, most=2**20)                        # of a width, a vocabulary, a number of tokens
 LAYERS = dict(least=1, most=400)
-OPTIONS = {             # an option of a bridge → its bounds; every other whole number is a SIZE
+OPTIONS = {     # an option, of all bridges or of one → its bounds; every other whole number is a SIZE
     **dict.fromkeys(("layers", "depth", "every", "cross_every", "levels"), LAYERS),
     **dict.fromkeys(("heads", "resampler_heads"), dict(least=1, most=1000)),
     **dict.fromkeys(("first", "adapted"), dict(least=0, most=1000)),
-    **dict.fromkeys(("queries", "latents", "vocab", "times"), dict(least=0, most=2**20)),       # 0: has none
+    **dict.fromkeys(("vocab", "times", "qformer.queries", "idefics.latents"), dict(least=0, most=2**20)),
     "middle": dict(least=0, most=1000),
     "reads": dict(least=-1000, most=1000),              # a layer of the ViT, negative from the last one
     "version": dict(least=0, most=3),
@@ -26,6 +27,25 @@ OPTIONS = {             # an option of a bridge → its bounds; every other whol
     **dict.fromkeys(("distance", "contrast"), dict(least=0, most=1000)),                # weights of losses
     "tau": dict(least=0, below=0.5),
     "vision_eps": dict(above=0, most=1),
+}
+# a bridge → an option of it → (another one, its values) of which all hold where nobody reads the first; none:
+# always. "the loss" is no option: a recipe may train a bridge by another loss than the bridge's own.
+BLIND, OTHER_LOSS = {"image": (False,)}, {"the loss": ("another recipe's",)}
+NO_EXPERTS = {"attention": (False,), "mlp": (False,)}
+UNREAD: dict[str, dict[str, dict[str, tuple]]] = {
+    "every bridge": {"reads_cls": {"reads": ("pooled",)}},
+    "qformer": {"vocab": {}, "positions": {"vocab": (0,)}},     # the recipe blip2-1 counts the words itself
+    "zero_init": dict.fromkeys(("reads", "reads_cls"), {"version": (0,)}),
+    "idefics": dict.fromkeys(("depth", "resampler_heads", "resampler_head_width", "resampler_qk_norm"),
+                             {"latents": (0,)}),
+    "magma": dict.fromkeys(("factor", "adapter_norm"), {"mlp": ("none",), "attention": ("none",)}),
+    "cogvlm": {"bias": {"attention": (False,)}, "every": NO_EXPERTS, "copied": NO_EXPERTS},
+    "prompt_tuning": {"reads": BLIND, "reads_cls": BLIND},
+    "prefix_tuning": {"reads": BLIND, "reads_cls": BLIND, "hidden": {"network": (False,)}},
+    "visualgpt": {"tau": {"mix": ("residual", "tanh")}},
+    "fromage": dict.fromkeys(("joint", "pairs"), OTHER_LOSS),
+    "vlkd": dict.fromkeys(("distance", "contrast"), OTHER_LOSS),
+    "gligen": dict.fromkeys(("heads", "context", "hidden", "cross"), OTHER_LOSS),
 }
 
 
@@ -61,5 +81,14 @@ def check_option(bridge: str, name: str, value, annotation: str) -> None:
     """A ValueError unless the value is what the annotation of a bridge's argument says, within OPTIONS."""
     kind = {k.__name__: k for k in KINDS}.get(annotation.removesuffix(" | None"))
     if kind and not (value is None and annotation.endswith(" | None")):
-        bounds = OPTIONS.get(name, SIZE if kind is int else {})
+        bounds = OPTIONS.get(f"{bridge}.{name}") or OPTIONS.get(name, SIZE if kind is int else {})
         check_value(f"{bridge}'s option {name}", value, kind, **bounds)
+
+
+def unread_where(bridge: str, option: str, chosen: dict) -> dict | None:
+    """The chosen values of other options beside which nobody reads this one, by UNREAD; None: it is read."""
+    for table in (UNREAD["every bridge"], UNREAD.get(bridge, {})):
+        where = table.get(option)
+        if where is not None and all(chosen[key] in values for key, values in where.items()):
+            return {key: chosen[key] for key in where}
+    return None

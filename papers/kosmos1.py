@@ -68,8 +68,6 @@ class Kosmos1(Bridge):
     def __init__(self, decoder: DecoderConfig, vision_width: int, queries: int = 64, heads: int = 32,
                  vision_eps: float | None = 1e-5):
         super().__init__()
-        if not queries:
-            raise ValueError("kosmos1 needs one query or more.")
         self.vision_norm = nn.LayerNorm(vision_width, eps=vision_eps) if vision_eps else nn.Identity()
         self.dense = nn.Linear(vision_width, decoder.width)
         nn.init.normal_(self.dense.weight)              # u as large as q, see above

@@ -66,6 +66,9 @@ class Mllama(Bridge):
                  leak: bool = False):
         super().__init__()
         self.layers, self.leak = list(range(3, decoder.layers, 4) if layers is None else layers), leak
+        if not self.layers or max(self.layers) >= decoder.layers:
+            raise ValueError(f"mllama has a layer or more before layers 0 to {decoder.layers - 1} of the "
+                             f"decoder, not {self.layers}; change its cross-attention layers.")
         self.map = nn.Linear(vision_width, decoder.width)
         self.blocks = nn.ModuleList(CrossLayer(decoder) for _ in self.layers)
 

@@ -632,7 +632,7 @@ def test_the_instruction_reaches_the_queries_and_only_they_go_on():
         silent, a, b = (vlm(tokens, features=images(1), bridge_tokens=t) for t in (None, TEXT, TEXT.flip(1)))
     assert silent.shape == a.shape == (1, 3 + 2, 61)
     assert (a - b).abs().max() > 1e-3 and (a - silent).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="without its text branch.*vocab=30523"):
+    with pytest.raises(ValueError, match="no text branch.*vocab=30523"):
         tiny_vlm("qformer")(tokens, features=images(1), bridge_tokens=TEXT)
 
 
@@ -948,6 +948,11 @@ def test_a_bridge_owns_all_of_its_parameters_and_the_decoder_none():
         ("qformer", dict(width=10, heads=3), "10.*3"),
         ("zero_init", dict(adapted=2, width=10, heads=3), "10.*3"),
         ("flamingo", dict(act="geluu"), 'no activation "geluu"; known: .*gelu'),
+        ("flamingo", dict(first=4), "first=4 is above the decoder; give 0..3"),
+        ("flamingo", dict(latents=0), "latents is 0, not a whole number of at least 1"),
+        ("qformer", dict(queries=0), "qformer needs one query or more beside a decoder"),
+        ("minigpt4", dict(queries=0), "queries is 0, not a whole number of at least 1"),
+        ("kosmos1", dict(queries=0), "queries is 0, not a whole number of at least 1"),
     ],
 )
 def test_an_unknown_name_or_impossible_option_is_said_in_words(name, options, message):

@@ -123,7 +123,7 @@ def test_accumulation_equals_one_large_batch_with_answers_of_unequal_length(tmp_
     (["--bridge", "flamingo", "--pack"], ["--pack: a flamingo bridge", "prefix bridges only"]),
     (["--option", "width"], ["name=value"]),
     (["--bridge", "zero_init", "--option", "version=0", "--option", "depth=2"],
-     ["zero_init of version 0 does not read depth;"]),
+     ["zero_init does not read depth where version is 0;"]),
     (["--bridge", "flamingo", "--option", "resampler_heads=100000"], ["resampler_heads is 100000", "1,000"]),
     (["--recipe", "lava-1"], ['unknown recipe "lava-1"', 'did you mean "llava-1"']),
     (["--recipe", "llava-2"], ["starts from a run of llava-1", "--init none"]),

@@ -269,6 +269,7 @@ def test_a_tensor_that_is_not_part_of_the_model_is_named(tmp_path, name):
     "part, change, message",
     [
         ("text_config", {"cross_attention_layers": [1, 6]}, "cross-attention layer 6 is the last; one"),
+        ("text_config", {"cross_attention_layers": []}, r"before layers 0 to 6 of the decoder, not \[\]"),
         (
             "vision_config",
             {"vision_output_dim": 48},
