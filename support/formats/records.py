@@ -22,12 +22,12 @@ from typing import Iterable, Iterator, NamedTuple
 from support.formats.files import UserError, refuse_device
 
 
-def checked_text(value) -> str:
+def checked_text(value, halves: str = "replace") -> str:
     """The text, with "?" for each half of a surrogate pair (JSON can spell one); a ValueError if it is no
-    text."""
+    text. halves: another way of Python's to encode them."""
     if not isinstance(value, str):
         raise ValueError(f"{value!r:.40} stands where a text belongs")
-    return value.encode("utf-8", "replace").decode()
+    return value.encode("utf-8", halves).decode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,11 @@ class Record:
             if is_list and not isinstance(value, (list, tuple)):
                 raise ValueError(f"{value!r:.40} stands where {name} belong")
             if value is not default:
-                checked = tuple(map(checked_text, value)) if is_list else checked_text(value)
-                object.__setattr__(self, name, checked)             # the class is frozen
+                halves = "surrogatepass" if name == "images" else "replace"     # a file's name may be any bytes
+                checked = tuple(checked_text(v, halves) for v in (value if is_list else [value]))
+                object.__setattr__(self, name, checked if is_list else checked[0])      # the class is frozen
+        if isinstance(self.id, str):                    # perhaps a file's name; it is printed and written
+            object.__setattr__(self, "id", checked_text(self.id, "backslashreplace"))
         wrong_choice = self.choices and self.answer not in range(len(self.choices))
         if not isinstance(self.id, (int, str)) or wrong_choice:
             raise ValueError(f"the answer is {self.answer!r:.40} and the id {self.id!r:.40}, which cannot be")
@@ -332,8 +335,11 @@ def end_digest(path: str) -> bytes:
 
 
 def file_digest(path: str) -> bytes:
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.digest()
 
 
 def first_existing(path: Path, *names: str) -> Path:

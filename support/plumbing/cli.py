@@ -167,6 +167,15 @@ def mistake(error: Exception) -> str | None:
     return None
 
 
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse one that is no UTF-8: Python holds its bytes as halves of surrogate pairs, and such a text can
+    neither be printed nor written into a run's config.json."""
+    for argument in arguments:
+        shown = argument.encode("utf-8", "backslashreplace").decode()
+        if shown != argument:
+            raise UserError(f"{shown}: this argument is not in UTF-8; rename the file or folder.")
+
+
 def run_cli(main_function: Callable[[], object]) -> None:
     """Run a command: a user's mistake is one sentence on stderr, exit code 2; a bug shows its traceback."""
     if not sys.stdout.isatty() and hasattr(sys.stdout, "reconfigure"):
@@ -175,6 +184,7 @@ def run_cli(main_function: Callable[[], object]) -> None:
     outside = signal.signal(signal.SIGINT, stop)
     try:
         try:
+            check_arguments(sys.argv)
             main_function()
         except Exception:
             if stop.asked:                              # a library made another error of the interrupt

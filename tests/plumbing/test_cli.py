@@ -161,3 +161,12 @@ def test_apples_gpu_is_taken_and_said_to_be_untested(monkeypatch, capsys):
     assert pick_dtype("auto", torch.device("mps"))[0] == torch.float32
     assert "mps" in pick_dtype("auto", torch.device("mps"))[1]
     assert frozen_dtype("auto", torch.float32, torch.device("mps")) == torch.float32
+
+
+def test_an_argument_that_cannot_be_printed_is_a_sentence(monkeypatch, capsys):
+    """The bytes of a name in Latin-1 reach Python as halves of surrogate pairs."""
+    monkeypatch.setattr("sys.argv", ["data.py", "folder:caf\udce9"])
+    with pytest.raises(SystemExit) as e:
+        run_cli(lambda: None)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.count("\n") == 1 and r"folder:caf\udce9: " in said and "UTF-8" in said

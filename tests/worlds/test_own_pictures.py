@@ -231,3 +231,15 @@ def test_an_accent_in_one_character_or_in_two_is_the_same_name(tmp_path, capsys)
     write(tmp_path, {"cafe\u0301.png": 1, "caf\u00e9.txt": "one", "u\u0308.png": 2, "\u00fc.png.txt": "two"})
     found = captions(f"folder:{tmp_path}:all", strict=True)
     assert sorted(found.values()) == [["one"], ["two"]] and not capsys.readouterr().err
+
+
+def test_a_name_that_is_no_utf_8_is_a_picture_like_any_other(tmp_path, capsys):
+    """A disk may hold names in Latin-1; an id, which is printed and written, shows their bytes escaped."""
+    names = [b"caf\xe9", b"caf\xe8", "café".encode(), b"plain"]
+    for grey, name in enumerate(names):
+        write(tmp_path, {os.fsdecode(name + b".png"): grey, os.fsdecode(name + b".txt"): f"grey {grey}"})
+    world = open_data(f"folder:{tmp_path}:all", strict=True)
+    shown = [(item.image[0, 0, 0], *item.captions, item.id) for item in map(world.item, range(4))]
+    ids = [r"caf\udce9.png", r"caf\udce8.png", "café.png", "plain.png"]
+    assert sorted(shown) == [(grey, f"grey {grey}", ids[grey]) for grey in range(4)]
+    assert not capsys.readouterr().err and open_data(f"folder:{tmp_path}").held_out == "val"
