@@ -567,7 +567,7 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
     if mode == "list":
         print_recipes(RECIPES, SYSTEMS)
     elif mode == "curves":
-        draw_curves(Path(s.out), RECIPES.get(s.recipe, RECIPES["mlp"]).task in PER_TOKEN)
+        print(*draw_curves(Path(s.out), RECIPES.get(s.recipe, RECIPES["mlp"]).task in PER_TOKEN), sep="\n")
     if mode in ("list", "curves"):
         raise SystemExit(0)
     s.recipe = s.recipe or s.bridge or "mlp"
