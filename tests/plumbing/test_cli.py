@@ -3,11 +3,15 @@ sentence."""
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 
+from conftest import ROOT
 from model import DecoderConfig
 from papers import make_bridge
 from support.formats.files import UserError
@@ -161,6 +165,53 @@ def test_apples_gpu_is_taken_and_said_to_be_untested(monkeypatch, capsys):
     assert pick_dtype("auto", torch.device("mps"))[0] == torch.float32
     assert "mps" in pick_dtype("auto", torch.device("mps"))[1]
     assert frozen_dtype("auto", torch.float32, torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize("command", ["data.py", "eval.py", "train.py"])
+def test_ctrl_c_while_a_command_loads_its_libraries_is_a_word(command, tmp_path):
+    loading = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
+    (tmp_path / "numpy.py").write_text(loading)
+    done = subprocess.run([sys.executable, command], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from support.plumbing.cli import run_cli
+from support.plumbing.stop import stoppable
+
+def main():
+    with stoppable(Path(sys.argv[1])):
+        for n in range(2):
+            print(*sys.stdin, "a line")
+
+run_cli(main)
+"""
+
+
+def run_command(out, **streams) -> tuple[int, str]:
+    command = [sys.executable, "-c", COMMAND, str(out)]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60, **streams)
+    return done.returncode, done.stderr
+
+
+def test_a_run_whose_reader_has_gone_says_how_to_go_on(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    code, said = run_command(tmp_path / "run", stdout=write, stdin=subprocess.DEVNULL)
+    assert code == 141 and said == "stopped; no state was saved yet, so start it again\n"
+    (tmp_path / "state.safetensors").touch()
+    code, said = run_command(tmp_path, stdout=write, stdin=subprocess.DEVNULL)
+    assert code == 141 and said == f"stopped; go on with: python train.py --resume {tmp_path}\n"
+
+
+def test_a_stream_that_was_closed_is_an_empty_one(tmp_path):
+    def close():
+        os.close(0)
+        os.close(1)
+    assert run_command(tmp_path, preexec_fn=close) == (0, "")
 
 
 def test_an_argument_that_cannot_be_printed_is_a_sentence(monkeypatch, capsys):
