@@ -52,7 +52,7 @@ class Record:
             if is_list and not isinstance(value, (list, tuple)):
                 raise ValueError(f"{value!r:.40} stands where {name} belong")
             if value is not default:
-                halves = "surrogatepass" if name == "images" else "replace"     # a file's name may be any bytes
+                halves = "surrogatepass" if name == "images" else "replace"     # a file's name is any bytes
                 checked = tuple(checked_text(v, halves) for v in (value if is_list else [value]))
                 object.__setattr__(self, name, checked if is_list else checked[0])      # the class is frozen
         if isinstance(self.id, str):                    # perhaps a file's name; it is printed and written

@@ -113,8 +113,9 @@ def refuse_bridgeless(c: dict, run: str | os.PathLike) -> None:
     if "seconds" not in c:
         raise UserError(f"{run}: this run has not ended; go on with: "
                         f"python train.py --resume {shlex.quote(str(run))}")
-    raise UserError(f"{run}: its recipe, {c['settings'].get('recipe')}, makes no bridge, so nobody can ask it "
-                    "about a picture; its numbers are in log.jsonl and the .json files beside it.")
+    recipe = c.object("settings").text("recipe")
+    raise UserError(f"{run}: its recipe, {recipe}, makes no bridge, so nobody can ask it about a picture; "
+                    "its numbers are in log.jsonl and the .json files beside it.")
 
 
 def check_image_token(model: nn.Module, path: Path) -> nn.Module:

@@ -175,7 +175,7 @@ def test_a_file_that_no_run_has_written_is_never_removed(name, spec, tmp_path):
     out = tmp_path / "mine"
     (out / name).parent.mkdir(parents=True)
     (out / name).write_bytes(b"mine")
-    with pytest.raises(UserError, match=f"mine/{name.partition('/')[0]}: is not a run's, .*give --out another"):
+    with pytest.raises(UserError, match=f"mine/{name.split('/')[0]}: is not a run's, .*give --out another"):
         run(spec, out, "--steps", 1)
     assert (out / name).read_bytes() == b"mine"
 
