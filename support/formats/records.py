@@ -149,6 +149,8 @@ def naming_file(file: Path):
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({type(e).__name__}); lay the files out as {LAYOUT}."
                         ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is no text in UTF-8; save it as UTF-8.") from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise UserError(f"{file}: holds no usable record ({type(e).__name__}: {e}), nothing that {LAYOUT}."
                         ) from None
@@ -205,10 +207,10 @@ def row_object(row):
     return json.loads(row) if isinstance(row, str) else row
 
 
-def read_table(file: Path, *columns: str) -> Iterator[dict]:
+def read_table(file: Path, *columns: tuple[str, ...]) -> Iterator[dict]:
     """Rows of a table as dicts; commas, semicolons or tabs stand between its columns, which line 1 names.
 
-    columns: one of these names must be among them.
+    columns: one name of each of these must be among them.
     """
     lines = read_lines(file)
     head = next(lines)
@@ -217,9 +219,9 @@ def read_table(file: Path, *columns: str) -> Iterator[dict]:
     rows = csv.DictReader(whole, delimiter=mark, strict=True, skipinitialspace=True)
     try:
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
-        if not set(columns) & set(rows.fieldnames):
+        if known := next((names for names in columns if not set(names) & set(rows.fieldnames)), None):
             raise UserError(f'{file}: its first line is "{head:.60}", but it must name the columns, '
-                            f"among them {columns[0]}.")
+                            f"among them one of {', '.join(known)}.")
         yield from rows
     except csv.Error as e:
         first, last = rows.line_num + 1, rows.reader.line_num           # of the row, with empty lines before

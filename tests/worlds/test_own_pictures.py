@@ -233,6 +233,33 @@ def test_an_accent_in_one_character_or_in_two_is_the_same_name(tmp_path, capsys)
     assert sorted(found.values()) == [["one"], ["two"]] and not capsys.readouterr().err
 
 
+def test_a_path_may_begin_with_the_sign_of_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own_pictures(tmp_path / "mine")
+    assert open_data("folder:~/mine:val").item(0).captions == ["grey 9"]
+    assert open_data("folder:~/mine/captions.jsonl").path == f"{tmp_path}/mine/captions.jsonl"
+
+
+@pytest.mark.parametrize("name, head", [("captions.csv", "picture,words"), ("captions.csv", "image,words"),
+                                        ("captions.tsv", "words\ttext")])
+def test_a_table_without_a_known_column_names_those_that_are_known(name, head, tmp_path):
+    own_pictures(tmp_path)
+    (tmp_path / "captions.jsonl").unlink()
+    (tmp_path / name).write_text(f"{head}\n1.png\tone\n")
+    known = "text, caption, captions" if "image" in head else ("image, file_name, filename, image_path, path, "
+                                                               "file")
+    with pytest.raises(UserError, match=f'its first line is "{head}", .* among them one of {known}\\.$'):
+        open_data(f"folder:{tmp_path}")
+
+
+def test_a_list_that_another_program_wrote_may_have_upper_case_and_says_its_encoding(tmp_path):
+    write(tmp_path, {"a.png": 1, "metadata.jsonl": '{"File_Name": "a.png", "Text": "a dot"}'})
+    assert captions(f"folder:{tmp_path}:all", strict=True) == {"a.png": ["a dot"]}
+    (tmp_path / "captions.csv").write_bytes("Image;Text\na.png;un café\n".encode("cp1252"))
+    with pytest.raises(UserError, match="captions.csv: is no text in UTF-8; save it as UTF-8."):
+        open_data(f"folder:{tmp_path}")
+
+
 def test_a_name_that_is_no_utf_8_is_a_picture_like_any_other(tmp_path, capsys):
     """A disk may hold names in Latin-1; an id, which is printed and written, shows their bytes escaped."""
     names = [b"caf\xe9", b"caf\xe8", "café".encode(), b"plain"]
