@@ -12,6 +12,7 @@ from PIL import Image
 
 from data import Shapes
 from support.formats.files import UserError, note
+from support.formats.own_pictures import PICTURE_FIELDS, TEXT_FIELDS
 from support.worlds import open_data
 from support.worlds.pairs import contrastive_pair
 from support.worlds.trained import report_broken
@@ -246,8 +247,7 @@ def test_a_table_without_a_known_column_names_those_that_are_known(name, head, t
     own_pictures(tmp_path)
     (tmp_path / "captions.jsonl").unlink()
     (tmp_path / name).write_text(f"{head}\n1.png\tone\n")
-    known = "text, caption, captions" if "image" in head else ("image, file_name, filename, image_path, path, "
-                                                               "file")
+    known = ", ".join(TEXT_FIELDS if "image" in head else PICTURE_FIELDS)
     with pytest.raises(UserError, match=f'its first line is "{head}", .* among them one of {known}\\.$'):
         open_data(f"folder:{tmp_path}")
 
