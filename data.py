@@ -8,6 +8,9 @@ Run       python data.py shapes:test 3                      prints three items, 
 """
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from support.plumbing.stop import end_at_once
+    end_at_once()                   # Ctrl-C while the next lines load: no traceback
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -305,10 +308,8 @@ def sprite(shape: str, size: str) -> np.ndarray:
     y, x = ((np.mgrid[0:side * 8, 0:side * 8] + 0.5) / (side * 4) - 1)      # −1..1
     r = np.hypot(x, y)
     inside = {"circle": r <= 1, "square": np.maximum(abs(x), abs(y)) <= 0.88,
-              "triangle": (y <= 0.9) & (abs(x) <= (y + 1) / 1.9),
-              "diamond": abs(x) + abs(y) <= 1,
-              "cross": np.minimum(abs(x), abs(y)) <= 0.3,
-              "ring": (r <= 1) & (r >= 0.55)}[shape]
+              "triangle": (y <= 0.9) & (abs(x) <= (y + 1) / 1.9), "diamond": abs(x) + abs(y) <= 1,
+              "cross": np.minimum(abs(x), abs(y)) <= 0.3, "ring": (r <= 1) & (r >= 0.55)}[shape]
     return inside.reshape(side, 8, side, 8).mean((1, 3))
 
 

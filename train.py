@@ -562,7 +562,7 @@ def settings_from(argv: list[str] | None) -> tuple[Settings, bool]:
     if mode == "list":
         print_recipes(RECIPES, SYSTEMS)
     elif mode == "curves":
-        draw_curves(Path(s.out), RECIPES.get(s.recipe, RECIPES["mlp"]).task in PER_TOKEN)
+        print(*draw_curves(Path(s.out), RECIPES.get(s.recipe, RECIPES["mlp"]).task in PER_TOKEN), sep="\n")
     if mode in ("list", "curves"):
         raise SystemExit(0)
     if s.offline or "offline" in given:                 # read by formats/hub.py and by the hub's own library

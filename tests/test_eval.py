@@ -1,6 +1,7 @@
 """Answers do not depend on how they are batched; tables count what they say; a command names what it did not
 understand."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,17 @@ def test_help_has_examples_and_fits_a_screen(name, capsys):
     text = capsys.readouterr().out
     assert e.value.code == 0 and len(text.splitlines()) < 60
     assert f"\n    python eval.py {name}".rstrip() in text
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "no such file; give a run folder of train.py that has ended, or leave out --saved"),
+    ({"held-out loss": 1.5}, "this run has no table, and its numbers stand in this file; leave out --saved"),
+    ({"world": "shapes", "items": 4, "rows": []}, "holds no row; leave out --saved")])
+def test_a_run_whose_table_was_not_saved_is_a_sentence(content, words, tmp_path):
+    if content:
+        (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"results.json: {words}"):
+        evaluation.main(["--saved", str(tmp_path)])
 
 
 def test_a_damaged_run_names_the_tensor_and_both_shapes(run, tmp_path):

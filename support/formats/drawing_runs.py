@@ -13,7 +13,7 @@ from papers.chameleon_task import ChameleonTask
 from papers.dalle import DalleTask
 from papers.recipe import Ingredients, Task
 from support.formats.checkpoint import Checkpoint, fill
-from support.formats.files import UserError, read_json
+from support.formats.files import RUN, UserError, read_json
 from support.formats.glide import load_painter
 from support.formats.hub import tower_folder
 from support.formats.llama import load_decoder
@@ -27,7 +27,7 @@ Drawer = Callable[[list[str], int], list[np.ndarray]]                   # texts,
 
 def drawing_recipe(run: Path) -> str:
     """The recipe of a run that draws. A UserError where it draws nothing."""
-    config = read_json(run / "config.json")
+    config = read_json(run / "config.json", RUN)
     recipe = config.object("settings").text("recipe") if "settings" in config else ""
     if recipe not in READS:
         raise UserError(f"{run}: draws no pictures; give a run of recipe {', '.join(READS)}.")

@@ -101,8 +101,12 @@ def inside(value, file: str | os.PathLike, keys: str):
     return value
 
 
-def read_json(path: str | os.PathLike) -> Json:
-    """The object in a JSON file; UTF-8 with or without a BOM, UTF-16.
+MODEL = "a model folder needs config.json beside its weights"
+RUN = "give a run folder of train.py"
+
+
+def read_json(path: str | os.PathLike, advice: str = MODEL) -> Json:
+    """The object in a JSON file; UTF-8 with or without a BOM, UTF-16. advice: where there is no such file.
 
     A file that is missing, cannot be read, is no JSON or holds no object is a UserError; so are a key that
     stands twice in an object, NaN, Infinity, a number beyond a float, nesting beyond Python's stack, and a
@@ -112,8 +116,7 @@ def read_json(path: str | os.PathLike) -> Json:
     try:
         content = parse_json(Path(path).read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; "
-                        "a model folder needs config.json beside its weights.") from None
+        raise UserError(f"{path}: no such file; {advice}.") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}).") from None
     except ValueError as e:

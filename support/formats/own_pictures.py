@@ -104,14 +104,15 @@ class ListReader:
 
     def records(self) -> Iterator[Record | BrokenRecord | Unpaired]:
         if self.file.suffix.lower() in (".csv", ".tsv", ".txt"):
-            yield from parse_rows(f"{self.file}, row", read_table(self.file, *PICTURE_FIELDS), self.record)
+            rows = read_table(self.file, PICTURE_FIELDS, TEXT_FIELDS)
+            yield from parse_rows(f"{self.file}, row", rows, self.record)
         else:
             yield from parse_rows(f"{self.file}, line", read_rows(self.file), self.record)
         for picture in self.absent:                     # its record is broken when it is read
             yield Unpaired(picture, "text", "picture", f"{self.file.name} names it", stops=False)
 
     def record(self, n: int, row) -> Record:
-        row = row_object(row)
+        row = {key and key.lower(): value for key, value in row_object(row).items()}
         if row.get(None):
             raise ValueError("it has more fields than line 1 names; quote a text that holds the separator")
         picture, captions = (row[next((name for name in names if row.get(name) is not None), names[0])]

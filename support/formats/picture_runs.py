@@ -7,7 +7,7 @@ import torch
 
 from papers import dvae, vq
 from support.formats.checkpoint import Checkpoint, fill
-from support.formats.files import UserError, read_json, write_tensors
+from support.formats.files import RUN, UserError, read_json, write_tensors
 
 KINDS = {"vq": (vq.VQ, vq.TOY), "dvae": (dvae.DVAE, dvae.TOY)}          # recipe → class, toy sizes
 PICTURES = "pictures.safetensors"                       # of a drawing model's run: its tokenizer of pictures
@@ -17,7 +17,7 @@ def load_picture_tokenizer(run: Path, device=None) -> vq.VQ | dvae.DVAE:
     if not run.name:
         raise UserError("this recipe begins with a trained tokenizer of pictures; give --init RUN, a run "
                         "of recipe vq or dvae.")
-    recipe = read_json(run / "config.json").object("settings").text("recipe")
+    recipe = read_json(run / "config.json", RUN).object("settings").text("recipe")
     return open_picture_tokenizer(recipe, run, run / "model.safetensors", device)
 
 

@@ -22,12 +22,12 @@ from typing import Iterable, Iterator, NamedTuple
 from support.formats.files import UserError, refuse_device
 
 
-def checked_text(value) -> str:
+def checked_text(value, halves: str = "replace") -> str:
     """The text, with "?" for each half of a surrogate pair (JSON can spell one); a ValueError if it is no
-    text."""
+    text. halves: another way of Python's to encode them."""
     if not isinstance(value, str):
         raise ValueError(f"{value!r:.40} stands where a text belongs")
-    return value.encode("utf-8", "replace").decode()
+    return value.encode("utf-8", halves).decode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,11 @@ class Record:
             if is_list and not isinstance(value, (list, tuple)):
                 raise ValueError(f"{value!r:.40} stands where {name} belong")
             if value is not default:
-                checked = tuple(map(checked_text, value)) if is_list else checked_text(value)
-                object.__setattr__(self, name, checked)             # the class is frozen
+                halves = "surrogatepass" if name == "images" else "replace"     # a file's name is any bytes
+                checked = tuple(checked_text(v, halves) for v in (value if is_list else [value]))
+                object.__setattr__(self, name, checked if is_list else checked[0])      # the class is frozen
+        if isinstance(self.id, str):                    # perhaps a file's name; it is printed and written
+            object.__setattr__(self, "id", checked_text(self.id, "backslashreplace"))
         wrong_choice = self.choices and self.answer not in range(len(self.choices))
         if not isinstance(self.id, (int, str)) or wrong_choice:
             raise ValueError(f"the answer is {self.answer!r:.40} and the id {self.id!r:.40}, which cannot be")
@@ -146,6 +149,8 @@ def naming_file(file: Path):
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({type(e).__name__}); lay the files out as {LAYOUT}."
                         ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is no text in UTF-8; save it as UTF-8.") from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise UserError(f"{file}: holds no usable record ({type(e).__name__}: {e}), nothing that {LAYOUT}."
                         ) from None
@@ -202,10 +207,10 @@ def row_object(row):
     return json.loads(row) if isinstance(row, str) else row
 
 
-def read_table(file: Path, *columns: str) -> Iterator[dict]:
+def read_table(file: Path, *columns: tuple[str, ...]) -> Iterator[dict]:
     """Rows of a table as dicts; commas, semicolons or tabs stand between its columns, which line 1 names.
 
-    columns: one of these names must be among them.
+    columns: one name of each of these must be among them.
     """
     lines = read_lines(file)
     head = next(lines)
@@ -214,9 +219,9 @@ def read_table(file: Path, *columns: str) -> Iterator[dict]:
     rows = csv.DictReader(whole, delimiter=mark, strict=True, skipinitialspace=True)
     try:
         rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
-        if not set(columns) & set(rows.fieldnames):
+        if known := next((names for names in columns if not set(names) & set(rows.fieldnames)), None):
             raise UserError(f'{file}: its first line is "{head:.60}", but it must name the columns, '
-                            f"among them {columns[0]}.")
+                            f"among them one of {', '.join(known)}.")
         yield from rows
     except csv.Error as e:
         first, last = rows.line_num + 1, rows.reader.line_num           # of the row, with empty lines before
@@ -332,8 +337,11 @@ def end_digest(path: str) -> bytes:
 
 
 def file_digest(path: str) -> bytes:
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.digest()
 
 
 def first_existing(path: Path, *names: str) -> Path:

@@ -27,7 +27,7 @@ def row_record(row: dict, name: str, images: list[str], split: str = "train") ->
 
     A conversation places all of its images; captions and a question are about the first one alone.
     """
-    row = {key: value for key, value in row.items() if value is not None}
+    row = {key.lower(): value for key, value in row.items() if value is not None}
     own = next((row[key] for key in IDS if isinstance(row.get(key), (str, int))), name)
     said = next((row[key] for key in CONVERSATIONS if row.get(key)), None)
     if said is not None:

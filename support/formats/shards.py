@@ -199,6 +199,7 @@ class TarShards(Shards):
         row = json.loads(fields) if fields.strip() else {}
         if not isinstance(row, dict):
             raise ValueError("its .json holds no object")
+        row = {name.lower(): value for name, value in row.items()}
         texts = [line for note in (txt, caption) for line in caption_lines(note)]
         if texts:
             row = {name: value for name, value in row.items() if name not in CAPTIONS} | {"captions": texts}
@@ -309,12 +310,15 @@ class ParquetShards(Shards):
     def columns(self, shard: int) -> tuple[str, ...]:
         """The columns of a shard that are read; a UserError where there is none of pictures, or of texts."""
         schema = pyarrow_parquet().read_schema(self.files[shard])
-        known = tuple(name for name in schema.names
-                      if name in FIELDS or name in IMAGES and holds_bytes(schema.field(name).type))
-        for wanted, what in ((IMAGES, "pictures (image)"), (TEXTS, "texts (text, caption, question …)")):
-            if not set(known) & set(wanted):
-                raise UserError(f"{self.files[shard]}: none of its columns is of {what}; "
-                                f"it has {', '.join(schema.names)}.")
+        kinds = {name: schema.field(name).type for name in schema.names}
+        known = tuple(name for name, kind in kinds.items()
+                      if name.lower() in FIELDS or name.lower() in IMAGES and holds_bytes(kind))
+        for wanted, what in ((IMAGES, "pictures (bytes)"), (TEXTS, "texts")):
+            if not {name.lower() for name in known} & set(wanted):
+                other = next((name for name in kinds if name.lower() in wanted), None)
+                why = f"column {other} holds {kinds[other]}, not bytes" if other else \
+                    f"none of its columns {', '.join(kinds)} is known"
+                raise UserError(f"{self.files[shard]}: {why}; rename its column of {what} to {wanted[0]}.")
         return known
 
     def scan(self, shard: int) -> Iterator[Found | BrokenRecord | Unpaired]:
@@ -420,9 +424,9 @@ class GroupReader:
 def read_group(file: Path, group: int, columns: tuple[str, ...]) -> Iterator[tuple[dict, list]]:
     """The rows of a row group as (fields, pictures); a picture is a buffer of pyarrow's."""
     opened = pyarrow_parquet().ParquetFile(file, pre_buffer=False, buffer_size=2**20)
-    images = [name for name in columns if name in IMAGES]
+    images = [name for name in columns if name.lower() in IMAGES]
     for batch in opened.iter_batches(64, [group], list(columns), use_threads=False):
-        fields = batch.select([name for name in columns if name not in IMAGES]).to_pylist()
+        fields = batch.select([name for name in columns if name not in images]).to_pylist()
         pictures = [batch.column(name) for name in images]
         for n in range(batch.num_rows):
             yield fields[n], [p for column in pictures for p in buffers(column[n])]

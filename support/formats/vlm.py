@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
     c = read_json(path / "config.json")
     if "bridge" in c:
         return load_run(c, path, device, dtype)
+    refuse_bridgeless(c, path)
     kind = c.get("model_type", "")
     if kind not in LAYOUTS:
         raise UserError(f'{path}/config.json: neither a run of train.py ("bridge" is missing) nor a '
@@ -102,6 +104,18 @@ def load_vlm(path: str | os.PathLike, device=None, dtype: torch.dtype | None = N
     for module, checkpoint, names, optional in fillings:
         fill(module, checkpoint, names, optional, device, dtype or torch.float32)
     return check_image_token(model.eval(), path)
+
+
+def refuse_bridgeless(c: dict, run: str | os.PathLike) -> None:
+    """A UserError for a run of train.py, with config c, that holds no bridge: nobody can ask it."""
+    if "settings" not in c or "bridge" in c or "model_type" in c:       # BLIP-2's first stage has its kind
+        return
+    if "seconds" not in c:
+        raise UserError(f"{run}: this run has not ended; go on with: "
+                        f"python train.py --resume {shlex.quote(str(run))}")
+    recipe = c.object("settings").text("recipe")
+    raise UserError(f"{run}: its recipe, {recipe}, makes no bridge, so nobody can ask it about a picture; "
+                    "its numbers are in log.jsonl and the .json files beside it.")
 
 
 def check_image_token(model: nn.Module, path: Path) -> nn.Module:

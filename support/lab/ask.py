@@ -36,7 +36,7 @@ from support.formats.llama import load_decoder
 from support.formats.pictures import load_processor, read_image, tile_pixels
 from support.formats.tokenizer_files import load_tokenizer
 from support.formats.tokenizers import Tokenizer
-from support.formats.vlm import LAYOUTS, load_vlm, open_run
+from support.formats.vlm import LAYOUTS, load_vlm, open_run, refuse_bridgeless
 from support.lab.protocols import PROTOCOLS, WORD, learned_chat
 from support.plumbing.flags import Parser, add_machine_flags, number, use_machine
 from support.plumbing.packed import packed
@@ -277,6 +277,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{args.model} needs --prompt TEXT, and --image FILE if it is about a picture.")
         print(ask_published(folder, request))
     else:
+        refuse_bridgeless(facts, args.model)
         if args.image or not args.prompt:
             raise UserError(f"{args.model} is a decoder, which sees no picture: give it --prompt TEXT alone.")
         print(ask_decoder(args.model, folder, request))

@@ -69,6 +69,8 @@ class Chat:
     def lines(self) -> Iterator[str]:
         """The lines that are no blanks. A typed one has a prompt; Ctrl-C empties it."""
         if not self.typed:
+            if hasattr(sys.stdin, "reconfigure"):       # a file of any machine's: what is no UTF-8 becomes �
+                sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
             yield from (line.strip() for line in sys.stdin if line.strip())
             return
         while True:

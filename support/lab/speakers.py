@@ -18,7 +18,7 @@ from support.formats.hub import fetch, print_licence
 from support.formats.llama import load_decoder
 from support.formats.tokenizer_files import load_tokenizer
 from support.formats.tokenizers import Tokenizer
-from support.formats.vlm import LAYOUTS, load_vlm, open_run
+from support.formats.vlm import LAYOUTS, load_vlm, open_run, refuse_bridgeless
 from support.lab.ask import (QUESTION_FORMS, as_messages, open_tokenizer, picture_pixels, question_document,
                              question_tokens)
 from support.lab.protocols import learned_chat
@@ -61,8 +61,7 @@ def open_speaker(name: str, device: str, dtype: torch.dtype | None = None, templ
         return open_trained(name, device, dtype, template)
     if facts.get("model_type") in LAYOUTS:
         return open_published(name, folder, facts, device, dtype, template)
-    if "settings" in facts and not (folder / "tokenizer.json").exists():
-        raise UserError(f"{name} is a run that has not ended, or has no bridge; nobody can ask it yet.")
+    refuse_bridgeless(facts, name)
     tokenizer = open_tokenizer(folder, template)
     decoder = load_decoder(folder, device, dtype)
     print_licence(name, folder, sys.stderr)

@@ -15,7 +15,7 @@ from eval import (SUBCOMMANDS, __doc__ as COMMANDS, baseline_rows, chance_scores
 from model import IGNORE, VLM
 from papers.bounds import nearest
 from support.formats.chat import TEMPLATES
-from support.formats.files import UserError, read_json
+from support.formats.files import RUN, UserError, read_json
 from support.formats.vlm import open_run
 from support.lab.answerers import (ANSWERERS, Models, add_answerer_flags, answerer_rows,
                                    refuse_unread_flags)
@@ -80,7 +80,11 @@ def saved_tables(runs: list[str]) -> dict[str, tuple[int, list[dict]]]:
     """{world: (pictures per row, rows)} from the results.json of each run, with the last run's baselines."""
     rows, baselines, count = {}, {}, 0
     for run in runs:
-        result = read_json(Path(run) / "results.json")
+        file = Path(run) / "results.json"
+        result = read_json(file, f"{RUN} that has ended, or leave out --saved to measure it now")
+        if not result.keys() >= {"world", "items", "rows"}:
+            raise UserError(f"{file}: this run has no table, and its numbers stand in this file; leave out "
+                            "--saved to measure now what a bridge has learned.")
         count = result["items"]
         if not result["rows"]:
             raise UserError(f"{run}/results.json: holds no row; leave out --saved to measure the run now.")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -14,7 +15,7 @@ import torch
 
 from papers.bounds import nearest
 from support.formats.files import UserError, at_the_door, check_value, parse_json
-from support.plumbing.stop import CODES, Stop, Stopped
+from support.plumbing.stop import CLOSED, CODES, Stop, Stopped
 
 ROOT = Path(__file__).parents[2]
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}     # of a setting
@@ -167,14 +168,27 @@ def mistake(error: Exception) -> str | None:
     return None
 
 
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse one that is no UTF-8: Python holds its bytes as halves of surrogate pairs, and such a text can
+    neither be printed nor written into a run's config.json."""
+    for argument in arguments:
+        shown = argument.encode("utf-8", "backslashreplace").decode()
+        if shown != argument:
+            raise UserError(f"{shown}: this argument is not in UTF-8; rename the file or folder.")
+
+
 def run_cli(main_function: Callable[[], object]) -> None:
     """Run a command: a user's mistake is one sentence on stderr, exit code 2; a bug shows its traceback."""
+    for name in ("stdin", "stdout", "stderr"):          # one that was closed (<&-) is an empty one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     if not sys.stdout.isatty() and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)     # through a pipe, too, a line is seen when it is said
     stop = Stop()
     outside = signal.signal(signal.SIGINT, stop)
     try:
         try:
+            check_arguments(sys.argv)
             main_function()
         except Exception:
             if stop.asked:                              # a library made another error of the interrupt
@@ -182,8 +196,8 @@ def run_cli(main_function: Callable[[], object]) -> None:
             raise
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except BrokenPipeError:
-        os._exit(0)
+    except BrokenPipeError:                             # as in `python data.py | head -3`
+        os._exit(CLOSED)                                # at its own exit Python would write there once more
     except Exception as e:
         sentence = mistake(e)
         if sentence is None:
@@ -193,8 +207,10 @@ def run_cli(main_function: Callable[[], object]) -> None:
         print(sentence, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:                      # a run that was stopped says how to go on
-        if not int(os.environ.get("RANK", 0)):
-            print(e if isinstance(e, Stopped) else "stopped", file=sys.stderr)
-        sys.exit(e.code if isinstance(e, Stopped) else CODES[signal.SIGINT])
+        code = e.code if isinstance(e, Stopped) else CODES[signal.SIGINT]
+        with contextlib.suppress(BrokenPipeError):
+            if not int(os.environ.get("RANK", 0)):
+                print(e if isinstance(e, Stopped) else "stopped", file=sys.stderr)
+        (os._exit if code == CLOSED else sys.exit)(code)
     finally:
         signal.signal(signal.SIGINT, outside)

@@ -9,7 +9,7 @@ from support.formats.files import UserError, atomically, read_json
 from support.plumbing.log import read_log
 
 
-def draw_curves(out: Path, per_token: bool = True) -> None:
+def draw_curves(out: Path, per_token: bool = True) -> list[Path]:
     """log.jsonl as pictures: loss.png and, of a gated bridge, gates.png. Needs matplotlib.
 
     per_token: whether the loss is a mean over learned tokens, which its axis then says.
@@ -35,6 +35,7 @@ def draw_curves(out: Path, per_token: bool = True) -> None:
         figure.suptitle(f"{out.resolve().name}: {s['bridge'] or s['recipe']} on {s['data']}")
         with atomically(out / name) as tmp:
             figure.savefig(tmp, format="png", dpi=120)
+    return [out / name for name in figures]
 
 
 def draw_loss(figure, lines: list[dict], blind: list[float], per_token: bool, xlabel: str) -> None:

@@ -15,10 +15,10 @@ from support.plumbing.log import BOARD
 
 STATE = "state.safetensors"
 # what a run writes beside config.json and the towers that it trained; the state goes first
-COMMON = ("model.safetensors", "first.png", "results.json", "pictures.json", "pictures.png")  # often not ours
 PRODUCTS = (STATE, "bridge.safetensors", "stage1.safetensors", "log.jsonl", "loss.png", "gates.png",
             "samples.html", "retrieval.json", "preferences.json", "pictures.safetensors", "naming.json",
-            "words.json", "words.png", *COMMON)
+            "words.json", "words.png", "model.safetensors", "first.png", "results.json", "pictures.json",
+            "pictures.png")
 
 UNFINISHED = re.compile(r"\.[\w-]+\.(safetensors|jsonl?|png|html)\.\w{8}")      # of formats.files.atomically
 
@@ -87,7 +87,7 @@ def clean_folder(out: Path, recipes: dict, sources: tuple[str, ...]) -> None:
         towers = {*recipe.trained} if recipe and not recipe.one_file else set()
         towers |= {"clip"} if "text" in towers else set()
         towers |= {"vit"} if settings.get("vit") == "random" else set()
-    elif foreign := next((name for name in COMMON if (out / name).exists()), None):
+    elif foreign := next((name for name in (*PRODUCTS, BOARD) if (out / name).exists()), None):
         raise UserError(f"{out / foreign}: is not a run's, for there is no config.json beside it, and a run "
                         "would replace it; give --out another folder.")
     try:

@@ -6,7 +6,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from support.formats.files import UserError
 from support.plumbing.device import pick_dtype
 from support.plumbing.ranks import full_tensor
 
@@ -90,10 +89,7 @@ def make_optimizers(module: nn.Module, trained: list[tuple[str, nn.Parameter]],
         linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
         matrices = [p for _, p in trained if id(p) in linear]
         rest = [p for _, p in trained if id(p) not in linear]
-        if not matrices:
-            raise UserError("--optimizer muon: it is for matrices of Linear layers, and none learns here; "
-                            "leave it out.")
-        muon = [Muon(matrices, numbers.muon_lr * s.lr / numbers.lr, s.weight_decay)]
+        muon = [Muon(matrices, numbers.muon_lr * s.lr / numbers.lr, s.weight_decay)] if matrices else []
         if not rest:                                    # an optimiser of nothing is an error
             return muon
         return [*muon, torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=fused)]

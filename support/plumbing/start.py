@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Iterator
 
-from support.formats.files import UserError, read_json
+from support.formats.files import RUN, UserError, read_json
 from support.plumbing.cli import check_settings, flag_name, make_parser, parse_flags
 from support.plumbing.digest import text_digest
 from support.plumbing.log import require_tensorboard
@@ -39,7 +39,7 @@ def read_command(kind: type, description: str, argv: list[str] | None) -> tuple[
         refuse_unread(set(given) - {mode}, set(given) - {mode, *reads}, f"--{mode}", reads)
     if mode in ("resume", "curves"):
         run = Path(modes[mode])
-        saved = read_json(run / "config.json").object("settings")
+        saved = read_json(run / "config.json", RUN).object("settings")
         saved.text("recipe")
         settings = kind(**{**{k: v for k, v in saved.items() if k in args}, "out": str(run)})
     else:

@@ -1,6 +1,7 @@
 """plumbing/stop.py: Ctrl-C and SIGTERM, from the first second of a command to its last.
 
-The standard library alone: train.py and eval.py import it before the libraries that take seconds to load.
+The standard library alone: train.py, eval.py and data.py import it before the libraries that take seconds to
+load.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}       # exit codes, as a shell reports these signals
+CLOSED = 141                                            # and of SIGPIPE: nobody reads what is printed
 
 
 def end_at_once() -> None:
@@ -67,7 +69,8 @@ class Stop:
 
 @contextlib.contextmanager
 def stoppable(out: Path, own: str = "", after: str = "") -> Iterator[Stop]:
-    """While it lasts, Ctrl-C and SIGTERM stop the run in folder `out`: Stopped says how to go on with it.
+    """While it lasts, Ctrl-C, SIGTERM and a closed pipe stop the run in folder `out`: Stopped says how to go
+    on with it.
 
     own, after: of a stage of a system, the commands that start it alone, and the next stage.
     """
@@ -77,13 +80,14 @@ def stoppable(out: Path, own: str = "", after: str = "") -> Iterator[Stop]:
     try:
         yield stop
     except BaseException as e:
-        if not (stop.asked or isinstance(e, KeyboardInterrupt)):
+        if not (stop.asked or isinstance(e, (KeyboardInterrupt, BrokenPipeError))):
             raise                       # asked: a library may have made another error of the interrupt
         hint = f"go on with: python train.py --resume {shlex.quote(str(out))}"
         if not (out / "state.safetensors").exists():
             hint = f"no state was saved yet, so start it again{own and f': {own}'}"
         hint += after and f"; then: {after}"
-        raise Stopped(f"stopped; {hint}", CODES[stop.asked or signal.SIGINT]) from None
+        code = CLOSED if isinstance(e, BrokenPipeError) else CODES[stop.asked or signal.SIGINT]
+        raise Stopped(f"stopped; {hint}", code) from None
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def open_data(spec: str, seed: int = 0, strict: bool = False, share: float = 1.0
                         "under 100 only of files.")
     if kind in WORLDS:
         return WORLDS[kind](known_split(kind, rest, WORLDS[kind].splits), seed)
-    splits = KINDS[kind][1].split()
+    splits, rest = KINDS[kind][1].split(), os.path.expanduser(rest)         # no shell does it behind a colon
     path, _, split = rest.rpartition(":")
     if not path or split not in splits and (Path(rest).exists() or not Path(path).exists()):
         path, split = rest, ""

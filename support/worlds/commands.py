@@ -112,6 +112,7 @@ def show_items(spec: str = "shapes", count: int = 3, follow_links: bool = False)
         check_value("the number of items", count, int, least=1, most=10**6)
     world, folder = open_data(spec, follow_links=follow_links), Path("out/samples")
     folder.mkdir(parents=True, exist_ok=True)
+    count = min(count, len(world)) if world.finite else count
     for n, item in enumerate(map(world.item, range(count))):        # n: ids may differ in what a name lacks
         stem = re.sub(r"[^\w.-]+", "_", f"{spec.partition(':')[0]}-{n}-{item.id}")[:60]
         images = item.images or ([] if item.image is None else [item.image])

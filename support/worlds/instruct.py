@@ -21,6 +21,7 @@ from support.formats.llama import load_decoder
 from support.formats.records import find_picture, load_lists, naming_file, parse_rows, same_id
 from support.formats.tokenizer_files import load_tokenizer
 from support.worlds import open_data
+from support.worlds.shards import ShardedFiles
 from support.worlds.teacher import rule_teacher
 
 
@@ -72,7 +73,7 @@ class Sample:
     kind: str                       # conversation, detail or reasoning
     question: str                   # the question that a description answers; "" for the other kinds
     item: Item
-    file: Path | None               # of the picture, for data on disk
+    file: Path | None               # of the picture, where it is one
     boxes: list[tuple[object, Box]]
     things: list[Thing]             # of a `shapes` scene
 
@@ -92,7 +93,7 @@ def draw_sample(world, index: int, seed: int) -> Sample:
                         "give data with captions.")
     things = world.scene(world.rng(index)) if isinstance(world, Shapes) else []
     file, boxes = None, drawn_boxes(things, item.image)
-    if world.finite:
+    if world.finite and not isinstance(world, ShardedFiles):
         record = world.read(index)[0][0]
         file, part = Path(find_picture(record.images[0])), record.more.get("coco_split") or record.split
         boxes = coco_boxes(Path(world.path), part).get(record.id, [])

@@ -370,7 +370,7 @@ def encodings(tmp, capsys):
         (r,) = records("coco", coco(tmp / name, BROKEN / f"encodings/{name}.json"), "val")
         assert (r.id, r.captions) == (1, ("café",))
     root = coco(tmp / "latin1", BROKEN / "encodings/latin1.json")
-    assert "UnicodeDecodeError" in refused("captions_val2014.json", f"coco:{root}:val")
+    assert "save it as UTF-8" in refused("captions_val2014.json", f"coco:{root}:val")
     shutil.copy(BROKEN / "encodings/crlf.tsv", tmp / "Train_GCC-training.tsv")
     assert [(r.captions, r.more["url"]) for r in records("cc", tmp, "train")] == [
         (("a caption",), "http://example.com/1.jpg"), (("another",), "http://example.com/2.jpg")]
@@ -603,9 +603,9 @@ def test_items_of_every_sort_can_be_shown(spec, tmp_path, monkeypatch, capsys):
     show_items(f"{spec}:all" if FORMATS[spec.partition(":")[0]][1] == OWN else spec, 3)
     out = capsys.readouterr().out
     assert all((tmp_path / word).exists() for word in out.split() if word.startswith("out/samples/"))
-    assert out.count("\n    ") >= 3
+    assert out.count("\n    ") >= 2
     if spec.startswith("interleaved"):
-        assert len([*(tmp_path / "out/samples").iterdir()]) == 5 and "[1] The second box is red." in out
+        assert len([*(tmp_path / "out/samples").iterdir()]) == 3 and "[1] The second box is red." in out
 
 
 def test_stage_clip_gets_other_pictures_captions_as_false_ones(tmp_path):

@@ -1,6 +1,7 @@
 """What MODEL holds decides how it is asked: a run about a picture, a decoder alone (published models: see
 tests/formats/test_published.py)."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +51,20 @@ def test_an_answer_past_what_the_decoder_was_trained_on_is_warned_of(kind, beams
         evaluation.main(argv)
         assert ("warning: the answer runs past" in capsys.readouterr().err) == bool(short)
     assert kind == "decoder" or room[0] > 9             # the patches of the picture
+
+
+@pytest.mark.parametrize("command", ["", "ask", "chat", "compare", "look", "targets"])
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_run_without_a_bridge_is_called_what_it_is(command, ended, picture, tmp_path):
+    facts = {"settings": {"recipe": "clip"}, **({"steps": 9, "seconds": 1.5} if ended else {})}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    shown = ["--image", picture, "--prompt", "where?"] if command in ("ask", "look") else []
+    with pytest.raises(UserError) as e:
+        evaluation.main([*filter(None, [command]), str(tmp_path), *shown])
+    assert str(e.value) == f"{tmp_path}: " + (
+        "its recipe, clip, makes no bridge, so nobody can ask it about a picture; its numbers are in "
+        "log.jsonl and the .json files beside it." if ended else
+        f"this run has not ended; go on with: python train.py --resume {tmp_path}")
 
 
 def test_a_mistake_is_one_sentence(untrained_run, picture, tmp_path):

@@ -52,6 +52,15 @@ def test_a_script_of_lines_gives_the_answers_of_ask(untrained_run, picture, monk
     assert "\x1b" not in said.out + said.err and "> " not in said.out
 
 
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b"", b"\xef\xbb\xbf\r\n"])
+def test_lines_of_any_encoding_are_read(mark, untrained_run, picture, monkeypatch, capsys):
+    """A mark of the order of bytes is no part of the first line; a byte that is no UTF-8 is a letter."""
+    told = mark + f"/image {picture}\r\nwhere is the ring?\r\n".encode() + b"where is the caf\xe9?\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(told), encoding="utf-8"))
+    evaluation.main(["chat", untrained_run, "--max-new-tokens", "2"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_later_turns_stand_in_the_form_of_training(untrained_run, picture):
     talk = Conversation(open_speaker(untrained_run, "cpu"), max_new_tokens=6)
     talk.look_at(data.Shapes("test").item(0).image)

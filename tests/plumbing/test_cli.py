@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import ROOT
 from model import DecoderConfig
 from papers import make_bridge
 from support.formats.files import UserError
@@ -213,3 +214,59 @@ def test_no_call_of_a_pool_goes_on_or_begins_once_something_has_ended(to, said, 
     os.kill(process.pid if to == "command" else calls[0], number)
     assert process.communicate(timeout=20)[0] == said   # a call holds the pipe: all have ended
     assert sorted(os.listdir(begun)) == sorted(names)
+
+
+@pytest.mark.parametrize("command", ["data.py", "eval.py", "train.py"])
+def test_ctrl_c_while_a_command_loads_its_libraries_is_a_word(command, tmp_path):
+    loading = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
+    (tmp_path / "numpy.py").write_text(loading)
+    done = subprocess.run([sys.executable, command], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from support.plumbing.cli import run_cli
+from support.plumbing.stop import stoppable
+
+def main():
+    with stoppable(Path(sys.argv[1])):
+        for n in range(2):
+            print(*sys.stdin, "a line")
+
+run_cli(main)
+"""
+
+
+def run_command(out, **streams) -> tuple[int, str]:
+    command = [sys.executable, "-c", COMMAND, str(out)]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60, **streams)
+    return done.returncode, done.stderr
+
+
+def test_a_run_whose_reader_has_gone_says_how_to_go_on(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    code, said = run_command(tmp_path / "run", stdout=write, stdin=subprocess.DEVNULL)
+    assert code == 141 and said == "stopped; no state was saved yet, so start it again\n"
+    (tmp_path / "state.safetensors").touch()
+    code, said = run_command(tmp_path, stdout=write, stdin=subprocess.DEVNULL)
+    assert code == 141 and said == f"stopped; go on with: python train.py --resume {tmp_path}\n"
+
+
+def test_a_stream_that_was_closed_is_an_empty_one(tmp_path):
+    def close():
+        os.close(0)
+        os.close(1)
+    assert run_command(tmp_path, preexec_fn=close) == (0, "")
+
+
+def test_an_argument_that_cannot_be_printed_is_a_sentence(monkeypatch, capsys):
+    """The bytes of a name in Latin-1 reach Python as halves of surrogate pairs."""
+    monkeypatch.setattr("sys.argv", ["data.py", "folder:caf\udce9"])
+    with pytest.raises(SystemExit) as e:
+        run_cli(lambda: None)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.count("\n") == 1 and r"folder:caf\udce9: " in said and "UTF-8" in said

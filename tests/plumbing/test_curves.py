@@ -101,6 +101,14 @@ def test_the_figures_hold_the_numbers_of_the_log(tmp_path, monkeypatch):
         assert [t.get_text() for t in f.legends[0].get_texts()] == ["layer 1", "layer 2", "layer 3"]
 
 
+def test_curves_that_are_drawn_on_demand_name_their_files(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path, True, [[[0.1]] * 3] * 2)
+    with pytest.raises(SystemExit) as e:
+        train.main(["--curves", str(tmp_path)])
+    assert e.value.code == 0 and capsys.readouterr().out == f"{tmp_path}/loss.png\n{tmp_path}/gates.png\n"
+
+
 def test_a_loss_that_is_no_mean_over_tokens_does_not_claim_to_be_one(tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     labels = []
@@ -113,6 +121,7 @@ def test_a_loss_that_is_no_mean_over_tokens_does_not_claim_to_be_one(tmp_path, m
 
 
 def test_a_new_run_in_an_old_folder_leaves_nothing_of_the_old_one_to_be_mistaken_for_its_own(tmp_path):
+    (tmp_path / "config.json").write_text('{"settings": {}}')
     for name in ("gates.png", "loss.png", "samples.html"):
         (tmp_path / name).write_text("old")
     train.main(["--bridge", "linear", "--out", str(tmp_path), *RUN])
@@ -130,3 +139,6 @@ def test_curves_of_a_folder_without_a_run_or_a_log_are_refused_in_one_sentence(t
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="config.json: the key 'settings' is missing"):
         train.main(["--curves", str(tmp_path)])
+    for flag in ("--curves", "--resume"):
+        with pytest.raises(UserError, match="typo/config.json: no such file; give a run folder of train.py"):
+            train.main([flag, str(tmp_path / "typo")])

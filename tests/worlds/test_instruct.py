@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from model import IGNORE, IMAGE
@@ -30,6 +31,7 @@ from support.worlds.instruct import coco_boxes, drawn_boxes, generate_instructio
 from support.worlds.teacher import RULE_KINDS, certain_questions, rule_teacher
 from support.worlds.text import shapes_tokenizer
 from conftest import GOLDEN
+from test_shards import number_of, write_set
 from data import COLORS, HELD_OUT, SHAPES, Shapes
 from support.formats.files import UserError
 
@@ -469,6 +471,14 @@ def test_a_decoder_is_asked_about_captions_and_boxes_and_its_replies_are_written
         i = int(row["id"].split("-")[1])
         assert kind != "detail" or teacher.asked[i].split("\n\n")[-1] in row["conversations"][0]["value"]
     assert {p.name for p in (tmp_path / "images").iterdir()} == {r["image"] for r in rows}
+
+
+@pytest.mark.parametrize("kind", ["wds", "parquet"])
+def test_pictures_of_shards_are_written_as_files(kind, stub, tmp_path):
+    stub()
+    rows = made(tmp_path / "out", write_set(kind, tmp_path / "shards", 12), 3, "a decoder")
+    numbers = [number_of(np.asarray(Image.open(tmp_path / "out/images" / row["image"]))) for row in rows]
+    assert len({*numbers}) == 3 and all(row["image"].endswith(".png") for row in rows)
 
 
 def test_not_one_usable_reply_is_a_sentence_and_leaves_no_list(stub, tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from data import Shapes
 from support.formats.files import UserError, note
+from support.formats.own_pictures import PICTURE_FIELDS, TEXT_FIELDS
 from support.worlds import open_data
 from support.worlds.pairs import contrastive_pair
 from support.worlds.trained import report_broken
@@ -231,3 +232,41 @@ def test_an_accent_in_one_character_or_in_two_is_the_same_name(tmp_path, capsys)
     write(tmp_path, {"cafe\u0301.png": 1, "caf\u00e9.txt": "one", "u\u0308.png": 2, "\u00fc.png.txt": "two"})
     found = captions(f"folder:{tmp_path}:all", strict=True)
     assert sorted(found.values()) == [["one"], ["two"]] and not capsys.readouterr().err
+
+
+def test_a_path_may_begin_with_the_sign_of_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own_pictures(tmp_path / "mine")
+    assert open_data("folder:~/mine:val").item(0).captions == ["grey 9"]
+    assert open_data("folder:~/mine/captions.jsonl").path == f"{tmp_path}/mine/captions.jsonl"
+
+
+@pytest.mark.parametrize("name, head", [("captions.csv", "picture,words"), ("captions.csv", "image,words"),
+                                        ("captions.tsv", "words\ttext")])
+def test_a_table_without_a_known_column_names_those_that_are_known(name, head, tmp_path):
+    own_pictures(tmp_path)
+    (tmp_path / "captions.jsonl").unlink()
+    (tmp_path / name).write_text(f"{head}\n1.png\tone\n")
+    known = ", ".join(TEXT_FIELDS if "image" in head else PICTURE_FIELDS)
+    with pytest.raises(UserError, match=f'its first line is "{head}", .* among them one of {known}\\.$'):
+        open_data(f"folder:{tmp_path}")
+
+
+def test_a_list_that_another_program_wrote_may_have_upper_case_and_says_its_encoding(tmp_path):
+    write(tmp_path, {"a.png": 1, "metadata.jsonl": '{"File_Name": "a.png", "Text": "a dot"}'})
+    assert captions(f"folder:{tmp_path}:all", strict=True) == {"a.png": ["a dot"]}
+    (tmp_path / "captions.csv").write_bytes("Image;Text\na.png;un café\n".encode("cp1252"))
+    with pytest.raises(UserError, match="captions.csv: is no text in UTF-8; save it as UTF-8."):
+        open_data(f"folder:{tmp_path}")
+
+
+def test_a_name_that_is_no_utf_8_is_a_picture_like_any_other(tmp_path, capsys):
+    """A disk may hold names in Latin-1; an id, which is printed and written, shows their bytes escaped."""
+    names = [b"caf\xe9", b"caf\xe8", "café".encode(), b"plain"]
+    for grey, name in enumerate(names):
+        write(tmp_path, {os.fsdecode(name + b".png"): grey, os.fsdecode(name + b".txt"): f"grey {grey}"})
+    world = open_data(f"folder:{tmp_path}:all", strict=True)
+    shown = [(item.image[0, 0, 0], *item.captions, item.id) for item in map(world.item, range(4))]
+    ids = [r"caf\udce9.png", r"caf\udce8.png", "café.png", "plain.png"]
+    assert sorted(shown) == [(grey, f"grey {grey}", ids[grey]) for grey in range(4)]
+    assert not capsys.readouterr().err and open_data(f"folder:{tmp_path}").held_out == "val"
