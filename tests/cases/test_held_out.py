@@ -109,7 +109,7 @@ def test_a_set_that_changed_since_the_training_may_hold_what_was_trained_on(tmp_
     capsys.readouterr()
     evaluation.main([str(tmp_path / "run"), "--items", "2", "--device", "cpu"])
     assert "run, perhaps trained-on" in capsys.readouterr().out
-    evaluation.main(["compare", str(tmp_path / "run"), "--items", "2", "--shots", "0", "--device", "cpu"])
+    evaluation.main(["compare", str(tmp_path / "run"), "--items", "2", "--device", "cpu"])
     assert f"{spec} has changed since the run was trained on it" in capsys.readouterr().out
 
 
@@ -161,7 +161,7 @@ def test_a_comparison_says_in_a_footnote_what_was_trained_on(run_on_all, capsys)
     run, _ = run_on_all
     own = f"folder:{run.parent / 'own'}"
     for data, said in (([], True), (["--data", f"{own}:val"], True), (["--data", "shapes"], False)):
-        evaluation.main(["compare", str(run), "--items", "2", "--shots", "0", "--device", "cpu", *data])
+        evaluation.main(["compare", str(run), "--items", "2", "--device", "cpu", *data])
         out = capsys.readouterr().out
         assert ("run was trained on what" in out and "none of its cells is held-out" in out) == said
 
@@ -178,7 +178,7 @@ def test_a_comparison_says_where_it_cannot_know(facts, asked, said, tmp_path, ca
     vlm = shapes_vlm("linear")
     save_vlm(vlm, tmp_path / "run", facts, vit="weights/vit", decoder="weights/decoder")
     asked = own_pictures(tmp_path / "own") if asked == "own" else asked
-    evaluation.main(["compare", str(tmp_path / "run"), "--items", "1", "--shots", "0", "--device", "cpu",
+    evaluation.main(["compare", str(tmp_path / "run"), "--items", "1", "--device", "cpu",
                      "--data", asked])
     out = capsys.readouterr().out
     assert ("cannot be known here" in out and "none of its cells is called held-out" in out) == bool(said)

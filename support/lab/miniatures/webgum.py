@@ -24,9 +24,9 @@ MEASUREMENTS, MEASURED = {"clicks": measure_clicks}, {"clicks": {CLICKED.name}}
 
 
 def clicks(kind: str = "") -> Arm:
-    """Bridge and decoder learn, as in the paper; asked about the same kind of pages."""
-    return Arm(("--recipe", "llava-2", "--init", "none", "--data", f"shapes-clicks{kind}"),
-               measures=("clicks",))
+    """Map and decoder learn, as in the paper; the map learned from captions before. Asked about such pages."""
+    flags = ("--recipe", "llava-2", "--data", f"shapes-clicks{kind}")
+    return Arm(flags, start="llava-1", measures=("clicks",))
 
 
 ARMS = {"WebGUM": clicks(), "WebGUM, white": clicks("-white"), "WebGUM, random": clicks("-noise"),
