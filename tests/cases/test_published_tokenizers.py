@@ -108,7 +108,7 @@ def test_bert_s_words_stand_between_cls_and_sep_whatever_bos_is(case, tmp_path, 
     monkeypatch.setattr(Stage1, "itm", lambda self, image, ids: (
         seen.append(ids[0].tolist()), itm(self, image, ids))[1])
     Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "picture.png")
-    ask_published(folder, Request(str(tmp_path / "picture.png"), "hello", 3, device="cpu"))
+    ask_published(folder, Request(str(tmp_path / "picture.png"), "hello", device="cpu"))
     assert seen == [want]
 
 
