@@ -4,8 +4,8 @@
     python eval.py claims vilt coca … --out support/results/pretraining.txt
     python -m support.lab.papers_table                  writes the table again
 
-A row per measured paper of the two reports, in the order of the first table there. Claims `NAME` and `NAME-…`
-are of one paper: the cells are the first one's, the verdicts those of all.
+A row per measured paper of the two reports (the first, where both have it), in the order of the first table
+there. Claims `NAME` and `NAME-…` are of one paper: the cells are the first one's, the verdicts those of all.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.lab.claims import PAPER_COLUMNS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "papers/README.md"
-REPORTS = [ROOT / f"support/results/{name}.txt" for name in ("papers", "pretraining")]
+REPORTS = [ROOT / f"support/results/{name}.txt" for name in ("pretraining", "papers")]
 BEGIN, END = "<!-- python -m support.lab.papers_table: from here -->", "<!-- to here -->"
 
 

@@ -34,7 +34,7 @@ CLAIMS = {
         ),
         columns=(TEXT, CHANCE),
         note="A scene's cells are patches of 16 pixels, so convolutions across them find nothing that a "
-             "linear map does not, and have more to learn. The pairs' captions teach their language by "
+             "linear map does not. The pairs' captions teach their language by "
              "themselves, so a text beside eight pairs is a distraction."),
     "cm3": Claim(
         says="A causal decoder fills gaps from both sides, once spans were moved to the end.",

@@ -62,7 +62,7 @@ CLAIMS = {
             Expectation(Side("ViLT"), ">", Side("ViLT", OTHER)),
         ),
         columns=(WORDS, OTHER, PAIRS, CELL, NEARER),
-        note="By chance 11 % are on their cell. Masked words and pairs are read from the picture in both "
-             "arms without a plan that aligns words and patches: the term for it does not make one in 500 "
-             "steps."),
+        note="By chance 11 % are on their cell. The term for the plan asks that words and patches of a pair "
+             "are near and those of a swapped pair far; when all of them know which it is, it has what it "
+             "asks for, and no word needs its place."),
 }
