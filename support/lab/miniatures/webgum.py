@@ -24,7 +24,7 @@ MEASUREMENTS, MEASURED = {"clicks": measure_clicks}, {"clicks": {CLICKED.name}}
 
 
 def clicks(kind: str = "") -> Arm:
-    """Map and decoder learn, as in the paper; the map learned from captions before. Asked about such pages."""
+    """Map and decoder learn, as in the paper; the map has learned from captions. Asked about such pages."""
     flags = ("--recipe", "llava-2", "--data", f"shapes-clicks{kind}")
     return Arm(flags, start="llava-1", measures=("clicks",))
 
