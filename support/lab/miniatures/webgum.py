@@ -38,4 +38,7 @@ CLAIMS = {"webgum": Claim(
             Expectation(Side("WebGUM"), ">", Side("WebGUM, random")),
             Expectation(Side("WebGUM, white"), ">", Side("WebGUM, text alone")),
             Expectation(Side("WebGUM, random"), ">", Side("WebGUM, text alone"))),
-    columns=(CLICKED,))}
+    columns=(CLICKED,),
+    note="A guess among the things of a page is right in 36 %. The decoder learns here, so that it knows the "
+         "form of an answer without a screenshot, too; what a white one adds are parameters that it does not "
+         "need. With a frozen decoder (exercise 8.5 of the course) they are what tells it the form.")}
