@@ -6,7 +6,7 @@ it, and tells what it knows of the thing, though no step of training held more t
 
     symbol    shape      here       meaning
     f(x)      (B, K, D)  soft       the bridge's soft tokens; K = 1, or as many as a name may have
-    w         (K,)       token_ids  of the thing: its name, one token with a blank before it; K > 1: up to K
+    w         (K,)       targets    of the thing: its name, one token with a blank before it; K > 1: up to K
                                     tokens, then line ends
     e_w       (K, D)     rows       rows of the embedding table
     s         ()         scale      mean over the run's words of (e_w − mean)²
@@ -18,8 +18,8 @@ it, and tells what it knows of the thing, though no step of training held more t
 The first part is lesson 9's; 1 is what the mean of all names gets. Alone it writes a blend of the names that
 may be meant, and the nearest word to a blend is often a third one: the second part asks for (W2) itself.
 
-No decoder runs in the loss, so a minute trains it. Names of more than K tokens are left out. With K > 1 a
-training on captions may begin where this one ends (--init): the decoder then only has to repeat a name.
+No decoder runs in the loss, so a minute trains it. Names of more than K tokens are left out. A training on
+captions may begin where this one ends (--init).
 
 Run       python train.py --recipe word --data emoji --examples 50 --vit weights/vit-pictures \
               --lm HuggingFaceTB/SmolLM2-135M-Instruct          whole names: --option constants=8 width=256
