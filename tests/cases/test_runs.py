@@ -32,7 +32,7 @@ QUICK = "--threads 1 --dtype float32 --device cpu --eval-items 2 --samples 0 --l
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Training is tried here, not what is measured and drawn after it."""
-    monkeypatch.setattr(train, "draw_curves", lambda *a, **kw: None)
+    monkeypatch.setattr(train, "draw_curves", lambda *a, **kw: [])
     monkeypatch.setattr(train.AnswerTask, "report", lambda self, out: {"results.json": {}})
     monkeypatch.setattr(train.AnswerTask, "flops_per_position", lambda self: 0.0)
 
