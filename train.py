@@ -98,10 +98,7 @@ RECIPES = {
         paper_options=systems.ADAPTER_V1),
     "flamingo": Recipe(
         "Flamingo (2204.14198v2 §2.4): resampler and gated blocks learn; "
-        "Σ_m λ_m E_m, one update for all data sets", "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
-        Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999),
-        Numbers(2e-3, 64, 1000, **MUON), "flamingo", options=systems.FLAMINGO_OPTIONS,
-        paper_options=systems.FLAMINGO_9B),
+        "Σ_m λ_m E_m, one update for all data sets", **systems.FLAMINGO),
     **papers.RECIPES, **reader.RECIPES,
 }
 

@@ -16,8 +16,8 @@ update of (R2) a whole batch of one set where (R1) has B/M of each.
 """
 from __future__ import annotations
 
-from papers.recipe import MUON, Numbers, Recipe, Task
-from papers.systems import FLAMINGO_9B, FLAMINGO_OPTIONS
+from papers.recipe import Recipe, Task
+from papers.systems import FLAMINGO
 
 
 class RoundRobinTask(Task):
@@ -34,8 +34,5 @@ class RoundRobinTask(Task):
 
 RECIPES = {"round-robin": Recipe(
     "Flamingo's ablation (2204.14198v1): one data set an update, in turn, in the place of a weighted sum",
-    "M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
-    Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999), Numbers(2e-3, 64, 1000, **MUON),
-    "flamingo", task="round-robin", options=FLAMINGO_OPTIONS, paper_options=FLAMINGO_9B,
-    toy_data="shapes-pages + shapes * 0.2")}
+    **FLAMINGO, task="round-robin", toy_data="shapes-pages + shapes * 0.2")}
 TASKS = {"round-robin": RoundRobinTask}

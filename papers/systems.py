@@ -19,10 +19,14 @@ ADAPTER = dict(weight_decay=0.02, warmup=0.4, beta2=0.95, clip=0, floor=0.0)
 ADAPTER_RATE = "5 epochs; the code's learning rate, §4.1 says 0.009"
 ADAPTER_V1 = dict(version=1)            # §3.3: one image vector; of which of CLIP's layers is not said
 BLIP2 = dict(weight_decay=0.05, clip=0, floor=0.5)      # stage 2: down to 5e-5
-FLAMINGO_OPTIONS = dict(reads=-2, every=1, latents=16, depth=2, heads=4, head_width=32)
 # heads · 128 = D = 4096, the width of its decoder; a bridge's own defaults are OpenFlamingo's
 FLAMINGO_9B = dict(heads=32, head_width=128, resampler_heads=16, resampler_head_width=128,
                    act="squared_relu", norm_media=True)
+FLAMINGO = dict(                        # and of its ablation (round_robin.py)
+    data="M3W * 1.0, ALIGN * 0.2, LTIP * 0.2, VTP * 0.03",
+    paper=Numbers(1e-4, None, 500000, 5000, "constant", 0.1, 0.999), toy=Numbers(2e-3, 64, 1000, **MUON),
+    bridge="flamingo", options=dict(reads=-2, every=1, latents=16, depth=2, heads=4, head_width=32),
+    paper_options=FLAMINGO_9B)
 
 RECIPES = {
     "llava-1": Recipe(

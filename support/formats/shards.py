@@ -199,11 +199,10 @@ class TarShards(Shards):
         row = json.loads(fields) if fields.strip() else {}
         if not isinstance(row, dict):
             raise ValueError("its .json holds no object")
-        row = {name.lower(): value for name, value in row.items()}
         texts = [line for note in (txt, caption) for line in caption_lines(note)]
-        if texts:
-            row = {name: value for name, value in row.items() if name not in CAPTIONS} | {"captions": texts}
-        row = {name: value for name, value in row.items() if name not in IDS}
+        unread = {*IDS, *(CAPTIONS if texts else ())}
+        row = {name: value for name, value in row.items() if name.lower() not in unread}
+        row |= {"captions": texts} if texts else {}
         name = f"{self.names[shard].removesuffix('.tar')}/{key}"
         return row_record(row, name, [f"{self.files[shard]}/{key}"], self.splits_of[shard] or "train")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data import Processor, to_pixels
 from model import Bridge, Decoder, VLM, ViT, ViTConfig
-from papers import chameleon_task, cm3, coca_task, dpo, flava_task, short, simvlm
+from papers import chameleon_task, cm3, coca_task, dpo, flava_task, round_robin, short, simvlm
 from papers.clip import CLIP, text_tokens
 from papers.gligen_task import take_place
 from papers.recipe import Ingredients, Task
@@ -223,7 +223,7 @@ LOADERS = {"answer": load_answer_parts, "stage1": load_stage1_parts, "clip": loa
            **dict.fromkeys(("lm-prompts", "lm-reader"), load_prompt_parts),
            **dict.fromkeys(coca_task.TASKS, load_pair_parts),
            **dict.fromkeys((*simvlm.TASKS, *cm3.TASKS), load_new_parts),
-           **dict.fromkeys((*dpo.TASKS, *short.TASKS, "round-robin", "fromage"), load_answer_parts),
+           **dict.fromkeys((*dpo.TASKS, *short.TASKS, *round_robin.TASKS, "fromage"), load_answer_parts),
            "glide": load_glide_parts, "word": load_word_parts, "vlkd": load_vlkd_parts,
            "gligen": load_gligen_parts,
            "names": load_no_parts, "pixels": load_no_parts, "vq": load_picture_parts,

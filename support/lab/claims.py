@@ -80,6 +80,12 @@ class TrainedArm:
         vlm, tokenizer, _ = open_run(str(run), "cpu")
         return cls(vlm, tokenizer, first_items(open_data("shapes"), "test", count), run)
 
+    def own_answers(self, split: str) -> dict[str, float]:
+        """VQA accuracy by kind and the mean, about as many items of the world that it was trained on."""
+        world = open_data(read_json(self.run / "config.json")["settings"]["data"])
+        items = first_items(world, split, len(self.items))
+        return scalar_scores(evaluate(self.vlm, self.tokenizer, items, captions=False))
+
 
 def measure_answers(arm: TrainedArm) -> dict[str, float]:
     """VQA accuracy by kind, the mean over kinds, and that of the pictures with one thing and with four."""
@@ -119,9 +125,7 @@ def measure_gates(arm: TrainedArm) -> dict[str, float]:
 
 def measure_reasons(arm: TrainedArm) -> dict[str, float]:
     """VQA accuracy of the answer in a text that reasons before or after it, about its own world."""
-    world = open_data(read_json(arm.run / "config.json")["settings"]["data"])
-    items = first_items(world, "test", len(arm.items))
-    return scalar_scores(evaluate(arm.vlm, arm.tokenizer, items, captions=False))
+    return arm.own_answers("test")
 
 
 def measure_shots(arm: TrainedArm) -> dict[str, float]:

@@ -2,10 +2,7 @@
 2305.11854v4). Document 3 asks whether more parameters explain what a white one brings."""
 from __future__ import annotations
 
-from eval import evaluate, first_items, scalar_scores
-from support.formats.files import read_json
 from support.lab.claims_list import Arm, Claim, Expectation, Number, Side
-from support.worlds import open_data
 
 CLICKED = Number("clicked right")
 
@@ -15,9 +12,7 @@ def measure_clicks(arm) -> dict[str, float]:
 
     In the split test a goal's colour belongs to one shape alone, which was never the right one in training.
     """
-    world = open_data(read_json(arm.run / "config.json")["settings"]["data"])
-    items = first_items(world, "val", len(arm.items))
-    return {CLICKED.name: scalar_scores(evaluate(arm.vlm, arm.tokenizer, items, captions=False))["mean"]}
+    return {CLICKED.name: arm.own_answers("val")["mean"]}
 
 
 MEASUREMENTS, MEASURED = {"clicks": measure_clicks}, {"clicks": {CLICKED.name}}
