@@ -71,6 +71,7 @@ class Vlkd(Bridge):
         self.map = nn.Linear(joint, decoder.width)                              # W'
         self.text_head = nn.Linear(decoder.width, joint, bias=False)            # W
         nn.init.normal_(self.text_head.weight, std=0.01)        # W s begins about as long as t: (K1) is small
+        nn.init.normal_(self.map.weight, std=0.37)              # W' v begins as large as the toy's words
         self.requires_grad_()
 
     def requires_grad_(self, requires_grad: bool = True) -> Vlkd:

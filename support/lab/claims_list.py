@@ -121,7 +121,7 @@ ARMS = {
     "MAPL, 1 %": Arm(("--bridge", "mapl", "--captions", "1", "--examples", "96"),
                      measures=("answers", "captions")),
     "Frozen": Arm(("--bridge", "frozen", "--vit", "random", "--captions", "1"),
-                  measures=("answers", "captions")),
+                  measures=("answers", "captions", "blind")),
     "Frozen, 1 %": Arm(("--bridge", "frozen", "--vit", "random", "--captions", "1", "--examples", "96"),
                        measures=("answers", "captions")),
     "MAPL, pages": Arm(("--bridge", "mapl", "--data", "shapes-pages", "--batch", "16"),

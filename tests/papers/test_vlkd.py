@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train
 from conftest import tiny_vlm
-from model import IMAGE
-from papers.vlkd import contrast, distance
+from model import IMAGE, DecoderConfig
+from papers.vlkd import Vlkd, contrast, distance
 from support.formats import load_clip, load_vlm
 from support.formats.files import UserError
 from support.plumbing.log import read_log
@@ -48,6 +49,14 @@ def test_clips_vector_of_a_picture_is_one_word():
     inputs, _ = vlm.prepare(tokens, z)
     torch.testing.assert_close(inputs["embeds"][0, 1], vlm.bridge.map(v[0]))
     assert inputs["embeds"].shape == (2, 3, 32)                                 # K = 1
+
+
+def test_the_word_begins_as_large_as_the_toys_words():
+    """The rows of the table in weights/decoder have a standard deviation of 0.37; PyTorch's start has 0.07."""
+    words = load_file(ROOT / "weights/decoder/model.safetensors")["model.embed_tokens.weight"].float()
+    bridge = Vlkd(DecoderConfig(width=128), 128, joint=128)
+    v = F.normalize(torch.randn(64, 1, 128, generator=torch.Generator().manual_seed(0)), dim=-1)[:, 0]
+    assert bridge.map(v).std().item() == pytest.approx(words.std().item(), rel=0.1)
 
 
 def test_clips_projection_never_learns():
