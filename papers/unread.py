@@ -8,6 +8,7 @@ ANSWERS = {"bridge", "turns", "captions", "template", "form", "longest", "cache"
 CLIP = ANSWERS | {"option", "vit", "init", "examples", "accumulate", "frozen", "checkpoint", "compile"}
 TEXT = ANSWERS | {"option", "vit", "data", "share", "examples", "frozen", "checkpoint"}
 PAIRS = ANSWERS | {"option", "accumulate", "checkpoint", "compile"}
+WORDS = ANSWERS | {"augment", "accumulate", "checkpoint", "compile"}
 NO_CHECK = {"check_every"}          # nothing is evaluated while they train
 NOTHING_FROZEN = ("vilt", "vilt-unaligned", "albef", "albef-fused", "albef-easy", "albef-untaught")
 PAIR_TASKS = ("visualbert", "visualbert-late", "visualbert-words", "vilbert", "vilbert-equal",
@@ -26,7 +27,7 @@ UNREAD = {                          # task → the settings of the command line 
     "clip": CLIP - {"init"}, "clip-text": (CLIP | NO_CHECK) - {"vit"}, "lm": TEXT | {"lm"},
     **dict.fromkeys(("lm-prompts", "lm-reader"), TEXT | {"init"}),
     **dict.fromkeys(("fromage", "vlkd"), {"pack", "accumulate"}),       # a batch is contrasted as a whole
-    "word": (ANSWERS | {"augment", "accumulate", "checkpoint", "compile"}) - {"bridge"},
+    "word": WORDS - {"bridge"}, "told-1": WORDS,
     "gligen": {"pack", "cache", "captions"}, "glide": (CLIP | NO_CHECK) - {"frozen"},
     **dict.fromkeys(("dpo", "dpo-far", "dpo-near", "dpo-sft"), ANSWERS - {"bridge", "longest", "cache"}),
     **dict.fromkeys(("cm3", "cm3-causal"), CLIP | TEXT | {"lm"}),

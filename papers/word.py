@@ -53,7 +53,7 @@ class WordTask:
     def __init__(self, *given):
         super().__init__(*given)
         g = self.given
-        K = self.visual_tokens
+        self.slots, K = self.shape()
         if not self.module.bridge.soft_tokens:
             raise ValueError("recipe word trains a bridge that writes soft tokens, and "
                              f"{g.bridge.name} writes none; give --bridge mapl.")
@@ -66,8 +66,8 @@ class WordTask:
                              f"{tokens}, and recipe word needs two; give other data (captions that "
                              'are names: "a dog"), or another --lm.')
         table, rest = self.module.decoder.embed.weight.detach(), [self.line_end()] * K
-        ids = [(self.ids(word) + rest)[:K] for word in self.things.words]
-        ids = torch.tensor(ids, device=table.device)                            # (things, K)
+        ids = [(self.ids(word) + rest)[:K] for word in self.things.words] + [rest]
+        ids = torch.tensor(ids, device=table.device)                            # (things + 1, K); −1: none
         self.rows = table[ids].float()                                          # (things, K, D)
         self.read_ids = torch.arange(len(table), device=table.device) if K == 1 else ids.unique()   # (V')
         self.table = F.normalize(table[self.read_ids].float(), dim=-1)          # (V', D)
@@ -84,17 +84,22 @@ class WordTask:
     def ids(self, word: str) -> list[int]:
         return self.tokenizer.encode(" " + word, preceded_by="text")
 
+    def shape(self) -> tuple[int, int]:
+        """How many names a picture has at most, and how many tokens a name."""
+        return 1, self.visual_tokens
+
     def line_end(self) -> int:
         return self.tokenizer.encode("\n", preceded_by="text")[-1]
 
     def batch(self, step: int) -> list[dict]:
-        """pixels (B, 3, S, S) of things drawn at random; tokens (B,): their numbers."""
+        """pixels (B, 3, S, S) of things drawn at random; tokens (B, slots): their numbers, then −1."""
         given, things = self.given, self.things
-        chosen = [int(np.random.default_rng((given.seed, 4, i)).integers(len(things.words)))
+        chosen = [things.scene(np.random.default_rng((given.seed, 4, i)), self.slots)
                   for i in self.indices(step)]
-        images = [things.draw(n, i, False) for n, i in zip(chosen, self.indices(step))]
-        return [dict(pixels=self.pixels(images), known=None, cut=0, tokens=torch.tensor(chosen), set=0,
-                     weight=1.0, count=len(chosen))]
+        images = [things.draw(numbers, i, False) for numbers, i in zip(chosen, self.indices(step))]
+        tokens = torch.tensor([numbers + [-1] * (self.slots - len(numbers)) for numbers in chosen])
+        return [dict(pixels=self.pixels(images), known=None, cut=0, tokens=tokens, set=0, weight=1.0,
+                     count=len(chosen))]
 
     def indices(self, step: int) -> range:
         number, parts = self.given.part
@@ -110,11 +115,14 @@ class WordTask:
         return bridge.prefix(bridge.see(features)).float()
 
     def loss(self, tokens: Tensor, features: Tensor, **_) -> Tensor:
-        soft = self.soft(features)
-        near = BETA * F.normalize(soft, dim=-1) @ self.table.T                  # (B, K, V')
-        self.last = {"distance": (soft - self.rows[tokens]).square().mean() / self.scale,
-                     "words": F.cross_entropy(near.mT, self.targets[tokens])}
+        self.last = self.losses(self.soft(features), tokens)
         return len(tokens) * sum(self.last.values())                            # (W1)
+
+    def losses(self, soft: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        """The two parts of (W1); soft (B, slots·K, D), numbers (B, slots) of things."""
+        near = BETA * F.normalize(soft, dim=-1) @ self.table.T                  # (B, slots·K, V')
+        return {"distance": (soft - self.rows[numbers].flatten(1, 2)).square().mean() / self.scale,
+                "words": F.cross_entropy(near.mT, self.targets[numbers].flatten(1))}
 
     def first_step(self, *_) -> None:
         """No document is trained on."""
@@ -122,18 +130,21 @@ class WordTask:
     def flops_per_position(self) -> float:
         return 0.0
 
+    def read_slots(self, features: Tensor) -> list[list[str]]:
+        """(W2): the words that each slot of a picture is nearest to, up to the first line end."""
+        nearest = (F.normalize(self.soft(features), dim=-1) @ self.table.T).argmax(-1)  # (B, slots·K)
+        nearest = self.read_ids[nearest].unflatten(-1, (self.slots, -1)).tolist()
+        return [[self.tokenizer.decode(ids).partition("\n")[0].strip() for ids in slots] for slots in nearest]
+
     def read(self, features: Tensor) -> list[str]:
-        """(W2): the words that each picture is nearest to, up to the first line end."""
-        nearest = (F.normalize(self.soft(features), dim=-1) @ self.table.T).argmax(-1)      # (B, K)
-        nearest = self.read_ids[nearest]
-        return [self.tokenizer.decode(ids).partition("\n")[0].strip() for ids in nearest.tolist()]
+        return [", ".join(filter(None, names)) for names in self.read_slots(features)]
 
     @torch.no_grad()
     def name_new(self, renderings: int) -> tuple[list[np.ndarray], Tensor, list[str], list[str]]:
         """Pictures of new renderings of every thing, their features, their words, and what is read."""
         numbers = [n for n in range(len(self.things.words)) for _ in range(renderings)]
         track = self.given.track
-        images = [self.things.draw(n, i, True) for i, n in track([*enumerate(numbers)], "renderings")]
+        images = [self.things.draw([n], i, True) for i, n in track([*enumerate(numbers)], "renderings")]
         parts = [self.features(self.pixels(images[i:i + 128]).to(self.given.device))
                  for i in track(range(0, len(images), 128), "renderings")]
         read = [word for part in parts for word in self.read(part)]
@@ -143,6 +154,11 @@ class WordTask:
         _, _, words, read = self.name_new(1)
         return {"named": float(np.mean([a == b for a, b in zip(words, read)]))}
 
+    def ask(self, features: Tensor) -> list[str]:
+        """What the language model says of these pictures."""
+        documents = [Document(self.tokenizer).chat(ASK) for _ in features]
+        return self.given.generate_texts(self.module, documents, self.tokenizer, 40, features=features)
+
     def report(self, out: Path) -> dict[str, dict]:
         """The rate of new renderings, blind and chance; then the language model is asked about some.
 
@@ -151,7 +167,7 @@ class WordTask:
         images, features, words, read = self.name_new(RENDERINGS)
         right = [a == b for a, b in zip(words, read)]
         blind = self.read(self.features(torch.zeros_like(self.pixels(images[:1])).to(self.given.device)))[0]
-        V, K = len(self.read_ids), self.visual_tokens
+        V, K = len(self.read_ids), self.shape()[1]
         among = f"all {V:,} words" if K == 1 else f"{V:,} tokens for {K} places"
         scores = {"named": float(np.mean(right)), "blind": float(np.mean([w == blind for w in words])),
                   "chance": 1 / (V if K == 1 else len(self.words)), "words": len(self.words),
@@ -163,8 +179,7 @@ class WordTask:
         failed = [i for i, ok in enumerate(right) if not ok and i not in shown]
         failed = failed[::1 + len(failed) // SHOWN][:SHOWN]
         asked = shown + failed
-        documents = [Document(self.tokenizer).chat(ASK) for _ in asked]
-        told = self.given.generate_texts(self.module, documents, self.tokenizer, 40, features=features[asked])
+        told = self.ask(features[asked])
         self.given.save_grid(out / "first.png", images[:1], 1, 1)               # for eval.py chat
         self.given.save_grid(out / "words.png", [images[i] for i in asked], SHOWN)
         lines = [dict(shows=words[i], read=read[i], right=right[i], told=text)

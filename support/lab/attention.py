@@ -30,6 +30,7 @@ from papers.mllama import Mllama
 from papers.mllama_vit import Tiles
 from papers.vlkd import Vlkd
 from papers.prompt_tuning import PrefixTuning, PromptTuning
+from papers.told import Told
 from papers.vcgpt import VCGPT
 from papers.visualgpt import VisualGPT
 from support.formats.files import UserError
@@ -180,6 +181,14 @@ def _(bridge: MAPL, attention: dict[str, Tensor], features: Tensor) -> Tensor:
     for l in range(len(bridge.blocks)):
         x = rollout_step(x, attention[f"bridge.blocks.{l}"], x)
     return F.normalize(x[:, -K:], p=1, dim=-1)
+
+
+@rollout.register
+def _(bridge: Told, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    """Its mapper's; the learned vectors around hold no patch."""
+    own = {name.replace("bridge.mapper.", "bridge."): weights for name, weights in attention.items()}
+    around = 0, 0, bridge.ahead, len(bridge.prompts) - bridge.ahead
+    return F.pad(rollout(bridge.mapper, own, features), around)
 
 
 @rollout.register

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 from support.formats.files import UserError
 from support.worlds import augmented, new_renderings, take_items
 from support.worlds.augment import augment, may_mirror
-from support.worlds.emoji import Emoji
+from support.worlds.emoji import Emoji, is_held_out_pair
 from support.worlds.files import Files
 from support.worlds.pairs import contrastive_pair, preference_pair
 
@@ -82,8 +83,17 @@ def named_files(world: Files, most: int = 2000, track: Callable = quietly) -> li
 class Things:
     """Things with names, and how they are drawn."""
     words: list[str]                                    # of thing n; several things may have one name
-    draw: Callable[[int, int, bool], np.ndarray]        # (n, i, new) → rendering i of thing n, (S, S, 3)
+    draw: Callable[[list[int], int, bool], np.ndarray]  # (numbers, i, new) → rendering i of these, (S, S, 3)
     total: int                                          # things of the data set, whatever they are called
+    apart: Callable[[list[int]], bool] | None = None    # whether these never meet; None: one to a picture
+
+    def scene(self, rng: np.random.Generator, most: int = 1) -> list[int]:
+        """Numbers of things that one picture shows: one in half of the pictures, else up to `most`."""
+        count = 1 if most == 1 or self.apart is None or rng.random() < 0.5 else int(rng.integers(2, most + 1))
+        while True:
+            numbers = [int(n) for n in rng.integers(len(self.words), size=count)]
+            if count == 1 or len(set(numbers)) == count and not self.apart(numbers):
+                return numbers
 
 
 @functools.singledispatch
@@ -102,10 +112,14 @@ def things_drawn(world: Emoji, fits: Callable[[str], bool], whole: bool = False,
     words, drawings = first_words(found, most)
     worlds = {new: augmented(world, "new" if new else "train") for new in (False, True)}
 
-    def draw(n: int, i: int, new: bool) -> np.ndarray:
-        return worlds[new].draw([drawings[n]], np.random.default_rng((world.seed, n, i, new)))
+    def draw(numbers: list[int], i: int, new: bool) -> np.ndarray:
+        return worlds[new].draw([drawings[n] for n in numbers],
+                                np.random.default_rng((world.seed, *numbers, i, new)))
 
-    return Things(words, draw, len(world.drawings))
+    def apart(numbers: list[int]) -> bool:
+        return any(is_held_out_pair(drawings[a], drawings[b]) for a, b in itertools.combinations(numbers, 2))
+
+    return Things(words, draw, len(world.drawings), apart)
 
 
 @things_with_names.register(Files)
@@ -135,9 +149,9 @@ def things_on_disk(world: Files, fits: Callable[[str], bool], whole: bool = Fals
 
     words, pictures = first_words(track(found, "pictures"), most, opens)
 
-    def draw(n: int, i: int, new: bool) -> np.ndarray:
-        path, item, mirror = pictures[n]
-        rng = np.random.default_rng((world.seed, n, i, new))
+    def draw(numbers: list[int], i: int, new: bool) -> np.ndarray:
+        path, item, mirror = pictures[numbers[0]]
+        rng = np.random.default_rng((world.seed, numbers[0], i, new))
         return augment(world.show(path, item), world.size, rng, new, mirror)
 
     return Things(words, draw, len(world))

@@ -48,6 +48,7 @@ NAMES = {                # what each bridge shows besides the decoder's own atte
 }
 NAMES["minigpt4"], NAMES["prompt_tuning"] = NAMES["qformer"], {}
 NAMES["prefix_tuning"] = {key: (1, H, 7, 3 + 7) for key in LAYERS}              # [prefix ; words]
+NAMES["told"] = {f"bridge.mapper.blocks.{l}": (1, 2, N + 3, N + 3) for l in range(2)}
 NAMES["kosmos1"] = {"bridge.connector": (1, 2, 3, N + 3)}
 NAMES["visualgpt"] = {**{f"bridge.resampler.layers.{l}.attention": (1, 2, 9, 9) for l in range(2)},
                       **{f"bridge.blocks.{l}.levels.{j}": (1, 2, 7, 9) for l in range(4) for j in range(2)}}
@@ -191,10 +192,11 @@ def test_what_visual_tokens_are_made_of_is_a_share_of_each_patch(name):
         _, attention = run_with_attention(vlm, torch.cat((TOKENS, TOKENS)), features=features)
     made = rollout(vlm.bridge, attention, features)
     K = {"linear": 9, "mlp": 9, "gligen": 9, "limber": 9, "magma": 9, "minigpt4_llama2": 9, "visualgpt": 9,
-         "vcgpt": N, "frozen": 2, "vlkd": 1}.get(name, 3)
+         "cogvlm": 9, "vcgpt": N, "frozen": 2, "vlkd": 1}.get(name, 3)
     shares = torch.ones(2, K)
-    if name == "cogvlm":                                # two vectors that hold no patch stand around them
-        K, shares = 11, F.pad(torch.ones(2, 9), (1, 1))
+    if name in ("cogvlm", "told"):                      # two vectors that hold no patch stand around them
+        shares = F.pad(torch.ones(2, K), (1, 1))
+        K += 2
     assert made.shape == (2, K, features.shape[1])
     torch.testing.assert_close(made.sum(-1), shares, atol=1e-6, rtol=0)
     fixed = name in (*(n for n in NAMES if not NAMES[n]), "clipcap_transformer", "prefix_tuning", "vcgpt")

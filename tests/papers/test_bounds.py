@@ -21,7 +21,7 @@ from support.lab.claims import ARMS
 
 WORDS = {"mlp": FORMS, "attention": FORMS, "mix": MIXTURES, "fuse": FUSE, "act": ("gelu", "relu"),
          "gate_per": ("head", "layer"), "gate_init": ("zero", "random"), "reads": (-1, -2, "pooled"),
-         "vocab": (0, 50)}
+         "vocab": (0, 50), "mapper": ("mapl", "qformer")}
 # another value of a number, where one more than it is none that fits the tiny sizes
 OTHERS = {"reads": -3, "heads": 1, "resampler_heads": 1, "resampler_head_width": 6, "head_width": 6,
           "adapted": 2, "tau": 0.4, "dropout": 0.5, "pairs": 0.25, "vision_eps": 0.1, "width": 32, "join": 3,
@@ -84,6 +84,8 @@ def behaviour(name: str, options: dict) -> list | None:
             out = [vlm(tokens, features=seen)]
             if name == "gligen":
                 out.append(bridge.grounded_features(VIT, PIXELS, BOXES, DECODER.embed.weight[0]))
+            if name == "told":                          # its words are the nearest ones: mostly the same
+                out.append(bridge.soft(bridge.see(seen)))
     except ValueError:
         return None
     return [begins, learns, out, getattr(bridge, TASKS.get(name, ""), None)]

@@ -52,7 +52,7 @@ def test_clips_vector_of_a_picture_is_one_word():
 
 
 def test_the_word_begins_as_large_as_the_toys_words():
-    """The rows of the table in weights/decoder have a standard deviation of 0.37; PyTorch's start has 0.07."""
+    """The rows of the bundled table have a standard deviation of 0.37; PyTorch's start has 0.07."""
     words = load_file(ROOT / "weights/decoder/model.safetensors")["model.embed_tokens.weight"].float()
     bridge = Vlkd(DecoderConfig(width=128), 128, joint=128)
     v = F.normalize(torch.randn(64, 1, 128, generator=torch.Generator().manual_seed(0)), dim=-1)[:, 0]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,18 +15,22 @@ COLORS = {"red": (220, 30, 30), "green": (30, 170, 50), "blue": (40, 60, 230), "
           "white": (250, 250, 250), "purple": (160, 60, 200)}
 
 
-@pytest.fixture
-def squares(tmp_path):
+def draw_squares(folder: Path) -> str:
     """A square of each colour that the bundled decoder has a word for, and one whose name it spells."""
-    (tmp_path / "images").mkdir()
+    (folder / "images").mkdir()
     rows = []
     for word, color in {**COLORS, "xylophone": (0, 0, 0)}.items():
         picture = np.full((48, 48, 3), (24, 24, 32), np.uint8)
         picture[12:36, 12:36] = color
-        Image.fromarray(picture).save(tmp_path / "images" / f"{word}.png")
+        Image.fromarray(picture).save(folder / "images" / f"{word}.png")
         rows.append(json.dumps({"image": f"{word}.png", "text": f"something {word}"}))
-    (tmp_path / "captions.jsonl").write_text("\n".join(rows))
-    return f"folder:{tmp_path}:all"
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    return f"folder:{folder}:all"
+
+
+@pytest.fixture
+def squares(tmp_path):
+    return draw_squares(tmp_path)
 
 
 def test_a_short_run_reads_new_renderings_among_all_words(squares, tmp_path, capsys):

@@ -143,7 +143,7 @@ def test_new_renderings_have_the_size_of_the_vit_and_the_memory_of_cut_outs_is_b
     assert world.item(3).image.shape == (96, 96, 3) and open_data("shapes").item(0).image.shape == (48, 48, 3)
     assert (old.item(3).image == open_data(f"folder:{folder}", renderings="train").item(3).image).all()
     assert {p.shape for part in named_pictures(world) for p in part.pictures} == {(96, 96, 3)}
-    assert things_with_names(world, bool).draw(0, 0, False).shape == (96, 96, 3)
+    assert things_with_names(world, bool).draw([0], 0, False).shape == (96, 96, 3)
     monkeypatch.setattr("support.worlds.files.KEPT", 4 * 4 * 96 * 96)
     for i in range(len(world)):
         world.item(i)
