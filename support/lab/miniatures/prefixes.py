@@ -45,7 +45,7 @@ CLAIMS = {
             Expectation(Side("CM3", LEFT_LOSS), "≥", Side("CM3, no spans", LEFT_LOSS)),
         ),
         columns=(BOTH, LEFT, CAPTION, LEFT_LOSS),
-        note="Looked at: each seed. From both sides 16, 84 and 40 % of the codes are right, from the left 1 to "
-             "2, without spans 0 to 2: the direction is the paper's in all three, and 3,000 steps end in the "
-             "middle of learning it, so the spread is too wide for the rule."),
+        note="Looked at: each seed. From both sides 16, 84 and 40 % of the codes are right, from the left 1 "
+             "to 2, without spans 0 to 3: the direction is the paper's in all three, and 3,000 steps end in "
+             "the middle of learning it, so the spread is too wide for the rule."),
 }
