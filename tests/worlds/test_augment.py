@@ -182,7 +182,7 @@ def test_the_things_of_a_folder_are_its_pictures_by_the_last_word(tmp_path, caps
     few = things_with_names(world, bool, False, 2, lambda work, what: bars.append(what) or work)
     assert {*few.words} == {"red", "blue"} and bars == ["captions", "pictures"]
     assert len(opened) == len(few.words) + 1            # only what is drawn, and 1.png
-    a, b, c = things.draw(0, 5, False), things.draw(0, 5, False), things.draw(0, 5, True)
+    a, b, c = things.draw([0], 5, False), things.draw([0], 5, False), things.draw([0], 5, True)
     assert a.shape == (64, 64, 3) and (a == b).all() and (a != c).any()
 
 
