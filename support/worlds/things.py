@@ -18,6 +18,7 @@ from support.worlds.pairs import contrastive_pair, preference_pair
 NEW, HELD_OUT = "new renderings of known things", "held-out pictures"
 SEEN = "pictures as training shows them"
 NAME = 3                                                # words of a name, at most
+TRIES = 100                                             # to draw things that may meet
 ARTICLES = {"a", "an", "the", "some", "our", "this", "my"}
 LINKS = set("about and as at behind by for from in into is near of on or over to under with".split())
 
@@ -90,10 +91,11 @@ class Things:
     def scene(self, rng: np.random.Generator, most: int = 1) -> list[int]:
         """Numbers of things that one picture shows: one in half of the pictures, else up to `most`."""
         count = 1 if most == 1 or self.apart is None or rng.random() < 0.5 else int(rng.integers(2, most + 1))
-        while True:
+        for _ in range(TRIES):
             numbers = [int(n) for n in rng.integers(len(self.words), size=count)]
             if count == 1 or len(set(numbers)) == count and not self.apart(numbers):
                 return numbers
+        return numbers[:1]                              # few things, or none that may meet
 
 
 @functools.singledispatch

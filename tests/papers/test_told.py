@@ -14,7 +14,7 @@ from papers.told import GAIN, Told
 from support.formats import load_vlm
 from support.formats.files import UserError
 from support.worlds import open_data
-from support.worlds.things import things_with_names
+from support.worlds.things import Things, things_with_names
 from test_word import draw_squares
 
 SMALL = ["slots=2", "tokens=16", "width=64", "layers=1", "vocabulary=64"]
@@ -99,5 +99,7 @@ def test_scenes_never_show_what_training_keeps_apart():
         assert not any(is_held_out_pair(a, b) for k, a in enumerate(shown) for b in shown[:k])
     shares = np.bincount(counts, minlength=4)[1:] / 600
     assert np.allclose(shares, (0.5, 0.25, 0.25), atol=0.06)
+    few = Things(["a", "b"], None, 2, lambda numbers: False)
+    assert {len(few.scene(np.random.default_rng(i), 3)) for i in range(40)} == {1, 2}   # never three of two
     one = int(np.random.default_rng(5).integers(len(things.words)))
     assert things.scene(np.random.default_rng(5)) == [one]      # recipe word's draw of a single thing
