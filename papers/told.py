@@ -112,7 +112,7 @@ class ToldTask(WordTask):
         return bridge.soft(bridge.see(features))
 
     def losses(self, soft: Tensor, numbers: Tensor) -> dict[str, Tensor]:
-        return {"words": super().losses(soft, numbers)["words"]}                #                (T1)
+        return {"words": self.words_loss(soft, numbers)}                        #                (T1)
 
     def ask(self, features: Tensor) -> list[str]:
         return [""] * len(features)                     # before stage 2 no P has learned
@@ -124,7 +124,7 @@ class ToldTask(WordTask):
         scenes = [self.things.scene(rng, self.slots) for _ in range(SCENES)]
         for i in range(0, SCENES, 100):
             images = [self.things.draw(scene, i, True) for scene in scenes[i:i + 100]]
-            read = self.read_slots(self.features(self.pixels(images).to(self.given.device)))
+            read = self.read_slots(self.features_of(images))
             for scene, names in zip(scenes[i:i + 100], read):
                 right = [self.things.words[n] == name for n, name in zip(scene, names)]
                 by_count.setdefault(len(scene), []).append(np.mean(right))

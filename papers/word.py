@@ -109,6 +109,9 @@ class WordTask:
     def pixels(self, images: list[np.ndarray]) -> Tensor:
         return to_pixels(images, self.module.vit.config.image_size, self.given.processor)
 
+    def features_of(self, images: list[np.ndarray]) -> Tensor:
+        return self.features(self.pixels(images).to(self.given.device))         # (B, N, Di)
+
     def soft(self, features: Tensor) -> Tensor:
         """(B, N, Di) → (B, K, D)."""
         bridge = self.module.bridge
@@ -120,9 +123,12 @@ class WordTask:
 
     def losses(self, soft: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """The two parts of (W1); soft (B, slots·K, D), numbers (B, slots) of things."""
-        near = BETA * F.normalize(soft, dim=-1) @ self.table.T                  # (B, slots·K, V')
         return {"distance": (soft - self.rows[numbers].flatten(1, 2)).square().mean() / self.scale,
-                "words": F.cross_entropy(near.mT, self.targets[numbers].flatten(1))}
+                "words": self.words_loss(soft, numbers)}
+
+    def words_loss(self, soft: Tensor, numbers: Tensor) -> Tensor:
+        near = BETA * F.normalize(soft, dim=-1) @ self.table.T                  # (B, slots·K, V')
+        return F.cross_entropy(near.mT, self.targets[numbers].flatten(1))
 
     def first_step(self, *_) -> None:
         """No document is trained on."""
@@ -145,8 +151,7 @@ class WordTask:
         numbers = [n for n in range(len(self.things.words)) for _ in range(renderings)]
         track = self.given.track
         images = [self.things.draw([n], i, True) for i, n in track([*enumerate(numbers)], "renderings")]
-        parts = [self.features(self.pixels(images[i:i + 128]).to(self.given.device))
-                 for i in track(range(0, len(images), 128), "renderings")]
+        parts = [self.features_of(images[i:i + 128]) for i in track(range(0, len(images), 128), "renderings")]
         read = [word for part in parts for word in self.read(part)]
         return images, torch.cat(parts), [self.things.words[n] for n in numbers], read
 
@@ -160,10 +165,8 @@ class WordTask:
         return self.given.generate_texts(self.module, documents, self.tokenizer, 40, features=features)
 
     def report(self, out: Path) -> dict[str, dict]:
-        """The rate of new renderings, blind and chance; then the language model is asked about some.
-
-        words.png shows those, first SHOWN at equal distances, then some of those that were not read right.
-        """
+        """The rate of new renderings, blind and chance; then the language model is asked about those of
+        words.png: first SHOWN at equal distances, then some of those that were not read right."""
         images, features, words, read = self.name_new(RENDERINGS)
         right = [a == b for a, b in zip(words, read)]
         blind = self.read(self.features(torch.zeros_like(self.pixels(images[:1])).to(self.given.device)))[0]

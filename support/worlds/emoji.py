@@ -56,6 +56,11 @@ def is_held_out_pair(a: Drawing, b: Drawing) -> bool:
     return zlib.crc32(" + ".join(sorted((a.name, b.name))).encode()) % 10 == 0
 
 
+def any_held_out(things: list[Drawing]) -> bool:
+    """Whether two of these are such a pair."""
+    return any(is_held_out_pair(a, b) for a, b in itertools.combinations(things, 2))
+
+
 def name_with_article(name: str) -> str:
     head = re.split(" (?:with|of|in|on|over|at|and) ", name)[0]
     plural = head.endswith("s") and not head.endswith(("us", "ss", "os", "fleur-de-lis"))
@@ -170,8 +175,8 @@ class Emoji:
         n = 2 if self.split == "pairs" else int(rng.choice((1, 2, 3), p=(0.5, 0.35, 0.15)))
         while True:
             things = [self.drawings[i] for i in rng.integers(0, len(self.drawings), n)]
-            held = [is_held_out_pair(a, b) for a, b in itertools.combinations(things, 2)]
-            if len(set(things)) == n and (self.split == "test" or any(held) == (self.split == "pairs")):
+            if len(set(things)) == n and (self.split == "test"
+                                          or any_held_out(things) == (self.split == "pairs")):
                 return things
 
     def draw(self, things: list[Drawing], rng: np.random.Generator) -> np.ndarray:

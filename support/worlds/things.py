@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy as np
 from support.formats.files import UserError
 from support.worlds import augmented, new_renderings, take_items
 from support.worlds.augment import augment, may_mirror
-from support.worlds.emoji import Emoji, is_held_out_pair
+from support.worlds.emoji import Emoji, any_held_out
 from support.worlds.files import Files
 from support.worlds.pairs import contrastive_pair, preference_pair
 
@@ -119,7 +118,7 @@ def things_drawn(world: Emoji, fits: Callable[[str], bool], whole: bool = False,
                                 np.random.default_rng((world.seed, *numbers, i, new)))
 
     def apart(numbers: list[int]) -> bool:
-        return any(is_held_out_pair(drawings[a], drawings[b]) for a, b in itertools.combinations(numbers, 2))
+        return any_held_out([drawings[n] for n in numbers])
 
     return Things(words, draw, len(world.drawings), apart)
 
