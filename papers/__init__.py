@@ -12,8 +12,8 @@ from papers import (albef, albef_task, blip2_stage1, chameleon, chameleon_task, 
                     coca_task, cogvlm, contrasts, dalle, ddpm, dpo, dvae, flava, flava_task, fromage,
                     frozen, glide, glide_task, gligen, idefics, kosmos1, limber, llama_adapter, llava_data,
                     magic, magma, minigpt4, mllama, pica, ppo, prompt_tuning, round_robin, short, simvlm,
-                    socratic, systems, told, unified_io2, unit, vcgpt, vilbert, vilt, visualbert, visualgpt,
-                    vlkd, vq, word)
+                    socratic, systems, told_task, unified_io2, unit, vcgpt, vilbert, vilt, visualbert,
+                    visualgpt, vlkd, vq, word)
 from papers.bounds import check_option, nearest, unread_where
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.cogvlm import CogVLM
@@ -28,7 +28,7 @@ from papers.llama_adapter import OneSoftmax, ZeroInitV1
 from papers.magma import Magma
 from papers.minigpt4 import MiniGPT4, MiniGPT4Llama2
 from papers.prompt_tuning import PrefixTuning, PromptTuning
-from papers.told import Told
+from papers.told import Told, ToldFlamingo
 from papers.vcgpt import VCGPT
 from papers.visualgpt import VisualGPT
 from papers.vlkd import Vlkd
@@ -39,15 +39,16 @@ PAPERS = {module.__name__.removeprefix("papers."): module
                          short, dalle, chameleon, ddpm, glide, prompt_tuning, visualgpt, vcgpt, gligen, vlkd,
                          dpo, ppo, vq, visualbert, vilbert, vilt, unit, coca, simvlm, cm3, contrasts, albef,
                          unified_io2, flava, round_robin)}
-RECIPES = {**systems.RECIPES, **word.RECIPES, **told.RECIPES,   # of several stages, and of each paper
+RECIPES = {**systems.RECIPES, **word.RECIPES, **told_task.RECIPES,      # of several stages, and of each paper
            **{name: recipe for paper in PAPERS.values()
               for name, recipe in getattr(paper, "RECIPES", {}).items()}}
 RELATIVES = (Frozen, Idefics, ClipCap, ClipCapTransformer, Limber, Magma, MiniGPT4, MiniGPT4Llama2, Kosmos1,
-             Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT, Vlkd, Gligen, Told)
+             Fromage, CogVLM, PromptTuning, PrefixTuning, VisualGPT, VCGPT, Vlkd, Gligen, Told,
+             ToldFlamingo)
 ALL_BRIDGES: dict[str, type[Bridge]] = {**BRIDGES, **{bridge.name: bridge for bridge in RELATIVES}}
 # task of a recipe → what it changes of train.py's answer task
 ANSWER_TASKS = {"fromage": fromage.FromageTask, "vlkd": vlkd.VlkdTask, "gligen": GligenTask, **dpo.TASKS,
-                **short.TASKS, **round_robin.TASKS, "word": word.WordTask, "told-1": told.ToldTask}
+                **short.TASKS, **round_robin.TASKS, "word": word.WordTask, "told-1": told_task.ToldTask}
 # task of a recipe that changes none of the answer task → its class
 TASKS = {"stage1": blip2_stage1.Stage1Task,
          **{name: task for module in (clip, limber, visualbert, vilbert, vilt, albef_task, coca_task, simvlm,

@@ -71,7 +71,7 @@ SYSTEMS = {                                             # a system → its stage
     "llava": ("llava-1", "llava-2"), "llava-1.5": ("llava-1.5-1", "llava-1.5-2"),
     "blip2": ("blip2-1", "blip2-2"), "adapter": ("adapter-1", "adapter-2"),
     "dalle": ("vq", "dalle-2"), "chameleon": ("vq", "chameleon-2"), "flava": ("vq", "flava-2"),
-    "told": ("told-1", "told-2"),
+    "told": ("told-1", "told-2"), "told-flamingo": ("told-1", "told-2-flamingo"),
 }
 
 

@@ -148,6 +148,7 @@ SMALL = {
     "flamingo": dict(every=2, first=1, latents=3, depth=2, heads=2, head_width=8),
     "idefics": dict(every=2, latents=3, depth=2, resampler_heads=2, resampler_head_width=8),
     "told": dict(slots=1, tokens=3, ahead=1, behind=1, vocabulary=40, width=16, layers=2, heads=2),
+    "told_flamingo": dict(every=2, slots=1, tokens=3, vocabulary=40, width=16, layers=2, heads=2),
     "visualgpt": dict(levels=2, heads=2, hidden=24), "vcgpt": dict(layers=2, heads=2, hidden=24),
 }
 

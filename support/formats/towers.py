@@ -34,6 +34,7 @@ TEXT_TOWER = "weights/clip-text"                        # beside the bundled ViT
 HERE = Path(__file__).parents[2]
 BEHIND_QFORMER = ("minigpt4",)                          # bridges that take a finished Q-Former
 AROUND_LINEAR = ("gligen",)                             # … or a finished linear map
+READS_TOLD = ("told_flamingo",)                         # … or what stage 1 of recipe told has learned
 WEIGHTS = "weights"                                     # the bundled towers: weights/decoder, weights/vit
 FLAGS = {"decoder": "lm", "vit": "vit"}                 # a part of a run → the flag that names another one
 
@@ -360,5 +361,8 @@ def fill_from_run(bridge: Bridge, run: Path) -> None:
         fill_from_stage1(bridge, file)
     elif bridge.name in AROUND_LINEAR and file.exists() and stored_bridge(file) == "linear":
         fill(bridge.map, Checkpoint(file), {"weight": "map.weight", "bias": "map.bias"})
+    elif bridge.name in READS_TOLD and file.exists() and stored_bridge(file) == "told":
+        names = {name: f"writer.{name}" for name, _ in bridge.writer.named_parameters()}
+        fill(bridge.writer, Checkpoint(file), names, optional=("prompts",))
     elif file.exists() or not (run / "vit" / "config.json").exists():
         load_bridge_file(bridge, file, next(bridge.parameters()).device)

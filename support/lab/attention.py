@@ -30,7 +30,7 @@ from papers.mllama import Mllama
 from papers.mllama_vit import Tiles
 from papers.vlkd import Vlkd
 from papers.prompt_tuning import PrefixTuning, PromptTuning
-from papers.told import Told
+from papers.told import Told, ToldFlamingo
 from papers.vcgpt import VCGPT
 from papers.visualgpt import VisualGPT
 from support.formats.files import UserError
@@ -186,9 +186,14 @@ def _(bridge: MAPL, attention: dict[str, Tensor], features: Tensor) -> Tensor:
 @rollout.register
 def _(bridge: Told, attention: dict[str, Tensor], features: Tensor) -> Tensor:
     """Its mapper's; the learned vectors around hold no patch."""
-    own = {name.replace("bridge.mapper.", "bridge."): weights for name, weights in attention.items()}
     around = 0, 0, bridge.ahead, len(bridge.prompts) - bridge.ahead
-    return F.pad(rollout(bridge.mapper, own, features), around)
+    return F.pad(rollout_of_words(bridge, attention, features), around)
+
+
+@rollout.register(ToldFlamingo)
+def rollout_of_words(bridge: Bridge, attention: dict[str, Tensor], features: Tensor) -> Tensor:
+    own = {name.replace("bridge.writer.mapper.", "bridge."): weights for name, weights in attention.items()}
+    return rollout(bridge.writer.mapper, own, features)
 
 
 @rollout.register
@@ -273,6 +278,11 @@ def _(bridge: ZeroInit) -> str:
 @reading_layers.register(VCGPT)
 def _(bridge: Bridge) -> str:
     return "bridge.blocks.*"
+
+
+@reading_layers.register
+def _(bridge: ToldFlamingo) -> str:
+    return "bridge.reader.blocks.*"
 
 
 @reading_layers.register

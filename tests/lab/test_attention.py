@@ -48,7 +48,8 @@ NAMES = {                # what each bridge shows besides the decoder's own atte
 }
 NAMES["minigpt4"], NAMES["prompt_tuning"] = NAMES["qformer"], {}
 NAMES["prefix_tuning"] = {key: (1, H, 7, 3 + 7) for key in LAYERS}              # [prefix ; words]
-NAMES["told"] = {f"bridge.mapper.blocks.{l}": (1, 2, N + 3, N + 3) for l in range(2)}
+NAMES["told"] = {f"bridge.writer.mapper.blocks.{l}": (1, 2, N + 3, N + 3) for l in range(2)}
+NAMES["told_flamingo"] = NAMES["told"] | {f"bridge.reader.blocks.{l}": (1, H, 7, 3) for l in range(2)}
 NAMES["kosmos1"] = {"bridge.connector": (1, 2, 3, N + 3)}
 NAMES["visualgpt"] = {**{f"bridge.resampler.layers.{l}.attention": (1, 2, 9, 9) for l in range(2)},
                       **{f"bridge.blocks.{l}.levels.{j}": (1, 2, 7, 9) for l in range(4) for j in range(2)}}

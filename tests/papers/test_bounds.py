@@ -84,8 +84,8 @@ def behaviour(name: str, options: dict) -> list | None:
             out = [vlm(tokens, features=seen)]
             if name == "gligen":
                 out.append(bridge.grounded_features(VIT, PIXELS, BOXES, DECODER.embed.weight[0]))
-            if name == "told":                          # its words are the nearest ones: mostly the same
-                out.append(bridge.soft(bridge.see(seen)))
+            if hasattr(bridge, "writer"):               # its words are the nearest ones: mostly the same
+                out.append(bridge.writer.soft(bridge.writer.mapper.see(seen)))
     except ValueError:
         return None
     return [begins, learns, out, getattr(bridge, TASKS.get(name, ""), None)]
