@@ -125,7 +125,7 @@ class Settings:
     data: str = setting(None, 'KIND[:PATH][:SPLIT]; several: "coco:DIR + interleaved:DIR * 0.2"', "data")
     share: float = setting(100.0, "percent of the data set to train on", above=0, most=100)
     examples: int = setting(0, "only the first N items, over and over", least=0)
-    turns: int = setting(5, "questions per picture in one document", least=1, most=1000)
+    turns: int = setting(None, "questions per picture in one document", least=1, most=1000)
     captions: float = setting(None, "share of documents that ask for a caption", least=0, most=1)
     template: str = setting(None, "how a conversation is written, instead of as the model knows it",
                             choices=tuple(TEMPLATES))

@@ -53,6 +53,7 @@ class Recipe:
     # of the bridge in the paper, where its defaults are published code's or the recipe is an ablation
     paper_options: dict = field(default_factory=dict)
     captions: float = 0.2           # share of documents that ask for a caption instead of answers
+    turns: int = 5                  # questions per picture in the others
     template: str = ""              # a key of support.formats.chat.TEMPLATES; "" = as the model knows it
     form: str = "QCM-LEA"           # order of a multiple choice's parts: reasoning, then the answer
     toy_data: str = "shapes"

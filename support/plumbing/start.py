@@ -67,7 +67,8 @@ def fill_settings(s, name: str, recipes: dict):
     if s.scale == "paper" and not r.paper:
         raise UserError(f"--scale paper: no paper has numbers for recipe {name}; leave it out.")
     filled = dataclasses.asdict(r.numbers(s.scale))
-    filled |= {"captions": r.captions, "template": r.template, "form": r.form, "data": r.toy_data}
+    filled |= {key: getattr(r, key) for key in ("captions", "turns", "template", "form")}
+    filled |= {"data": r.toy_data}
     filled = {k: v for k, v in filled.items() if hasattr(s, k) and getattr(s, k) is None}
     s = dataclasses.replace(s, recipe=name, bridge=s.bridge or r.bridge, **filled)
     if s.batch is None:

@@ -16,6 +16,7 @@ from model import ImagePositions
 from papers.told import GAIN, Told, ToldFlamingo
 from support.formats import load_vlm
 from support.formats.files import UserError
+from support.plumbing.start import fill_settings
 from support.worlds import open_data
 from support.worlds.things import Things, things_with_names
 from test_word import draw_squares
@@ -124,6 +125,13 @@ def test_flamingos_layers_refuse_another_bridges_run(stages, tmp_path):
                     "--out", str(tmp_path / "mapl")])
         train.main(["--recipe", "told-2-flamingo", "--init", str(tmp_path / "mapl"), "--data",
                     draw_squares(tmp_path), "--option", *SMALL, "--out", str(tmp_path / "run")])
+
+
+def test_stage_2_asks_one_question_per_picture(stages):
+    asked = [json.loads((stages / f"told-{n}" / "config.json").read_text())["settings"]["turns"]
+             for n in ("2", "2-flamingo")]
+    usual = fill_settings(train.settings_from([])[0], "mapl", train.RECIPES)
+    assert asked == [1, 1] and usual.turns == 5         # one: less padding beside captions
 
 
 def test_a_vocabulary_without_room_is_refused(tmp_path):
