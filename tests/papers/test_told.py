@@ -55,6 +55,8 @@ def test_flamingos_layers_begin_by_adding_the_words_that_they_look_at():
     vlm = tiny_vlm("told_flamingo")
     bridge = ToldFlamingo(TINY, TINY_VIT.width, **SMALL_BRIDGES["told_flamingo"])
     assert bridge.gated_layers == [1, 3] and bridge.gates().allclose(torch.tensor([[0.3, 0]] * 2))
+    own = ToldFlamingo(TINY, TINY_VIT.width, **SMALL_BRIDGES["told_flamingo"], copy=False)
+    assert not own.gates().any()                        # the paper's start: shut
     rows = bridge.writer.words[:3]
     bridge.reader.resampler.places.zero_()
     media = F.layer_norm(rows, (32,))                                                   # (T4)
