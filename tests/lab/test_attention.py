@@ -271,7 +271,7 @@ def test_gaze_is_the_attention_of_the_words_behind_the_picture_to_its_visual_tok
     with torch.no_grad():
         _, attention = run_with_attention(vlm, TOKENS, features=features)
     L, heads, K = {"zero_init": (3, H, 3), "flamingo": (2, 2, 3), "idefics": (2, H, 3), "vcgpt": (2, 2, N),
-                   "visualgpt": (4, 2, 9)}.get(name, (4, H, len(patches)))
+                   "told_flamingo": (2, H, 3), "visualgpt": (4, 2, 9)}.get(name, (4, H, len(patches)))
     assert words.shape == (L, heads, T, K) and patches.shape == (K, features.shape[1])
     if name == "prefix_tuning":  # in front of all keys
         mine = torch.stack([attention[k][0, :, 2:, :K] for k in LAYERS])
@@ -280,7 +280,8 @@ def test_gaze_is_the_attention_of_the_words_behind_the_picture_to_its_visual_tok
         mine = torch.stack([attention[k][0, :, 1 + K:, 1:1 + K] for k in LAYERS])
         assert (words.sum(-1) < 1).all()
     else:
-        reading = {"zero_init": "softmax", "visualgpt": "levels.1"}.get(name, "bridge.blocks")
+        reading = {"zero_init": "softmax", "told_flamingo": "reader.blocks",
+                   "visualgpt": "levels.1"}.get(name, "bridge.blocks")
         mine = torch.stack([attention[k][0, :, 2:] for k in NAMES[name] if reading in k])
         torch.testing.assert_close(words.sum(-1), torch.ones(L, heads, T), atol=1e-6, rtol=0)
     assert torch.equal(words, mine)
