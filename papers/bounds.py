@@ -43,9 +43,8 @@ UNREAD: dict[str, dict[str, dict[str, tuple]]] = {
     "prompt_tuning": {"reads": BLIND, "reads_cls": BLIND},
     "prefix_tuning": {"reads": BLIND, "reads_cls": BLIND, "hidden": {"network": (False,)}},
     "visualgpt": {"tau": {"mix": ("residual", "tanh")}},
-    "fromage": dict.fromkeys(("joint", "pairs"), OTHER_LOSS),
+    "fromage": {"pairs": OTHER_LOSS},                   # its sizes are read: DPO goes on from such a run
     "vlkd": dict.fromkeys(("distance", "contrast"), OTHER_LOSS),
-    "gligen": dict.fromkeys(("heads", "context", "hidden", "cross"), OTHER_LOSS),
 }
 
 

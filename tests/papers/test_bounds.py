@@ -182,12 +182,18 @@ def build(*flags: str):
     ("--recipe zero_init --scale paper --option depth=2", "not read depth where version is 1;"),
     ("--recipe mlp --bridge fromage --option pairs=0", "not read pairs where the loss is another recipe's;"),
     ("--recipe mlp --bridge vlkd --option contrast=0", "not read contrast where the loss is another"),
-    ("--recipe mlp --bridge gligen --option cross=true", "not read cross where the loss is another"),
 ])
 def test_one_sentence_names_both_options(flags, sentence):
     with pytest.raises(UserError) as e:
         build(*flags.split())
     assert sentence in str(e.value) and str(e.value).startswith("--option: ") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("flags", ["--bridge fromage --option joint=12",
+                                   "--bridge gligen --option heads=2 cross=true"])
+def test_what_goes_on_from_a_run_takes_the_sizes_of_its_bridge(flags):
+    bridge = build("--recipe", "dpo", *flags.split())
+    assert bridge.options.items() >= train.parse_options(flags.split("--option ")[1].split()).items()
 
 
 def test_the_options_of_the_claims_are_read():
