@@ -76,7 +76,7 @@ RECIPES = {
     "told-2": Recipe(
         "pictures as words: learned vectors around them tell a frozen language model to read them",
         "captions and questions; no paper's recipe", None, Numbers(2e-3, 32, 80), "told",
-        options=SIZES, captions=0.7, turns=1, toy_data="emoji", start="told-1"),
+        options=SIZES, captions=0.7, toy_data="emoji", start="told-1"),
     "told-2-flamingo": Recipe(
         "pictures as words: Flamingo's layers learn to read them to a frozen language model",
         "captions and questions; no paper's recipe", None, Numbers(4e-3, 32, 300, **MUON), "told_flamingo",

@@ -129,11 +129,11 @@ def test_flamingos_layers_refuse_another_bridges_run(stages, tmp_path):
                     draw_squares(tmp_path), "--option", *SMALL, "--out", str(tmp_path / "run")])
 
 
-def test_stage_2_asks_one_question_per_picture(stages):
+def test_a_recipe_says_how_many_questions_a_document_has(stages):
     asked = [json.loads((stages / f"told-{n}" / "config.json").read_text())["settings"]["turns"]
              for n in ("2", "2-flamingo")]
     usual = fill_settings(train.settings_from([])[0], "mapl", train.RECIPES)
-    assert asked == [1, 1] and usual.turns == 5         # one: less padding beside captions
+    assert asked == [5, 1] and usual.turns == 5         # one: less padding beside captions
 
 
 def test_a_vocabulary_without_room_is_refused(tmp_path):
