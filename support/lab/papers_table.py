@@ -1,11 +1,10 @@
 """lab/papers_table.py: what the papers' miniatures found, as a table of papers/README.md.
 
     python eval.py claims papers --seeds 5 --kept --out support/results/papers.txt
-    python eval.py claims vilt coca … --out support/results/pretraining.txt
     python -m support.lab.papers_table                  writes the table again
 
-A row per measured paper of the two reports (the first, where both have it), in the order of the first table
-there. Claims `NAME` and `NAME-…` are of one paper: the cells are the first one's, the verdicts those of all.
+A row per measured paper of the report, in the order of the first table there. Claims `NAME` and `NAME-…` are
+of one paper: the cells are the first one's, the verdicts those of all.
 """
 from __future__ import annotations
 
@@ -17,21 +16,16 @@ from support.lab.claims import PAPER_COLUMNS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "papers/README.md"
-REPORTS = [ROOT / f"support/results/{name}.txt" for name in ("pretraining", "papers")]
+REPORT = ROOT / "support/results/papers.txt"
 BEGIN, END = "<!-- python -m support.lab.papers_table: from here -->", "<!-- to here -->"
 
 
-def measured(reports: str) -> dict[str, list[str]]:
-    """{claim: its cells under PAPER_COLUMNS} of the summaries of reports, one behind the other."""
+def measured(report: str) -> dict[str, list[str]]:
+    """{claim: its cells under PAPER_COLUMNS} of the summary of a report."""
     head = re.escape("  ".join(PAPER_COLUMNS).strip()).replace(r"\ \ ", " +")
-    _, *tables = re.split(rf"^ +{head}\n", reports, flags=re.MULTILINE)
-    rows = [re.split(r" {2,}", line.strip()) for table in tables
-            for line in table.split("\n\n")[0].splitlines()]
+    table = re.split(rf"^ +{head}\n", report, maxsplit=1, flags=re.MULTILINE)[1]
+    rows = [re.split(r" {2,}", line.strip()) for line in table.split("\n\n")[0].splitlines()]
     return {row[0]: row for row in rows}
-
-
-def read_reports() -> str:
-    return "".join(report.read_text(encoding="utf-8") for report in REPORTS)
 
 
 def count_verdicts(verdicts: str) -> str:
@@ -64,6 +58,6 @@ def papers_page(page: str, report: str) -> str:
 
 
 if __name__ == "__main__":
-    text = papers_page(PAGE.read_text(encoding="utf-8"), read_reports())
+    text = papers_page(PAGE.read_text(encoding="utf-8"), REPORT.read_text(encoding="utf-8"))
     with atomically(PAGE) as tmp:
         tmp.write_text(text, encoding="utf-8")
