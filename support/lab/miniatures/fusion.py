@@ -71,9 +71,9 @@ CLAIMS = {
             Expectation(Side("FLAVA, pairs alone"), ">", Side("FLAVA"), paper="69.11, 67.32"),
         ),
         columns=(FOUND, NAMED, WORDS, PAIRS),
-        note="By a text, the global contrast of 32 finds pictures better than that of two halves in each seed "
-             "(by 15, 3 and 7 points), by a picture, texts in two of three. Masked words teach little: with "
-             "another picture as many are guessed (0.62 to 0.66, where its own has 0.64 to 0.67)."),
+        note="By a text, the global contrast of 32 finds pictures better than that of two halves in each "
+             "seed (by 15, 3 and 7 points); by a picture, texts in two of three. Masked words teach little: "
+             "with another picture as many are guessed (0.62 to 0.66, where its own has 0.64 to 0.67)."),
     "coca": Claim(
         says="Many pooled tokens serve captions better than one, and recognition, too, by less.",
         source="CoCa, its ablation: zero-shot ImageNet, VQA",
