@@ -33,8 +33,8 @@ from support.formats.vlm import load_bridge_file, save_vlm, stored_bridge
 TEXT_TOWER = "weights/clip-text"                        # beside the bundled ViT
 HERE = Path(__file__).parents[2]
 BEHIND_QFORMER = ("minigpt4",)                          # bridges that take a finished Q-Former
-AROUND_LINEAR = ("gligen",)                             # … or a finished linear map
-READS_TOLD = ("told_flamingo",)                         # … or what stage 1 of recipe told has learned
+# … or a part of a finished bridge: bridge → (the other, the part's name in both, what else that one has)
+AROUND = {"gligen": ("linear", "map", ()), "told_flamingo": ("told", "writer", ("prompts",))}
 WEIGHTS = "weights"                                     # the bundled towers: weights/decoder, weights/vit
 FLAGS = {"decoder": "lm", "vit": "vit"}                 # a part of a run → the flag that names another one
 
@@ -355,14 +355,14 @@ def fill_from_run(bridge: Bridge, run: Path) -> None:
     a Q-Former.
     """
     stage1, file = run / "stage1.safetensors", run / "bridge.safetensors"
+    other, part, left_over = AROUND.get(bridge.name, ("", "", ()))
     if stage1.exists():
         fill_from_stage1(bridge, stage1)
     elif bridge.name in BEHIND_QFORMER and stored_bridge(file) == "qformer":
         fill_from_stage1(bridge, file)
-    elif bridge.name in AROUND_LINEAR and file.exists() and stored_bridge(file) == "linear":
-        fill(bridge.map, Checkpoint(file), {"weight": "map.weight", "bias": "map.bias"})
-    elif bridge.name in READS_TOLD and file.exists() and stored_bridge(file) == "told":
-        names = {name: f"writer.{name}" for name, _ in bridge.writer.named_parameters()}
-        fill(bridge.writer, Checkpoint(file), names, optional=("prompts",))
+    elif other and file.exists() and stored_bridge(file) == other:
+        module = bridge.get_submodule(part)
+        names = {name: f"{part}.{name}" for name, _ in module.named_parameters()}
+        fill(module, Checkpoint(file), names, optional=left_over)
     elif file.exists() or not (run / "vit" / "config.json").exists():
         load_bridge_file(bridge, file, next(bridge.parameters()).device)
