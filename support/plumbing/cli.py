@@ -15,6 +15,7 @@ import torch
 
 from papers.bounds import nearest
 from support.formats.files import UserError, at_the_door, check_value, parse_json
+from support.plumbing.device import keep_freed_memory
 from support.plumbing.stop import CLOSED, CODES, Stop, Stopped
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +185,7 @@ def run_cli(main_function: Callable[[], object]) -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     if not sys.stdout.isatty() and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)     # through a pipe, too, a line is seen when it is said
+    keep_freed_memory()
     stop = Stop()
     outside = signal.signal(signal.SIGINT, stop)
     try:

@@ -10,10 +10,20 @@ from support.plumbing.device import pick_dtype
 from support.plumbing.ranks import full_tensor
 
 
+FUSED = 10**7       # trained numbers: from here on, AdamW on a CPU makes one pass over memory
+
+
 def clip_gradients(trained: list[tuple[str, nn.Parameter]], limit: float) -> Tensor:
-    """The norm of all gradients together, which are scaled down to `limit` where it is larger (0: never)."""
-    norm = nn.utils.clip_grad_norm_([p for _, p in trained], limit or math.inf)
-    return full_tensor(norm)
+    """The norm of all gradients together, which are scaled down to `limit` where it is larger (0: never).
+
+    torch.nn.utils.clip_grad_norm_ to the bit; it would multiply every gradient by one where it is smaller.
+    """
+    parameters = [p for _, p in trained]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    whole = full_tensor(norm)
+    if not whole + 1e-6 <= (limit or math.inf):         # nan scales, too: the caller finds it
+        nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)
+    return whole
 
 
 def schedule(progress: float, warmup: float, kind: str = "cosine", floor: float = 0.02) -> float:
@@ -82,9 +92,13 @@ def make_optimizers(module: nn.Module, trained: list[tuple[str, nn.Parameter]],
     (measured: AdamW stayed there for thousands of steps). On slices (--shard) it is exact but slow, because
     each of its matrix products puts them together.
 
+    AdamW is fused on a GPU, and on a CPU from FUSED numbers on: 177 million take 0.37 s a step, not 1.6. Its
+    sums are rounded in another order, so the toys keep the order that their tables were made in.
+
     s: settings with lr, beta2, weight_decay, optimizer; numbers: the recipe's, its muon_lr goes with its lr.
     """
-    fused = trained[0][1].device.type == "cuda"
+    kind, size = trained[0][1].device.type, sum(p.numel() for _, p in trained)
+    fused = kind == "cuda" or kind == "cpu" and size >= FUSED
     if s.optimizer == "muon":
         linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
         matrices = [p for _, p in trained if id(p) in linear]

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from support.formats.tokenizer_files import load_tokenizer                      
 from support.formats.vision import load_vit                                     # noqa: E402
 from support.formats.vlm import load_bridge, load_vlm                           # noqa: E402
 from support.plumbing.beams import beam_search                                  # noqa: E402
+from support.plumbing.optimizers import clip_gradients, make_optimizers         # noqa: E402
 from support.plumbing.packed import packed                                      # noqa: E402
 
 # decoder: layers, width, heads, key heads, feed-forward, words
@@ -160,19 +162,25 @@ def frozen_but(model: nn.Module, a, *trained: nn.Module) -> list[nn.Parameter]:
     return [p for part in trained for p in part.parameters()]
 
 
-def step_of(a, parameters, loss_of, features=lambda: ()):
-    """The training step: forward under autocast, backward, clip, AdamW (fused on both sides).
+def step_of(a, parameters, loss_of, features=lambda: (), ours: bool = False):
+    """The training step: forward under autocast, backward, clip, AdamW.
 
+    ours: clipped and updated by what train.py calls; the library's by what its Trainer calls, fused too.
     features: what train.py computes before autocast.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    if ours:
+        module, named = nn.ParameterList(parameters), [("", p) for p in parameters]
+        settings = SimpleNamespace(optimizer="adamw", lr=1e-4, beta2=0.999, weight_decay=0.01)
+        optimizer, = make_optimizers(module, named, settings, None)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step() -> float:
         seen = features()
         with torch.autocast(a.device, a.dtype, enabled=a.dtype != torch.float32):
             loss = loss_of(*seen)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        clip_gradients(named, 1.0) if ours else torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -190,7 +198,7 @@ def ours_step(a, vlm: VLM, parameters, **extra):
         total, count = vlm.loss(tokens, labels, features=features, **extra)
         return total / count
     cached = features() if a.cached else None
-    return step_of(a, parameters, loss, (lambda: cached) if a.cached else features)
+    return step_of(a, parameters, loss, (lambda: cached) if a.cached else features, ours=True)
 
 
 def compiled(a, model: nn.Module) -> nn.Module:
@@ -302,7 +310,7 @@ def train_zero_init(a, folder, side: str):
         def loss():
             total, count = next_token_loss(decoder, labels, tokens=tokens, bridge=bridge)
             return total / count
-        return step_of(a, frozen_but(both, a, bridge), loss)
+        return step_of(a, frozen_but(both, a, bridge), loss, ours=True)
     base = t.LlamaForCausalLM.from_pretrained(folder("llama"), dtype=a.dtype)
     model = peft.PeftModel.from_pretrained(base, where, is_trainable=True).to(a.device, a.dtype).train()
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -64,3 +64,41 @@ def test_matrices_decay_and_norms_do_not_whatever_their_shape():
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert [name for name, p in trained if decays[id(p)]] == ["linear.weight", "words.weight"]
     assert len(decays) == len(trained) and {*decays.values()} == {0.0, 0.1}
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 1 + 1e-7, 30.0, float("nan")])
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_gradients_are_clipped_as_pytorch_does_to_the_bit(scale, limit):
+    """0.1 lies below the limit and is left alone; 1 does not: PyTorch divides by the norm + 1e-6."""
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(5, 3, generator=g), torch.randn(4, generator=g)]
+    length = torch.cat([v.flatten() for v in values]).norm()
+    ours, theirs = ([nn.Parameter(torch.zeros_like(v)) for v in values] for _ in range(2))
+    for p, q, v in zip(ours, theirs, values):
+        p.grad, q.grad = (v / length * scale).clone(), (v / length * scale).clone()
+    unused = ("unused", nn.Parameter(torch.ones(2)))                        # no gradient
+    norm = optimizers.clip_gradients([*((str(n), p) for n, p in enumerate(ours)), unused], limit)
+    want = nn.utils.clip_grad_norm_(theirs, limit or float("inf"))
+    for a, b in zip([norm, *(p.grad for p in ours)], [want, *(p.grad for p in theirs)]):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_adamw_of_many_numbers_is_fused_on_a_cpu_and_takes_the_same_steps(above, monkeypatch):
+    module = nn.Linear(30, 20)
+    plain = nn.Linear(30, 20)
+    plain.load_state_dict(module.state_dict())
+    monkeypatch.setattr(optimizers, "FUSED", 620 + (not above))             # 30 · 20 + 20 numbers
+    settings = SimpleNamespace(optimizer="adamw", lr=1e-3, beta2=0.98, weight_decay=0.1)
+    optimizer, = optimizers.make_optimizers(module, [*module.named_parameters()], settings, None)
+    assert optimizer.defaults["fused"] == above
+    decay = [{"params": [plain.weight], "weight_decay": 0.1}, {"params": [plain.bias], "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(decay, lr=1e-3, betas=(0.9, 0.98))
+    for n in range(3):
+        for m, o in ((module, optimizer), (plain, reference)):
+            o.zero_grad()
+            m(torch.randn(4, 30, generator=torch.Generator().manual_seed(n))).square().sum().backward()
+            o.step()
+    for a, b in zip(module.parameters(), plain.parameters()):
+        # 1e-6 of entries below 0.2: the last bits of float32, in sums of another order
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if above else 0)
