@@ -37,10 +37,12 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
     """Attention spelled out (Attention is all you need, 1706.03762v7, Eq. 1).
 
     (D1)  y = softmax(q kᵀ / √E + bias) v
+    (D5)  query head h reads key and value head ⌊h·G/H⌋         (grouped queries, 2305.13245v3)
 
-    q (B, H, T, E); k, v (B, H, S, E); bias broadcastable to (B, H, T, S): 0 where a query may look, very
+    q (B, H, T, E); k, v (B, G, S, E); bias broadcastable to (B, H, T, S): 0 where a query may look, very
     negative where not. Returns (B, H, T, E). The softmax runs in float32 whatever the dtype of q.
     """
+    k, v = widen(k, q.shape[1]), widen(v, q.shape[1])           # (B, H, S, E)                          (D5)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5     # (B, H, T, S)  scaled by the HEAD width   (D1)
     if bias is not None:
         scores = scores + bias
@@ -62,7 +64,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
         if causal:
             bias = visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype)
         return attend_explicit(q, k, v, bias, dropout)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
+    if q.device.type != "cpu":                          # there not every kernel takes fewer heads of keys
+        k, v = widen(k, q.shape[1]), widen(v, q.shape[1])
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, enable_gqa=shared)
+
+
+def widen(x: Tensor, heads: int) -> Tensor:
+    """(B, G, S, E) → (B, H, S, E): each key or value head as often as there are query heads that read it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 class Attend(nn.Module):
@@ -284,10 +294,7 @@ class Context:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with RoPE (2305.13245v3); `beside` adds its term to the heads before W_o.
-
-    (D5)  query head h reads key and value head ⌊h·G/H⌋
-    """
+    """Grouped-query self-attention with RoPE: `attend` has (D5). `beside` adds its term ahead of W_o."""
 
     def __init__(self, c: DecoderConfig):
         super().__init__()
@@ -300,16 +307,10 @@ class Attention(nn.Module):
         self.qk_norm = c.qk_norm(c)
         self.attend = Attend()
 
-    def widen(self, x: Tensor) -> Tensor:
-        """(B, G, S, E) → (B, H, S, E)."""
-        if self.heads == self.kv_heads:
-            return x
-        return x.repeat_interleave(self.heads // self.kv_heads, dim=1)          # (D5)
-
     def project(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (·, H, Q, E) of vectors (·, Q, D) that have no position: no RoPE."""
         k, v = (split_heads(f(prompts), self.kv_heads) for f in (self.k, self.v))
-        return self.widen(self.qk_norm(k)), self.widen(v)
+        return widen(self.qk_norm(k), self.heads), widen(v, self.heads)
 
     def qkv(self, x: Tensor) -> Tensor:
         """(B, T, D) → (B, T, (H+2G)·E): the three projections side by side."""
@@ -322,7 +323,7 @@ class Attention(nn.Module):
         q, k = rope(self.qk_norm(qk), c.cos, c.sin).split((H, G), dim=1)     # (B, H|G, T, E); v as k
         if c.cache is not None:
             k, v = c.cache.append(layer, k, v)                                  # (B, G, S, E)
-        y = around(layer, "attend", self.attend, visual, q, self.widen(k), self.widen(v), c.bias, c.causal)
+        y = around(layer, "attend", self.attend, visual, q, k, v, c.bias, c.causal)
         term = c.bridge.beside(layer, q, self.project, visual)
         if term is not None:
             y = y + term

@@ -32,7 +32,7 @@ class CrossLayer(Block):
         0."""
         a = self.attention
         q = self.q_norm(split_heads(a.q(self.norm1(x)), a.heads))               # (B, H, T, E) (X2)
-        y = a.o(merge_heads(a.attend(q, a.widen(k), a.widen(v), visible_to_bias(visible[:, None], q.dtype))))
+        y = a.o(merge_heads(a.attend(q, k, v, visible_to_bias(visible[:, None], q.dtype))))
         x = x + (self.attention_gate.tanh() * y * visible.any(-1, keepdim=True)).to(x.dtype)           # (X3)
         return x + (self.ff_gate.tanh() * self.mlp(self.norm2(x)) * sees).to(x.dtype)                   # (X4)
 

@@ -72,12 +72,11 @@ class PromptTuning(Bridge):
 def attend_with_prefix(f: Callable[..., Tensor], K: Tensor, V: Tensor, q: Tensor, k: Tensor, v: Tensor,
                        bias: Tensor | None, causal: bool) -> Tensor:
     """f, a layer's attention, with keys and values (B, G, Q, E) ahead of the words', in one softmax."""
-    K, V = (p.repeat_interleave(k.shape[1] // p.shape[1], dim=1).to(k.dtype) for p in (K, V))
     if causal:
         bias = visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype)
     if bias is not None:
         bias = F.pad(bias, (K.shape[2], 0))                                 # 0: every word sees the prefix
-    return f(q, torch.cat((K, k), dim=2), torch.cat((V, v), dim=2), bias, False)
+    return f(q, torch.cat((K.to(k.dtype), k), dim=2), torch.cat((V.to(v.dtype), v), dim=2), bias, False)
 
 
 class PrefixTuning(Bridge):

@@ -20,7 +20,7 @@ from papers.llama_adapter import ZeroInitV1
 from conftest import SMALL, TINY, TINY_VIT, check, fixed_loss, golden, stir, tiny_decoder, tiny_vlm
 from eval import generate_ids
 from model import (Bridge, Cache, Context, Decoder, DecoderConfig, EncoderBlock, IGNORE, IMAGE, VLM,
-                   ViTConfig, merge_heads, next_token_loss, rope_frequencies, split_heads)
+                   ViTConfig, merge_heads, next_token_loss, rope_frequencies, split_heads, widen)
 from support.formats.adapter import VISUAL_NAMES
 from support.formats.checkpoint import Checkpoint, fill
 from support.formats.files import UserError, write_tensors
@@ -425,7 +425,7 @@ def test_without_zero_init_prompts_and_words_share_one_softmax():
         found = attention(x, visual, l, Context(cos, sin, causal=True, bridge=bridge))
         q, k, v = (split_heads(f(x), n) for f, n in ((attention.q, 4), (attention.k, attention.kv_heads),
                                                      (attention.v, attention.kv_heads)))
-        k, v = attention.widen(k), attention.widen(v)
+        k, v = widen(k, attention.heads), widen(v, attention.heads)
         pk, pv = attention.project(bridge.prompts[l - bridge.first] + visual["image"])
         own, words = (q @ y.transpose(-2, -1) / math.sqrt(8) for y in (pk, k))
         own, words = own.exp(), words.exp().tril()

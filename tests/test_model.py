@@ -126,6 +126,23 @@ def test_explicit_attention_equals_the_fused_kernel_with_gradients(kind):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("T, kind", [(1, "plain"), (1, "bias"), (1, "heads"), (7, "causal"), (7, "bias")])
+def test_query_heads_share_key_heads_on_every_road(T, kind):
+    """(D5) by its own words: query head h reads key and value head h·G // H."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, m, 8, generator=g) for n, m in ((6, T), (2, 7), (2, 7)))
+    bias = None if kind in ("plain", "causal") else \
+        visible_to_bias(torch.rand(2, 6 if kind == "heads" else 1, T, 7, generator=g) < 0.7, q.dtype)
+    full = visible_to_bias(causal_mask(T), q.dtype)[None, None] if kind == "causal" else bias
+    of = lambda h: full if full is None or full.shape[1] == 1 else full[:, [h]]
+    want = [attend_explicit(q[:, [h]], k[:, [h * 2 // 6]], v[:, [h * 2 // 6]], of(h)) for h in range(6)]
+    found = [attend(q, k, v, bias, kind == "causal"), attend_explicit(q, k, v, full)]
+    with torch.no_grad():
+        found.append(attend(q, k, v, bias, kind == "causal"))
+    for y in found:                                     # 1e-5: float32, sums of 7 terms in another order
+        torch.testing.assert_close(y, torch.cat(want, 1), atol=1e-5, rtol=1e-5)
+
+
 def test_a_query_sees_itself_and_the_past_only():
     decoder, tokens = tiny_decoder(), torch.randint(61, (1, 9), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()

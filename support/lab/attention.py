@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import data
 from bridges import MAPL, Flamingo, QFormer, ZeroInit, ZeroInitV2
-from model import IMAGE, VLM, Attend, Bridge, causal_mask, visible_to_bias
+from model import IMAGE, VLM, Attend, Bridge, causal_mask, visible_to_bias, widen
 from papers.clipcap import ClipCap, ClipCapTransformer
 from papers.fromage import Fromage
 from papers.cogvlm import CogVLM
@@ -91,7 +91,7 @@ def attention_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 def softmax_weights(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False,
                     dropout: float = 0.0) -> Tensor:
     """softmax(q kᵀ / √E + bias) (B, H, T, S), as (D1) in model.py has it; arguments of `attend`."""
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    scores = q @ widen(k, q.shape[1]).transpose(-2, -1) * q.shape[-1] ** -0.5
     bias = visible_to_bias(causal_mask(q.shape[2], q.device), q.dtype) if causal else bias
     return (scores if bias is None else scores + bias).softmax(-1, dtype=torch.float32)
 

@@ -14,7 +14,7 @@ from support.lab.attention import (attention_to_patches, attention_weights, gate
                                    rollout, rollout_step, run_with_attention)
 from bridges import GatedCrossAttention, PostNormAttention, ResamplerLayer
 from conftest import SMALL, small_pictures, small_vlm, tiny_vlm
-from model import Attend, Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, split_heads
+from model import Attend, Attention, EncoderBlock, IMAGE, VLM, attend, merge_heads, split_heads, widen
 from papers.kosmos1 import Connector
 from papers.vcgpt import FusionLayer
 from support.formats.files import UserError
@@ -95,7 +95,7 @@ def again(m, args: tuple, w: torch.Tensor, beside: torch.Tensor | None):
     surroundings."""
     read = lambda v, heads: m.o(merge_heads(w @ split_heads(v, heads)))
     if isinstance(m, Attention):
-        y = w @ m.widen(split_heads(m.v(args[0]), m.kv_heads))
+        y = w @ widen(split_heads(m.v(args[0]), m.kv_heads), m.heads)
         return m.o(merge_heads(y if beside is None else y + beside))
     if isinstance(m, Attend):
         return w @ args[2]
@@ -135,7 +135,7 @@ def test_every_output_follows_from_the_weights_that_were_shown(name):
             beside, prompts, b = None, None, vlm.bridge
             if name == "prefix_tuning":  # what the prefix adds, beside the words
                 V = b.see(vlm.features(PIXELS))[:, :, LAYERS.index(key), 1].transpose(1, 2)
-                beside, weights = weights[..., :3] @ modules[key].widen(V), weights[..., 3:]
+                beside, weights = weights[..., :3] @ widen(V, modules[key].heads), weights[..., 3:]
             if name == "zero_init" and key in LAYERS[b.first:]:
                 l = LAYERS.index(key)
                 prompts = attention[f"bridge.softmax.{l - b.first}"]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import TINY, TINY_VIT, check, fixed_loss, golden, stir, tiny_vlm
-from model import IMAGE, VLM, Bridge, Decoder, DecoderConfig, attend
+from model import IMAGE, VLM, Bridge, Decoder, DecoderConfig, attend, widen
 from papers import make_bridge
 from papers.frozen import Frozen
 from support.formats import load_decoder
@@ -111,11 +111,11 @@ def test_a_prefix_of_zeros_takes_its_share_of_the_one_softmax():
     """Hand example: with every score and the prefix's values 0, Q of them take Q / (Q + S) of the weight."""
     bridge = make_bridge("prefix_tuning", TINY, 20, prompts=3, network=False, image=False)
     q = torch.zeros(1, 4, 4, 8)                         # every score is 0: the plain weights are 1 / S
-    v = torch.randn(1, 4, 4, 8, generator=torch.Generator().manual_seed(1))
+    v = torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(1))     # two heads, read by two each
     with torch.no_grad():
         bridge.prompts.zero_()
         y = bridge.around(0, "attend", attend, bridge.see(torch.zeros(1, 1, 20)), q, v, v, None, True)
-    mean = v.cumsum(2) / torch.arange(1, 5)[:, None]                            # over the words 0 … t
+    mean = widen(v, 4).cumsum(2) / torch.arange(1, 5)[:, None]                  # over the words 0 … t
     share = torch.arange(1, 5) / (torch.arange(1, 5) + 3)                       # 1/4, 2/5, 3/6, 4/7
     torch.testing.assert_close(y, share[:, None] * mean)
 
