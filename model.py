@@ -66,8 +66,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
         return attend_explicit(q, k, v, bias, dropout)
     if q.device.type != "cpu":                          # there not every kernel takes fewer heads of keys
         k, v = widen(k, q.shape[1]), widen(v, q.shape[1])
-    shared = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, enable_gqa=shared)
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def widen(x: Tensor, heads: int) -> Tensor:

@@ -61,8 +61,12 @@ def can_be_packed(decoder: Decoder) -> bool:
 
 
 def packed_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """x → x Wᵀ + b with a copy of W (out, in) in the order for one row at a time."""
-    ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+    """x → x Wᵀ + b with a copy of W (out, in) in the order for a few rows at a time.
+
+    oneDNN is asked for 4 rows: it then lays W out in blocks of 32 outputs. For 1 it chooses 64, which are
+    10 to 25 % slower with 1, 5, 8 and 32 rows alike, on a Xeon with AMX.
+    """
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 4)
 
     def product(x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, ordered, bias, "none", [], "")
